@@ -1,0 +1,213 @@
+"""Every error that afield raises, in one hierarchy.
+
+An error says what happened, whose fault it is, and what to do. The branches of the tree answer "whose fault":
+
+- `UsageError`: the call was wrong (a bad option, a use after `shutdown`, a value that cannot be pickled).
+- `TaskError`: the user's own code raised; the error is also an instance of the exception type that was raised.
+- `LossError`: a process, device or node went away and took something with it.
+- `CapacityError`: there was no room; the message carries the arithmetic.
+- `SchedulingError`: what was asked for can never be placed.
+
+All of them can be pickled, so that they travel as the value of a future.
+"""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+
+class AfieldError(Exception):
+    """Base of all errors that afield raises."""
+
+
+class UsageError(AfieldError):
+    """The caller did something that cannot work; the message names the remedy."""
+
+
+class NotInitializedError(UsageError):
+    """The runtime was shut down (or lost by a fork) and the call needs it; call `afield.init()` again."""
+
+
+class AlreadyInitializedError(UsageError):
+    """`init` was called twice without `ignore_reinit_error=True` or a `shutdown` in between."""
+
+
+class InvalidOptionError(UsageError, ValueError, TypeError):
+    """An option is unknown or ill-typed; the message names it and the nearest valid one."""
+
+
+class NoDeviceError(UsageError):
+    """A device was asked for and there is none; the message names the setting that provides one."""
+
+
+class SerializationError(UsageError, TypeError):
+    """An argument or a result cannot be pickled; the message names the attribute that is to blame."""
+
+
+class DeserializationError(AfieldError):
+    """A value cannot be rebuilt here, usually because its class cannot be imported in this process."""
+
+
+class GetTimeoutError(AfieldError, TimeoutError):
+    """`get` waited as long as it was told to and the value was not ready; the task itself goes on."""
+
+
+class SchedulingError(AfieldError):
+    """What was asked for can never be scheduled on this cluster."""
+
+
+class TaskUnschedulableError(SchedulingError):
+    """No node can ever satisfy the task's resources; the message compares what was asked for with what there is."""
+
+
+class ActorUnschedulableError(SchedulingError):
+    """No node can ever satisfy the actor's resources."""
+
+
+class TaskCancelledError(AfieldError):
+    """The task was cancelled before it finished."""
+
+
+class LossError(AfieldError):
+    """A process, device or node went away and took something with it."""
+
+
+class WorkerCrashedError(LossError):
+    """The worker process that ran the task died, and its retries are used up."""
+
+
+class ActorDiedError(LossError):
+    """The actor's process is gone (killed, crashed, or its constructor raised) and will not be restarted."""
+
+
+class ActorUnavailableError(LossError):
+    """The actor is being restarted and the call may not be retried; call again later."""
+
+
+class ObjectLostError(LossError):
+    """All copies of the object are gone and it cannot be computed again."""
+
+
+class OwnerDiedError(ObjectLostError):
+    """The process that owned the object is gone, and with it all knowledge of the object."""
+
+
+class DeviceLostError(LossError):
+    """A device failed or was reset while something depended on it."""
+
+
+class RuntimeDiedError(LossError):
+    """The node daemon is gone; call `afield.shutdown()` and `afield.init()` to start afresh."""
+
+
+class CapacityError(AfieldError):
+    """There was no room."""
+
+
+class ObjectStoreFullError(CapacityError, MemoryError):
+    """The host store had no room in time; the message carries the arithmetic and the largest holders."""
+
+
+class OutOfDeviceMemoryError(CapacityError, MemoryError):
+    """The device had no room in time; the message carries the arithmetic and the largest holders."""
+
+
+class TaskError(AfieldError):
+    """The user's code raised in a task or an actor call.
+
+    `get` raises a subclass that is also an instance of the exception type that was raised, so that
+    ``except ValueError`` works across processes.
+
+    Attributes:
+        cause: the exception itself, or None where it could not be pickled.
+        remote_traceback: the formatted traceback from the process where it was raised.
+        function_name: the task or method that raised.
+    """
+
+    cause: BaseException | None
+    remote_traceback: str
+    function_name: str
+
+    def __init__(self, function_name: str, cause: BaseException | None, summary: str, remote_traceback: str) -> None:
+        # Not super().__init__: in the derived class the next base is the user's type, whose signature is unknown.
+        Exception.__init__(self, function_name, summary)
+        self.function_name = function_name
+        self.cause = cause
+        self.summary = summary
+        self.remote_traceback = remote_traceback
+        self.__cause__ = cause
+
+    def __str__(self) -> str:
+        return f"{self.function_name}() raised {self.summary}"
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}: {self}\n\n{self.remote_traceback}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild_task_error, (self.function_name, self.cause, self.summary, self.remote_traceback)
+
+    @classmethod
+    def from_exception(cls, function_name: str, error: BaseException, remote_traceback: str) -> TaskError:
+        """Wrap what a task raised; an exception that cannot make the round trip through pickle is described instead."""
+        if isinstance(error, TaskError):
+            return error  # An argument had failed already: its error goes on unchanged.
+        summary = _summary(error)
+        cause: BaseException | None = error
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:
+            cause = _portable(error)
+        return _rebuild_task_error(function_name, cause, summary, remote_traceback)
+
+
+def _summary(error: BaseException) -> str:
+    try:
+        text = str(error)
+    except Exception:
+        text = "(its text cannot be shown)"
+    name = type(error).__name__
+    return f"{name}: {text}" if text else name
+
+
+def _portable(error: BaseException) -> BaseException | None:
+    """Return a copy of `error` that survives cloudpickle (classes of `__main__` travel by value), or None."""
+    import cloudpickle
+
+    try:
+        clean = type(error).__new__(type(error), *error.args)
+        clean.args = error.args
+        cloudpickle.loads(cloudpickle.dumps(clean))
+    except Exception:
+        return None
+    return clean
+
+
+_derived: dict[type, type[TaskError]] = {}
+
+
+def _rebuild_task_error(function_name: str, cause: BaseException | None, summary: str, text: str) -> TaskError:
+    error = _task_error_class(cause)(function_name, cause, summary, text)
+    if cause is not None:
+        for name, value in vars(cause).items():  # so that `error.code` works where the user's type has it
+            vars(error).setdefault(name, value)
+    return error
+
+
+def _task_error_class(cause: BaseException | None) -> type[TaskError]:
+    """Return the subclass of `TaskError` and of the cause's type.
+
+    `SystemExit` and `KeyboardInterrupt` are not mixed in: raised from `get` they would end the reader.
+    """
+    kind = type(cause)
+    if cause is None or not isinstance(cause, Exception):
+        return TaskError
+    known = _derived.get(kind)
+    if known is None:
+        try:
+            known = type(f"TaskError({kind.__name__})", (TaskError, kind), {"__module__": __name__})
+            known("f", cause, "", "")
+        except Exception:  # layout conflict, or a type that refuses to be derived from or constructed
+            known = TaskError
+        _derived[kind] = known
+    return known

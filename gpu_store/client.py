@@ -1,0 +1,212 @@
+"""A process's side of the host store: maps the slab, writes objects into leased extents, reads them in place.
+
+Theory of operation. The node daemon owns the slab's free space (`residency`). A process leases a chunk of it at a time and
+carves small objects out of the chunk without a round trip; a large object is leased exactly. What is written is announced
+with `seal`; the rest of a chunk goes back when a new one is leased. Readers map the same slab read-only, so a value's
+buffers are views of shared memory and stay valid for as long as any of them lives: each `View` counts as a handle of its
+object.
+
+`empty` makes an array whose memory is an extent already ("born in the store"). If nothing but the returned value refers to
+it when the value is stored, its memory becomes part of the object as it is; otherwise somebody could still write to it, and
+the store copies.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import weakref
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+ALIGNMENT = 64
+#: Small objects are carved out of chunks of this size; above half of it an object gets an extent of its own.
+CHUNK_BYTES = 8 << 20
+
+Piece = tuple[int, int]
+
+
+class Writable(Protocol):
+    """What the store needs of a serialised value (`runtime.serialization.Serialized`)."""
+
+    buffers: list[memoryview]
+
+    @property
+    def size(self) -> int: ...  # noqa: D102
+
+    def write(self, target: memoryview, born: list[int | None] | None = None) -> int: ...  # noqa: D102
+
+
+class View(np.ndarray[Any, np.dtype[np.uint8]]):
+    """Exports the memory of one stored object; `on_death(hold)` is called when the last view of it is gone."""
+
+    hold: Any = None
+    on_death: Callable[[Any], None] | None = None
+
+    def __del__(self) -> None:
+        if self.hold is not None and self.on_death is not None:
+            self.on_death(self.hold)
+
+
+class BornExtent:
+    """An extent that backs an `empty` array. `claimed` while the store decides whether it may keep the memory."""
+
+    __slots__ = ("claimed", "dead", "offset", "size")
+
+    def __init__(self, offset: int, size: int) -> None:
+        self.offset = offset
+        self.size = size
+        self.claimed = False
+        self.dead = False
+
+
+class HostStoreClient:
+    """Leases, writes and reads.
+
+    Args:
+        fd: the slab's shared memory.
+        capacity: its size in bytes.
+        lease: blocks until an extent of the given size is granted, and returns its (offset, size); raises
+            `ObjectStoreFullError`.
+        give_back: returns an unused (offset, size) to the daemon; may be called from any thread and from `__del__`.
+    """
+
+    def __init__(
+        self,
+        fd: int,
+        capacity: int,
+        lease: Callable[[int], Piece],
+        give_back: Callable[[int, int], None],
+    ) -> None:
+        self.capacity = capacity
+        self._writable = memoryview(mmap.mmap(fd, capacity))
+        self._readable = mmap.mmap(fd, capacity, prot=mmap.PROT_READ)
+        self._base = np.frombuffer(self._writable, np.uint8).__array_interface__["data"][0]
+        self._lease = lease
+        self._give_back = give_back
+        self._chunk = self._chunk_end = 0
+        self._born: dict[int, BornExtent] = {}
+        self.bytes_copied_in = 0
+        self.bytes_shared = 0
+        self.bytes_born = 0
+
+    # -- writing -------------------------------------------------------------------------------------------------
+
+    def allocate(self, size: int) -> int:
+        """Return the offset of `size` leased bytes, 64-byte aligned."""
+        size = (size + ALIGNMENT - 1) & -ALIGNMENT
+        if size > CHUNK_BYTES // 2:
+            return self._lease(size)[0]
+        while self._chunk_end - self._chunk < size:
+            # Another thread may take the chunk while this one waits for the grant: look again.
+            offset, granted = self._lease(CHUNK_BYTES if self.capacity >= 8 * CHUNK_BYTES else size)
+            old, old_end = self._chunk, self._chunk_end
+            self._chunk, self._chunk_end = offset, offset + granted
+            if old_end > old:
+                self._give_back(old, old_end - old)
+        offset = self._chunk
+        self._chunk = offset + size
+        return offset
+
+    def store(self, value: Writable, holder: list[Any]) -> tuple[Piece, list[Piece]]:
+        """Write a serialised value; return its main extent (offset, exact size) and all its pieces.
+
+        Args:
+            value: what to write.
+            holder: the only reference to the value itself; emptied here, so that memory born in the store and
+                referred to by nothing else can be kept instead of copied.
+
+        Raises:
+            ObjectStoreFullError: no room came free in time.
+        """
+        born, pieces = self._keep_born(value, holder)
+        size = value.size
+        if born is not None:
+            size -= sum(b.nbytes for b, place in zip(value.buffers, born, strict=True) if place is not None)
+            size += ALIGNMENT * len(born)
+        try:
+            offset = self.allocate(size)
+        except BaseException:
+            for piece in pieces:
+                self._give_back(*piece)
+            raise
+        room = (size + ALIGNMENT - 1) & -ALIGNMENT
+        written = value.write(self._writable[offset : offset + size], born)
+        self.bytes_copied_in += written
+        pieces.append((offset, room))
+        return (offset, written), pieces
+
+    def _keep_born(self, value: Writable, holder: list[Any]) -> tuple[list[int | None] | None, list[Piece]]:
+        if not self._born:
+            holder.clear()
+            return None, []
+        found: list[tuple[int, int, BornExtent]] = []
+        for index, buffer in enumerate(value.buffers):
+            place = self._offset_of(buffer)
+            extent = self._born_at(place, buffer.nbytes) if place is not None else None
+            if place is not None and extent is not None:
+                # From here on the bytes are read through the slab: our view of the array must not keep it alive.
+                value.buffers[index] = self._writable[place : place + buffer.nbytes]
+                buffer.release()
+                extent.claimed = True
+                found.append((index, place, extent))
+        holder.clear()
+        if not found:
+            return None, []
+        born: list[int | None] = [None] * len(value.buffers)
+        kept: dict[int, Piece] = {}
+        for index, place, extent in found:
+            if extent.dead:
+                born[index] = place
+                kept[extent.offset] = (extent.offset, extent.size)
+                self._born.pop(extent.offset, None)
+                self.bytes_born += value.buffers[index].nbytes
+            else:
+                extent.claimed = False
+        return born, list(kept.values())
+
+    def _offset_of(self, buffer: memoryview) -> int | None:
+        if not buffer.nbytes:
+            return None
+        offset: int = np.frombuffer(buffer, np.uint8).__array_interface__["data"][0] - self._base
+        return offset if 0 <= offset < self.capacity else None
+
+    def _born_at(self, offset: int, size: int) -> BornExtent | None:
+        for extent in self._born.values():
+            if extent.offset <= offset and offset + size <= extent.offset + extent.size:
+                return extent
+        return None
+
+    def empty(self, shape: int | tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+        """Return an uninitialised array in the store."""
+        kind = np.dtype(dtype)
+        if kind.hasobject:
+            raise TypeError(f"afield.empty() cannot hold Python objects (dtype {kind}); use a numeric dtype")
+        count = math.prod(shape) if isinstance(shape, tuple) else int(shape)
+        size = max(count * kind.itemsize, 1)
+        offset = self.allocate(size)
+        extent = BornExtent(offset, (size + ALIGNMENT - 1) & -ALIGNMENT)
+        flat = np.frombuffer(self._writable[offset : offset + count * kind.itemsize], np.uint8)
+        # `View` is the last owner of the memory: every array derived from it keeps it alive.
+        owner = flat.view(View)
+        self._born[offset] = extent
+        weakref.finalize(owner, self._born_died, extent).atexit = False
+        return np.frombuffer(memoryview(owner), kind, count).reshape(shape)
+
+    def _born_died(self, extent: BornExtent) -> None:
+        extent.dead = True
+        if not extent.claimed:
+            self._born.pop(extent.offset, None)
+            self._give_back(extent.offset, extent.size)
+
+    # -- reading -------------------------------------------------------------------------------------------------
+
+    def view(self, offset: int, size: int, on_death: Callable[[Any], None]) -> View:
+        """Map `size` bytes read-only; set the view's `hold` to be told through `on_death` when nothing uses it any more."""
+        view = np.frombuffer(self._readable, np.uint8, size, offset).view(View)
+        view.on_death = on_death
+        self.bytes_shared += size
+        return view

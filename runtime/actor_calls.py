@@ -1,0 +1,221 @@
+"""Calling actors: each caller keeps its calls to one actor in order and sends them straight to the actor's worker.
+
+Theory of operation. A `Caller` stands for one actor in one process. Calls enter its queue in the order in which they were
+made; the head leaves as soon as its arguments are there and the actor is alive, so the order of one caller is kept end to
+end. The daemon tells where the actor lives and when it dies or restarts (`ActorState`). What was on its way when the
+actor died is sent again if the call may be retried, else it fails with `ActorDiedError` and the cause.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+from afield.errors import ActorUnavailableError
+from afield.ids import FIRST_RETURN, object_id
+from afield.runtime import messages as m
+from afield.runtime.dispatch import Task
+from afield.runtime.process import Process
+from afield.runtime.refs import ObjectRef
+from afield.runtime.submission import POLL_EVERY, Function, PeerState, Submitter
+from afield.transport.channel import Channel
+from afield.transport.pump import uninterruptible
+
+#: A call is sent at once if nothing is on its way; otherwise it leaves in a batch of up to this many.
+BATCH = 64
+
+
+class Caller:
+    """One actor, as seen from one process."""
+
+    __slots__ = ("actor_id", "channel", "creation", "error", "queue", "state", "worker")
+
+    def __init__(self, actor_id: bytes) -> None:
+        self.actor_id = actor_id
+        self.state = "pending"
+        self.worker = b""
+        self.channel: Channel | None = None
+        self.queue: deque[Task] = deque()
+        self.error = b""
+        #: In the creator: keeps the constructor's arguments pinned as long as the actor may be constructed again.
+        self.creation: Task | None = None
+
+
+class ActorCalls:
+    """All actors that this process calls."""
+
+    def __init__(self, process: Process, submitter: Submitter) -> None:
+        self.process = process
+        self.submitter = submitter
+        self._callers: dict[bytes, Caller] = {}
+        self._since_poll = 0
+        process.handlers[m.ActorState] = self._on_state
+
+    def create(self, spec: m.CreateActor, task: Task) -> None:
+        """Send the actor to the daemon once its constructor's arguments are there; the task keeps them pinned."""
+
+        def send(ready: Task) -> None:
+            error = self.submitter.failed_dependency(ready)
+            if error is not None:
+                self._die(caller, error)
+                return
+            spec.arguments, spec.location = ready.arguments, ready.location
+            if ready.dependencies is not None:
+                spec.dependencies = self.submitter.resolved_dependencies(ready)
+            self.process.daemon.send(spec)
+
+        caller = self._callers[spec.actor_id] = Caller(spec.actor_id)
+        caller.creation = task
+
+        def enter() -> None:
+            self.submitter.pin_arguments(task)
+            self.submitter.when_resolved(task, send)
+
+        self.process.locked(enter)
+
+    def caller(self, actor_id: bytes) -> Caller:
+        """Return the caller of an actor, asking the daemon where it is on first use; the caller holds the lock."""
+        caller = self._callers.get(actor_id)
+        if caller is None:
+            caller = self._callers[actor_id] = Caller(actor_id)
+            self.process.daemon.send(m.WatchActor(actor_id))
+        return caller
+
+    def submit(
+        self,
+        actor_id: bytes,
+        function: Function,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        num_returns: int,
+        retries: int,
+    ) -> list[ObjectRef]:
+        """Call a method; return the refs of its outputs at once."""
+        process = self.process
+        if process.dead:
+            process.check_alive()
+        task_id = process.context().next_task_id()
+        task = Task(task_id, function, b"", None, num_returns, retries)
+        if args or kwargs:
+            self.submitter.encode_arguments(task, args, kwargs, function.name)
+        if num_returns == 1:
+            object_ids = [task_id + FIRST_RETURN]
+        else:
+            object_ids = [object_id(task_id, index) for index in range(num_returns)]
+        self._enter(actor_id, task, object_ids)
+        pump = process.pump
+        if pump.interrupted:
+            pump.deliver()
+        self._since_poll += 1
+        if self._since_poll >= POLL_EVERY:
+            self._since_poll = 0
+            pump.poll()
+        return [ObjectRef(oid) for oid in object_ids]
+
+    @uninterruptible
+    def _enter(self, actor_id: bytes, task: Task, object_ids: list[bytes]) -> None:
+        process = self.process
+        with process.pump.lock:
+            self.submitter.tasks_submitted += 1
+            for oid in object_ids:
+                process.table.own(oid, task)
+            caller = self._callers.get(actor_id) or self.caller(actor_id)
+            if task.pinned is not None:
+                self.submitter.pin_arguments(task)
+            caller.queue.append(task)
+            if task.dependencies is not None:
+                self.submitter.when_resolved(task, lambda ready: self._advance(caller))
+                if process.table.effects:
+                    process.run_effects()
+            else:
+                self._advance(caller)
+            if process.loop.dirty:
+                self._flush(caller)
+
+    def _flush(self, caller: Caller) -> None:
+        channel = caller.channel
+        if channel is not None and channel.outbox and len(channel.context.inflight) > 1 and len(channel.outbox) < BATCH:
+            # The actor is busy: let a batch gather. Whoever drives the loop next sends it.
+            if len(channel.outbox) == 1:
+                self.process.pump.wake_standby()
+            return
+        self.process.loop.flush()
+
+    def _advance(self, caller: Caller) -> None:
+        queue = caller.queue
+        while queue:
+            if caller.state == "dead":
+                self.submitter.fail(queue.popleft(), caller.error)
+                continue
+            if caller.channel is None or queue[0].unresolved:
+                return
+            task = queue.popleft()
+            error = self.submitter.failed_dependency(task) if task.dependencies is not None else None
+            if error is not None:
+                self.submitter.fail(task, error)
+            else:
+                state: PeerState = caller.channel.context
+                state.inflight[self.submitter.send_push(caller.channel, state, task)] = task
+
+    # -- life and death of actors --------------------------------------------------------------------------------
+
+    def _on_state(self, channel: Channel, message: m.ActorState) -> None:
+        caller = self._callers.get(message.actor_id)
+        if caller is None or caller.state == "dead":
+            return
+        if message.state == "alive":
+            self._alive(caller, message.worker)
+        elif message.state == "restarting":
+            self._interrupted(caller, message.error)
+            caller.state, caller.channel = "restarting", None
+        elif message.state == "dead":
+            self._die(caller, message.error)
+
+    def _alive(self, caller: Caller, worker: bytes) -> None:
+        channel = self.process.channel_to(worker)
+        if channel is None:
+            return  # it died again; the daemon will say so
+        if channel.context is None:
+            channel.context = PeerState()
+        caller.state, caller.worker, caller.channel = "alive", worker, channel
+        if caller.creation is not None and not caller.creation.retries_left:
+            self._forget_creation(caller)
+        self._advance(caller)
+
+    def _interrupted(self, caller: Caller, error: bytes) -> None:
+        """Put calls that were on their way back into the queue, if they may run twice; fail the others."""
+        if caller.channel is None:
+            return
+        inflight: dict[int, Task] = caller.channel.context.inflight
+        again = []
+        for task in inflight.values():
+            if task.retries_left:
+                task.retries_left -= 1 if task.retries_left > 0 else 0
+                again.append(task)
+            else:
+                self.submitter.fail_with(
+                    task,
+                    ActorUnavailableError(
+                        f"{task.function.name}() was on its way when the actor died and restarted; it may have run. "
+                        "Set max_task_retries if it is safe to run it twice"
+                    ),
+                )
+        inflight.clear()
+        caller.queue.extendleft(reversed(again))
+
+    def _die(self, caller: Caller, error: bytes) -> None:
+        caller.state, caller.error = "dead", error
+        self._forget_creation(caller)
+        if caller.channel is not None:
+            inflight: dict[int, Task] = caller.channel.context.inflight
+            for task in list(inflight.values()):
+                self.submitter.fail(task, error)
+            inflight.clear()
+            caller.channel = None
+        self._advance(caller)
+
+    def _forget_creation(self, caller: Caller) -> None:
+        if caller.creation is not None:
+            self.submitter.unpin_arguments(caller.creation)
+            caller.creation = None
+

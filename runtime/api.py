@@ -1,0 +1,366 @@
+"""The public functions: what `import afield` offers."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, overload
+
+import numpy.typing as npt
+import psutil
+
+from afield.errors import (
+    AlreadyInitializedError,
+    InvalidOptionError,
+    NoDeviceError,
+    NotInitializedError,
+)
+from afield.runtime import current
+from afield.runtime import messages as m
+from afield.runtime.actors import ActorClass, ActorHandle
+from afield.runtime.bootstrap import STORE_SHARE, Session, SessionOptions
+from afield.runtime.functions import RemoteFunction
+from afield.runtime.participant import Participant
+from afield.runtime.refs import ObjectRef
+from afield.scheduler.devices import parse_devices
+from afield.scheduler.resources import ResourceSet
+from afield.transport.pump import Waiter
+from afield.units import format_bytes, parse_bytes
+
+_session: Session | None = None
+_restore_sigint: Callable[[], None] = lambda: None  # noqa: E731
+_was_shut_down = False
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterInfo:
+    """What `init` started."""
+
+    session: str
+    num_cpus: float
+    devices: list[str]
+    host_memory: int
+
+    def __str__(self) -> str:
+        devices = ", ".join(self.devices) or "no devices"
+        return f"afield session {self.session}: {self.num_cpus:g} CPUs, {devices}, host store {format_bytes(self.host_memory)}"
+
+
+def init(
+    address: str | None = None,
+    *,
+    num_cpus: float | None = None,
+    num_gpus: float | None = None,
+    devices: str | int | None = None,
+    resources: dict[str, float] | None = None,
+    host_memory: int | str | None = None,
+    spill_dir: str | None = None,
+    namespace: str | None = None,
+    ignore_reinit_error: bool = False,
+    log_to_driver: bool = True,
+) -> ClusterInfo:
+    """Start a runtime on this machine and connect to it as its driver.
+
+    Args:
+        address: None or "local" starts a runtime of our own.
+        num_cpus: CPUs to schedule on; the machine's by default.
+        num_gpus: checked against the devices that there are.
+        devices: "emulated:N" for N emulated devices, "none"; the environment variable AFIELD_DEVICES by default.
+        resources: custom resources, name to amount.
+        host_memory: capacity of the host store, in bytes or as text ("6GiB"); 30 % of the machine's by default.
+        spill_dir: where the session keeps its files; the system's temporary directory by default.
+        namespace: names of actors are looked up in it.
+        ignore_reinit_error: return quietly if the runtime is running already.
+        log_to_driver: show what workers print.
+
+    Raises:
+        AlreadyInitializedError: the runtime is running.
+        InvalidOptionError: an argument is not valid.
+        NoDeviceError: `num_gpus` exceeds the devices.
+    """
+    global _session, _restore_sigint, _was_shut_down
+    if current.participant is not None:
+        if ignore_reinit_error and _session is not None:
+            return _info(_session)
+        raise AlreadyInitializedError(
+            "afield is already initialised; call afield.shutdown() first, or pass ignore_reinit_error=True"
+        )
+    options = _session_options(
+        address, num_cpus, num_gpus, devices, resources, host_memory, spill_dir, namespace, log_to_driver
+    )
+    session = Session(options)
+    _session, _was_shut_down = session, False
+    _install_driver(session.participant)
+    return _info(session)
+
+
+def _session_options(
+    address: str | None,
+    num_cpus: float | None,
+    num_gpus: float | None,
+    devices: str | int | None,
+    resources: dict[str, float] | None,
+    host_memory: int | str | None,
+    spill_dir: str | None,
+    namespace: str | None,
+    log_to_driver: bool,
+) -> SessionOptions:
+    if address not in (None, "local"):
+        raise InvalidOptionError(f"address={address!r}: joining another runtime is not supported yet; leave it out")
+    found = parse_devices(devices if devices is not None else os.environ.get("AFIELD_DEVICES"))
+    if num_gpus is not None and num_gpus > len(found):
+        raise NoDeviceError(
+            f"num_gpus={num_gpus} but there are {len(found)} devices; "
+            f'pass devices="emulated:{int(num_gpus)}" or set AFIELD_DEVICES=emulated:{int(num_gpus)}'
+        )
+    cpus = num_cpus if num_cpus is not None else float(os.cpu_count() or 1)
+    ResourceSet.from_options(num_cpus=cpus, resources=resources)
+    try:
+        size = parse_bytes(host_memory) if host_memory is not None else int(psutil.virtual_memory().total * STORE_SHARE)
+    except (ValueError, TypeError) as error:
+        raise InvalidOptionError(f"host_memory={host_memory!r}: {error}") from None
+    if size < 1 << 20:
+        raise InvalidOptionError(f"host_memory={host_memory!r}: at least 1 MiB is needed")
+    return SessionOptions(cpus, found, dict(resources or {}), size & -4096, spill_dir, namespace or "", log_to_driver)
+
+
+def _info(session: Session) -> ClusterInfo:
+    options = session.options
+    return ClusterInfo(session.name, options.num_cpus, [device.name for device in options.devices], options.store_bytes)
+
+
+def _install_driver(participant: Participant) -> None:
+    global _restore_sigint
+    process = participant.process
+    process.handlers[m.Log] = _print_log
+    current.install(participant)
+    _restore_sigint = process.pump.install_sigint()
+
+
+def _print_log(channel: Any, message: m.Log) -> None:
+    import sys
+
+    prefix = f"({message.name} pid={message.pid}) "
+    sys.stdout.write("".join(f"{prefix}{line}\n" for line in message.lines))
+    sys.stdout.flush()
+
+
+def auto_init() -> None:
+    """Initialise on first use, unless the user has ended the runtime."""
+    if _was_shut_down:
+        raise NotInitializedError("afield was shut down; call afield.init() to start it again")
+    init()
+
+
+def shutdown() -> None:
+    """End the runtime: its processes, shared memory and sockets are gone when this returns. Does nothing without one."""
+    global _session, _restore_sigint, _was_shut_down
+    session, participant = _session, current.participant
+    if session is None or participant is None:
+        return
+    process = participant.process
+    _was_shut_down = True
+    if not process.dead:
+        ended = Waiter()
+        process.daemon.on_closed = lambda channel: ended.finish()
+        process.locked(process.daemon.send, m.Shutdown())
+        process.pump.wait_for(ended, 2.0)
+    _session = None
+    current.install(None)
+    process.close()
+    session.end()
+    _restore_sigint()
+    _restore_sigint = lambda: None  # noqa: E731
+
+
+atexit.register(shutdown)
+
+
+def _after_fork_in_child() -> None:
+    """A forked copy of a driver is no participant: its sockets and threads belong to the parent."""
+    global _session
+    if current.participant is not None:
+        _session = None
+        current.install(None)
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def is_initialized() -> bool:
+    """Tell whether the runtime is running."""
+    return current.participant is not None
+
+
+def remote(*args: Any, **options: Any) -> Any:
+    """Make a function a remote function, or a class an actor class; with or without options.
+
+    Options of both: `num_cpus` (1 for a task, 0 for an actor), `num_gpus`, `memory`, `gpu_memory`, `resources`, `name`.
+    Of functions: `num_returns`, `max_retries` (3; how often a task is run again whose worker died). Of classes:
+    `max_restarts`, `max_task_retries`.
+
+    Raises:
+        InvalidOptionError: an option is not known or not valid.
+    """
+    if len(args) == 1 and not options and callable(args[0]):
+        return _make_remote(args[0], {})
+    if args:
+        raise TypeError("use @afield.remote, or @afield.remote(num_cpus=..., ...) with options as keywords")
+    return lambda target: _make_remote(target, options)
+
+
+def _make_remote(target: Any, options: dict[str, Any]) -> Any:
+    if isinstance(target, type):
+        return ActorClass(target, options)
+    if callable(target) and hasattr(target, "__qualname__"):
+        return RemoteFunction(target, options)
+    raise TypeError(f"@afield.remote works on functions and classes, not on {type(target).__name__}")
+
+
+@overload
+def get(refs: ObjectRef, *, timeout: float | None = None) -> Any: ...
+@overload
+def get(refs: Sequence[ObjectRef], *, timeout: float | None = None) -> list[Any]: ...
+def get(refs: ObjectRef | Sequence[ObjectRef], *, timeout: float | None = None) -> Any:
+    """Return the value of a ref, or the values of a list of refs, waiting until they are there.
+
+    Arrays come back as read-only views of shared memory.
+
+    Args:
+        refs: one ref or a list.
+        timeout: seconds for all together; 0 asks without waiting.
+
+    Raises:
+        GetTimeoutError: not ready in time.
+        TaskError: the task raised; also an instance of what it raised.
+        LossError: the value was lost with a process.
+    """
+    process = (current.participant or current.ensure()).process
+    deadline = None if timeout is None else time.monotonic() + timeout
+    if type(refs) is ObjectRef:
+        return process.get(refs, deadline)
+    if not isinstance(refs, (list, tuple)):
+        raise TypeError(f"get() takes an ObjectRef or a list of them, not {_describe(refs)}")
+    for ref in refs:
+        if type(ref) is not ObjectRef:
+            raise TypeError(f"get() takes an ObjectRef or a list of them; the list has {_describe(ref)}")
+    return [process.get(ref, deadline) for ref in refs]
+
+
+def _describe(value: Any) -> str:
+    hint = ""
+    if isinstance(value, ActorHandle):
+        hint = " (call one of its methods with .remote() to get a ref)"
+    elif isinstance(value, RemoteFunction):
+        hint = " (call it with .remote() to get a ref)"
+    return f"a {type(value).__name__}{hint}"
+
+
+def put(value: Any) -> ObjectRef:
+    """Store a value and return a ref to it; large ones are shared by all readers of the machine without copies.
+
+    Raises:
+        TypeError: the value is an ObjectRef already.
+        SerializationError: it cannot be pickled.
+        ObjectStoreFullError: there was no room in time.
+    """
+    if type(value) is ObjectRef:
+        raise TypeError("put() of an ObjectRef: it is a reference already; pass it on as it is, or put [ref] to nest it")
+    return (current.participant or current.ensure()).process.put(value)
+
+
+def wait(
+    refs: Sequence[ObjectRef],
+    *,
+    num_returns: int = 1,
+    timeout: float | None = None,
+    fetch_local: bool = True,
+) -> tuple[list[ObjectRef], list[ObjectRef]]:
+    """Wait until `num_returns` of the refs are ready (with a value or an error); return (ready, not ready).
+
+    Both lists keep the order of `refs`; `ready` has at most `num_returns`.
+
+    Args:
+        refs: a list of different refs.
+        num_returns: how many to wait for.
+        timeout: seconds; 0 asks without waiting.
+        fetch_local: values of this machine are shared, so there is nothing to fetch yet.
+
+    Raises:
+        TypeError: not a list of refs.
+        ValueError: duplicates, or `num_returns` out of range.
+    """
+    if type(refs) is ObjectRef:
+        raise TypeError("wait() takes a list of ObjectRefs, not a single one; use wait([ref])")
+    if not isinstance(refs, (list, tuple)) or any(type(ref) is not ObjectRef for ref in refs):
+        raise TypeError("wait() takes a list of ObjectRefs")
+    if len(set(refs)) != len(refs):
+        raise ValueError("wait() takes a list of different refs; this one has duplicates")
+    if isinstance(num_returns, bool) or not isinstance(num_returns, int) or num_returns < 1:
+        raise ValueError(f"num_returns={num_returns!r} must be a whole number of at least 1")
+    if num_returns > len(refs):
+        raise ValueError(f"num_returns={num_returns} is more than the {len(refs)} refs given")
+    process = (current.participant or current.ensure()).process
+    deadline = None if timeout is None else time.monotonic() + timeout
+    return process.wait(refs, num_returns, deadline)
+
+
+def kill(actor: ActorHandle, *, no_restart: bool = True) -> None:
+    """End an actor's process at once; its pending calls fail with `ActorDiedError`."""
+    if not isinstance(actor, ActorHandle):
+        raise TypeError(f"kill() takes an actor's handle, not a {type(actor).__name__}")
+    process = _require().process
+    process.locked(process.daemon.send, m.KillActor(actor._actor_id, no_restart, "it was ended by kill()"))
+
+
+def _require() -> Participant:
+    if current.participant is None:
+        raise NotInitializedError("afield is not initialised; call afield.init() first")
+    return current.participant
+
+
+def query(what: str, argument: Any = None) -> Any:
+    """Ask the node daemon."""
+    return (current.participant or current.ensure()).process.request(lambda n: m.Query(n, what, argument))
+
+
+def cluster_resources() -> dict[str, float]:
+    """Return all resources of the cluster: CPUs, GPUs, bytes of memory, custom amounts."""
+    total: dict[str, float] = query("total")
+    return total
+
+
+def available_resources() -> dict[str, float]:
+    """Return what is not leased at this moment."""
+    available: dict[str, float] = query("available")
+    return available
+
+
+def empty(shape: int | tuple[int, ...], dtype: npt.DTypeLike = "float64") -> npt.NDArray[Any]:
+    """Return an uninitialised array whose memory is in the host store, so that returning it from a task copies nothing.
+
+    The store keeps the memory as it is if nothing but the returned value refers to the array any more; otherwise it copies.
+
+    Raises:
+        ObjectStoreFullError: there was no room in time.
+        TypeError: the dtype holds Python objects.
+    """
+    return (current.participant or current.ensure()).process.store.empty(shape, dtype)
+
+
+def stats() -> dict[str, float]:
+    """Return counters of this process: tasks submitted and retried, bytes copied into the store, shared, and born in it."""
+    participant = _require()
+    store = participant.process.store
+    return {
+        "tasks_submitted": participant.submitter.tasks_submitted,
+        "tasks_retried": participant.submitter.tasks_retried,
+        "bytes_copied_in": store.bytes_copied_in,
+        "bytes_shared": store.bytes_shared,
+        "bytes_born": store.bytes_born,
+    }
+
+

@@ -1,0 +1,159 @@
+"""Starting and ending a session: the driver makes the shared memory, starts the fork server, and waits for its end.
+
+Everything a session leaves outside of process memory is in one directory (mode 0700), which the fork server removes.
+Shared memory is a `memfd` and sockets are abstract: both end with the last process that uses them, however it ends.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import psutil
+
+from afield.errors import RuntimeDiedError
+from afield.runtime.participant import Participant
+from afield.runtime.process import STORE_WAIT_S, SessionConfig
+from afield.scheduler.devices import Device
+from afield.transport.channel import connect
+
+#: Share of the machine's memory that the host store may use unless told otherwise.
+STORE_SHARE = 0.3
+START_TIMEOUT_S = 30.0
+
+_FORK_SERVER = """
+import sys, json
+raw = sys.stdin.buffer.read()
+sys.path[:] = json.loads(raw)["sys_path"]
+from afield.runtime.forkserver import main
+main(raw)
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class SessionOptions:
+    """What `init` asks for."""
+
+    num_cpus: float
+    devices: list[Device]
+    resources: dict[str, float]
+    store_bytes: int
+    spill_dir: str | None
+    namespace: str
+    log_to_driver: bool
+
+
+class Session:
+    """A running session, as its driver holds it."""
+
+    def __init__(self, options: SessionOptions) -> None:
+        self.options = options
+        self.name = secrets.token_hex(8)
+        self.directory = tempfile.mkdtemp(prefix=f"afield-{self.name}-", dir=options.spill_dir)
+        token = secrets.token_bytes(32)
+        driver_id = secrets.token_bytes(8)
+        slab_fd = os.memfd_create(f"afield-{self.name}")
+        os.ftruncate(slab_fd, options.store_bytes)
+        lifeline_read, self._lifeline = os.pipe()
+        config = SessionConfig(self.name, token, slab_fd, options.store_bytes, STORE_WAIT_S)
+        wait = os.environ.get("AFIELD_STORE_WAIT_S")
+        if wait:
+            config.store_wait_s = float(wait)
+        _write_token(self.directory, token)
+        try:
+            self._process = self._start(config, lifeline_read, driver_id)
+            self.participant = self._join(config, driver_id)
+        except BaseException:
+            os.close(self._lifeline)
+            shutil.rmtree(self.directory, ignore_errors=True)
+            raise
+        finally:
+            os.close(lifeline_read)
+            os.close(slab_fd)
+
+    def _start(self, config: SessionConfig, lifeline: int, driver_id: bytes) -> subprocess.Popen[bytes]:
+        options = self.options
+        message: dict[str, Any] = {
+            "session": self.name,
+            "directory": self.directory,
+            "token": config.token.hex(),
+            "slab_fd": config.slab_fd,
+            "capacity": config.capacity,
+            "lifeline_fd": lifeline,
+            "store_wait_s": config.store_wait_s,
+            "sys_path": [path or os.getcwd() for path in sys.path],
+            "working_directory": os.getcwd(),
+            "arguments": list(sys.argv) or [""],
+            "num_cpus": options.num_cpus,
+            "devices": [asdict(device) for device in options.devices],
+            "resources": options.resources,
+            "memory": psutil.virtual_memory().total,
+            "namespace": options.namespace,
+            "driver": driver_id.hex(),
+        }
+        log = open(os.path.join(self.directory, "node.log"), "wb")
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-c", _FORK_SERVER],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                pass_fds=(config.slab_fd, lifeline),
+                start_new_session=True,
+            )
+        finally:
+            log.close()
+        assert process.stdin is not None
+        process.stdin.write(json.dumps(message).encode())
+        process.stdin.close()
+        return process
+
+    def _join(self, config: SessionConfig, driver_id: bytes) -> Participant:
+        """Connect to the daemon as soon as it listens."""
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while True:
+            try:
+                connect(config.address(b"")).close()
+                break
+            except ConnectionRefusedError:
+                if self._process.poll() is not None or time.monotonic() > deadline:
+                    self._process.kill()
+                    self._process.wait()
+                    raise RuntimeDiedError(f"the runtime did not start:\n{self._log()}") from None
+                time.sleep(0.003)
+        participant = Participant(config, driver_id, "driver", log_to_driver=self.options.log_to_driver)
+        participant.process.start()
+        return participant
+
+    def _log(self) -> str:
+        try:
+            with open(os.path.join(self.directory, "node.log"), errors="replace") as file:
+                return file.read()[-4000:]
+        except OSError:
+            return "(no log)"
+
+    def end(self) -> None:
+        """End all processes of the session and wait until they are gone."""
+        os.close(self._lifeline)
+        try:
+            self._process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def _write_token(directory: str, token: bytes) -> None:
+    fd = os.open(os.path.join(directory, "token"), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        os.write(fd, token.hex().encode())
+    finally:
+        os.close(fd)

@@ -1,0 +1,206 @@
+"""The fork server: a small single-threaded process from which the daemon and all workers are forked.
+
+Theory of operation. It has imported what every worker needs and nothing that owns threads or sockets, so a worker exists
+within milliseconds and shares these pages. It is the parent of all processes of the node and therefore the one that learns
+how each of them ended; it reports that to the daemon. It ends when the daemon ends, when the driver ends (the lifeline
+pipe), or when it is told to, and takes every child with it, whatever they are doing.
+
+The daemon talks to it over a socket pair: `("fork", worker id, environment)` there, `("forked", worker id, pid)` with the
+read end of the worker's output pipe, and `("exited", pid, status)` back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import os
+import select
+import shutil
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from afield.runtime.process import SessionConfig
+
+_PR_SET_NAME = 15
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None)
+
+MAX_MESSAGE = 1 << 20
+
+
+class ForkServerConfig(msgspec.Struct):
+    """What the driver writes to the fork server's standard input, as JSON."""
+
+    session: str
+    directory: str
+    token: str
+    slab_fd: int
+    capacity: int
+    lifeline_fd: int
+    store_wait_s: float
+    sys_path: list[str]
+    working_directory: str
+    arguments: list[str]
+    num_cpus: float
+    devices: list[dict[str, Any]]
+    resources: dict[str, float]
+    memory: int
+    namespace: str
+    driver: str
+
+    def session_config(self) -> SessionConfig:
+        """Return the part that every process needs."""
+        return SessionConfig(self.session, bytes.fromhex(self.token), self.slab_fd, self.capacity, self.store_wait_s)
+
+
+def name_process(name: str) -> None:
+    """Set what `ps -o comm` and `top` show."""
+    _libc.prctl(_PR_SET_NAME, name.encode()[:15], 0, 0, 0)
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when its parent ends."""
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+class ForkServer:
+    """Forks, reaps, reports."""
+
+    def __init__(self, config: ForkServerConfig) -> None:
+        self.config = config
+        self.children: set[int] = set()
+        self.daemon_pid = 0
+        self.sock, self._daemon_sock = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+
+    def run(self) -> None:
+        """Serve until the end of the session, then end all children."""
+        signal.signal(signal.SIGCHLD, lambda number, frame: None)
+        signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
+        self.daemon_pid = self._fork(self._run_daemon)
+        self._daemon_sock.close()
+        poller = select.poll()
+        for fd in (self.sock.fileno(), self.config.lifeline_fd, self._wake_read):
+            poller.register(fd, select.POLLIN)
+        try:
+            self._serve(poller)
+        finally:
+            self._end()
+
+    def _serve(self, poller: select.poll) -> None:
+        while True:
+            for fd, _ in poller.poll():
+                if fd == self.config.lifeline_fd:
+                    return
+                if fd == self._wake_read:
+                    with contextlib.suppress(BlockingIOError):
+                        os.read(self._wake_read, 4096)
+                    if not self._reap():
+                        return
+                elif not self._on_message():
+                    return
+
+    def _on_message(self) -> bool:
+        try:
+            data = self.sock.recv(MAX_MESSAGE)
+        except OSError:
+            return False
+        if not data:
+            return False
+        what, worker_id, environment = msgspec.msgpack.decode(data)
+        if what != "fork":
+            return False
+        read_end, write_end = os.pipe2(os.O_CLOEXEC)
+        pid = self._fork(lambda: self._run_worker(worker_id, environment, write_end))
+        os.close(write_end)
+        message = msgspec.msgpack.encode(("forked", worker_id, pid))
+        with contextlib.suppress(OSError):
+            socket.send_fds(self.sock, [message], [read_end])
+        os.close(read_end)
+        return True
+
+    def _reap(self) -> bool:
+        """Report children that ended; return False if the daemon is one of them."""
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return False
+            if not pid:
+                return True
+            self.children.discard(pid)
+            if pid == self.daemon_pid:
+                return False
+            with contextlib.suppress(OSError):
+                self.sock.send(msgspec.msgpack.encode(("exited", pid, status)))
+
+    def _fork(self, child: Callable[[], None]) -> int:
+        pid = os.fork()
+        if pid:
+            self.children.add(pid)
+            return pid
+        status = 1
+        try:
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            die_with_parent()
+            for fd in (self._wake_read, self._wake_write, self.config.lifeline_fd):
+                os.close(fd)
+            self.sock.close()
+            child()
+            status = 0
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+        finally:
+            with contextlib.suppress(Exception):
+                sys.stdout.flush()
+                sys.stderr.flush()
+            os._exit(status)
+
+    def _run_daemon(self) -> None:
+        from afield.runtime.node.daemon import NodeDaemon
+
+        name_process("afield-node")
+        NodeDaemon(self.config, self._daemon_sock).run()
+
+    def _run_worker(self, worker_id: bytes, environment: dict[str, str], output: int) -> None:
+        from afield.runtime.worker import run_worker
+
+        self._daemon_sock.close()
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        os.close(output)
+        name_process("afield-worker")
+        run_worker(self.config, worker_id, environment)
+
+    def _end(self) -> None:
+        for pid in self.children:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        while self.children:
+            try:
+                pid, _ = os.waitpid(-1, 0)
+            except ChildProcessError:
+                break
+            self.children.discard(pid)
+        shutil.rmtree(self.config.directory, ignore_errors=True)
+
+
+def main(raw: bytes) -> None:
+    """Run the fork server; `raw` is its configuration as JSON."""
+    config = msgspec.json.decode(raw, type=ForkServerConfig)
+    name_process("afield-fork")
+    with contextlib.suppress(OSError):
+        os.chdir(config.working_directory)
+    sys.argv = config.arguments
+    # Everything imported so far is shared by all children: keep the collector from touching (and so copying) its pages.
+    gc.collect()
+    gc.freeze()
+    ForkServer(config).run()
+    os._exit(0)

@@ -1,0 +1,91 @@
+"""`RemoteFunction`: what `@afield.remote` makes of a function."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
+
+from afield.runtime import current
+from afield.runtime.options import TASK_OPTIONS, shape_of, validate
+from afield.runtime.serialization import serialize
+from afield.runtime.submission import Function
+
+if TYPE_CHECKING:
+    from afield.runtime.dispatch import Lane
+    from afield.runtime.participant import Participant
+
+DEFAULT_MAX_RETRIES = 3
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class RemoteFunction(Generic[P, R]):
+    """A function that runs elsewhere: `f.remote(...)` returns a future at once."""
+
+    def __init__(self, function: Callable[P, R], options: dict[str, Any]) -> None:
+        validate(options, TASK_OPTIONS, f"@remote on {function.__name__}()")
+        self._set(function, options)
+
+    def _set(self, function: Callable[P, R], options: dict[str, Any]) -> None:
+        self._function = function
+        self._options = options
+        num_returns = options.get("num_returns")
+        retries = options.get("max_retries")
+        self._num_returns: int = 1 if num_returns is None else num_returns
+        self._retries: int = DEFAULT_MAX_RETRIES if retries is None else retries
+        self._name: str = options.get("name") or function.__qualname__.replace("<locals>.", "")
+        self._shape = shape_of(options, default_cpus=1)
+        # Known once the function is used in a session: what is pushed, and the lane for its shape.
+        self._session: Participant | None = None
+        self._pushed: Function | None = None
+        self._lane: Lane | None = None
+        functools.update_wrapper(self, function, updated=())
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        raise TypeError(
+            f"the remote function {self._name}() cannot be called directly; "
+            f"use {self._name}.remote(...) for a future, or {self._name}.__wrapped__(...) to run it here"
+        )
+
+    def options(self, **options: Any) -> RemoteFunction[P, R]:
+        """Return the same function with other options; see `afield.remote`."""
+        validate(options, TASK_OPTIONS, f"{self._name}.options()")
+        return RemoteFunction(self._function, self._options | options)
+
+    def remote(self, *args: Any, **kwargs: Any) -> Any:
+        """Submit a call; return its `ObjectRef`, or a list of them if `num_returns` is not 1, without waiting.
+
+        Raises:
+            SerializationError: an argument cannot be pickled.
+        """
+        participant = current.participant or current.ensure()
+        if self._session is not participant:
+            self._bind(participant)
+        refs = participant.submitter.submit(
+            self._pushed, self._lane, args, kwargs, self._num_returns, self._retries  # type: ignore[arg-type]
+        )
+        return refs[0] if self._num_returns == 1 else refs if refs else None
+
+    def _bind(self, participant: Participant) -> None:
+        serialized = serialize(self._function, f"the function {self._name}()")
+        for ref in serialized.refs:  # captured by the function: they live as long as it may be called
+            participant.process.pin_for_ever(ref)
+        self._pushed = Function(self._name, serialized.pack(), self._num_returns)
+        self._lane = participant.submitter.lane(self._shape)
+        self._session = participant
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # State apart from construction, so that a function that refers to itself can be pickled.
+        return _empty_remote_function, (), (self._function, self._options)
+
+    def __setstate__(self, state: tuple[Callable[P, R], dict[str, Any]]) -> None:
+        self._set(*state)
+
+    def __repr__(self) -> str:
+        return f"RemoteFunction({self._name})"
+
+
+def _empty_remote_function() -> RemoteFunction[..., Any]:
+    return RemoteFunction.__new__(RemoteFunction)

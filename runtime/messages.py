@@ -1,0 +1,375 @@
+"""Every message that crosses a process boundary inside a node: msgpack arrays with an integer tag.
+
+Processes name each other by `ProcessID`. Tags below 20 travel between owners, borrowers and workers; the others between a
+process and its node daemon.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+# Kinds of a value on its way: what `data` / `location` of a `Result` mean.
+INLINE, LOCATED, FAILED = 0, 1, 2
+
+
+class Location(msgspec.Struct, array_like=True, gc=False, frozen=True):
+    """Where a value lies in the node's host store: a slab, an offset and a length in bytes."""
+
+    slab: int
+    offset: int
+    size: int
+
+
+class Result(msgspec.Struct, array_like=True, gc=False):
+    """One output: `data` for INLINE (serialised value) and FAILED (serialised error), `location` for LOCATED."""
+
+    kind: int
+    data: bytes
+    location: Location | None = None
+    contained: list[tuple[bytes, bytes]] | None = None  # (object id, owner) of each ref inside the value
+
+
+class Dependency(msgspec.Struct, array_like=True, gc=False):
+    """A resolved top-level argument; its ref is pinned by the submitter until the reply."""
+
+    object_id: bytes
+    owner: bytes
+    kind: int
+    data: bytes
+    location: Location | None = None
+
+
+# -- owner <-> worker ---------------------------------------------------------------------------------------------
+
+
+class Define(msgspec.Struct, array_like=True, tag=1):
+    """A function (or a method's name), sent once per connection; pushes then name it by `index`."""
+
+    index: int
+    name: str
+    blob: bytes  # cloudpickled function; empty for an actor's method
+    num_returns: int
+
+
+class Push(msgspec.Struct, array_like=True, tag=2, gc=False):
+    """Run a task. `sequence` is unique on the connection."""
+
+    sequence: int
+    task_id: bytes
+    function: int
+    arguments: bytes  # serialised (args, kwargs), empty for none
+    location: Location | None = None  # of the arguments, when they are large
+    dependencies: list[Dependency] | None = None
+
+
+class Reply(msgspec.Struct, array_like=True, tag=3, gc=False):
+    """The outcome of a task with one output."""
+
+    sequence: int
+    kind: int
+    data: bytes
+    location: Location | None = None
+    contained: list[tuple[bytes, bytes]] | None = None
+
+
+class ReplyMany(msgspec.Struct, array_like=True, tag=4, gc=False):
+    """The outcome of a task with several outputs."""
+
+    sequence: int
+    results: list[Result]
+
+
+class Recall(msgspec.Struct, array_like=True, tag=5, gc=False):
+    """Hand back up to `count` tasks that have not started."""
+
+    count: int
+
+
+class HandBack(msgspec.Struct, array_like=True, tag=6, gc=False):
+    """These pushes have not started and never will here. `blocked`: the worker waits inside a task; push no more."""
+
+    sequences: list[int]
+    blocked: bool
+
+
+class Unblocked(msgspec.Struct, array_like=True, tag=7, gc=False):
+    """The worker computes again and takes tasks."""
+
+
+# -- owner <-> borrower -------------------------------------------------------------------------------------------
+
+
+class Add(msgspec.Struct, array_like=True, tag=8, gc=False):
+    """The sender holds the object from now on; `attempt` comes back in the `Added`."""
+
+    object_id: bytes
+    attempt: int
+
+
+class Added(msgspec.Struct, array_like=True, tag=9, gc=False):
+    """The owner knows the borrower (or, with `gone`, no longer knows the object)."""
+
+    object_id: bytes
+    attempt: int
+    gone: bool
+
+
+class Release(msgspec.Struct, array_like=True, tag=10, gc=False):
+    """The sender holds the object no longer."""
+
+    object_id: bytes
+
+
+class Subscribe(msgspec.Struct, array_like=True, tag=11, gc=False):
+    """Send the value as soon as there is one."""
+
+    object_id: bytes
+
+
+class Value(msgspec.Struct, array_like=True, tag=12, gc=False):
+    """The value that was subscribed to."""
+
+    object_id: bytes
+    kind: int
+    data: bytes
+    location: Location | None = None
+
+
+class Took(msgspec.Struct, array_like=True, tag=13, gc=False):
+    """The refs inside the result of push `sequence` are registered with their owners."""
+
+    sequence: int
+
+
+# -- process <-> node daemon --------------------------------------------------------------------------------------
+
+
+class Register(msgspec.Struct, array_like=True, tag=20):
+    """A process introduces itself: `kind` is "driver", "worker" or "client" (a tool that only asks)."""
+
+    kind: str
+    pid: int
+    log_to_driver: bool = False
+
+
+class Demand(msgspec.Struct, array_like=True, tag=21):
+    """The owner wants `count` more leases of shape `key`; replaces the number it sent before."""
+
+    key: int
+    shape: dict[str, int]
+    count: int
+
+
+class Grant(msgspec.Struct, array_like=True, tag=22):
+    """A lease on `worker` for shape `key`."""
+
+    key: int
+    lease_id: int
+    worker: bytes
+
+
+class Infeasible(msgspec.Struct, array_like=True, tag=23):
+    """Shape `key` can never be met here."""
+
+    key: int
+    reason: str
+
+
+class ReturnLease(msgspec.Struct, array_like=True, tag=24):
+    """The owner is done with the lease; `reusable` is False if the worker must not run another task."""
+
+    lease_id: int
+
+
+class Reclaim(msgspec.Struct, array_like=True, tag=25):
+    """Somebody waits: return idle leases at once."""
+
+
+class Blocked(msgspec.Struct, array_like=True, tag=26):
+    """The sending worker waits inside a task (or, with False, computes again)."""
+
+    blocked: bool
+
+
+class ProcessDied(msgspec.Struct, array_like=True, tag=27):
+    """A process of the cluster is gone; `reason` says how."""
+
+    process: bytes
+    reason: str
+
+
+class Assign(msgspec.Struct, array_like=True, tag=28):
+    """The worker's devices for its present lease."""
+
+    lease_id: int
+    devices: list[str]
+
+
+class StoreLease(msgspec.Struct, array_like=True, tag=30):
+    """Ask for `size` bytes of the host store, waiting at most `timeout_s`."""
+
+    request: int
+    size: int
+    timeout_s: float
+
+
+class StoreGrant(msgspec.Struct, array_like=True, tag=31):
+    """The extent for request `request`, or the `refusal` with its arithmetic."""
+
+    request: int
+    offset: int
+    size: int
+    refusal: str
+
+
+class GiveBack(msgspec.Struct, array_like=True, tag=32):
+    """An unused part of an extent that was granted."""
+
+    offset: int
+    size: int
+
+
+class Seal(msgspec.Struct, array_like=True, tag=33):
+    """The pieces (offset, size) are object `object_id`, complete."""
+
+    object_id: bytes
+    owner: bytes
+    pieces: list[tuple[int, int]]
+
+
+class Free(msgspec.Struct, array_like=True, tag=34):
+    """The owner says that nobody can reach these objects any more."""
+
+    object_ids: list[bytes]
+
+
+class Held(msgspec.Struct, array_like=True, tag=35):
+    """Question from the daemon (owner died): which of these are mapped by live values? The answer has the same form."""
+
+    question: int
+    object_ids: list[bytes]
+
+
+class CreateActor(msgspec.Struct, array_like=True, tag=40):
+    """Create an actor; the answer is a series of `ActorState`."""
+
+    actor_id: bytes
+    class_name: str
+    blob: bytes
+    shape: dict[str, int]
+    arguments: bytes
+    location: Location | None
+    dependencies: list[Dependency] | None
+    options: dict[str, Any]
+
+
+class BecomeActor(msgspec.Struct, array_like=True, tag=41):
+    """Daemon to worker: construct this actor and serve its calls until the end."""
+
+    spec: CreateActor
+    owner: bytes
+
+
+class ActorBorn(msgspec.Struct, array_like=True, tag=42):
+    """Worker to daemon: the constructor returned, or raised `error` (serialised)."""
+
+    actor_id: bytes
+    error: bytes
+
+
+class WatchActor(msgspec.Struct, array_like=True, tag=43):
+    """Tell me the actor's state now and whenever it changes."""
+
+    actor_id: bytes
+
+
+class ActorState(msgspec.Struct, array_like=True, tag=44):
+    """`state` is "pending", "alive" (at `worker`), "restarting" or "dead" (`error`: serialised cause)."""
+
+    actor_id: bytes
+    state: str
+    worker: bytes
+    error: bytes
+
+
+class KillActor(msgspec.Struct, array_like=True, tag=45):
+    """End the actor's process."""
+
+    actor_id: bytes
+    no_restart: bool
+    reason: str
+
+
+class Query(msgspec.Struct, array_like=True, tag=50):
+    """Ask the daemon (or a process) for `what`; the `Answer` has the same request number."""
+
+    request: int
+    what: str
+    argument: Any = None
+
+
+class Answer(msgspec.Struct, array_like=True, tag=51):
+    """The answer to a `Query`; `error` is empty when all is well."""
+
+    request: int
+    value: Any = None
+    error: str = ""
+
+
+class Log(msgspec.Struct, array_like=True, tag=52):
+    """Lines that a worker wrote."""
+
+    name: str
+    pid: int
+    stream: str
+    lines: list[str]
+
+
+class Shutdown(msgspec.Struct, array_like=True, tag=53):
+    """The driver ends the cluster."""
+
+
+Message = (
+    Define
+    | Push
+    | Reply
+    | ReplyMany
+    | Recall
+    | HandBack
+    | Unblocked
+    | Add
+    | Added
+    | Release
+    | Subscribe
+    | Value
+    | Took
+    | Register
+    | Demand
+    | Grant
+    | Infeasible
+    | ReturnLease
+    | Reclaim
+    | Blocked
+    | ProcessDied
+    | Assign
+    | StoreLease
+    | StoreGrant
+    | GiveBack
+    | Seal
+    | Free
+    | Held
+    | CreateActor
+    | BecomeActor
+    | ActorBorn
+    | WatchActor
+    | ActorState
+    | KillActor
+    | Query
+    | Answer
+    | Log
+    | Shutdown
+)
+
+decode = msgspec.msgpack.Decoder(list[Message]).decode

@@ -1,0 +1,160 @@
+"""The actor directory: creates actors, knows where each one lives, tells those who ask, and ends them."""
+
+from __future__ import annotations
+
+import pickle
+from typing import TYPE_CHECKING
+
+from afield.errors import ActorDiedError, ActorUnschedulableError
+from afield.runtime import messages as m
+from afield.scheduler.leases import Grant
+from afield.scheduler.resources import ResourceSet
+from afield.transport.channel import Channel
+
+if TYPE_CHECKING:
+    from afield.runtime.node.daemon import NodeDaemon
+    from afield.runtime.node.workers import Worker
+
+#: Lease owners that stand for an actor rather than a process start with this.
+_ACTOR_OWNER = b"actor:"
+#: The end of an actor is remembered for this many actors, for handles that ask late.
+MAX_DEAD = 10_000
+
+
+class Actor:
+    """One actor as the directory knows it."""
+
+    __slots__ = ("creator", "error", "kill_reason", "restarts_left", "spec", "state", "watchers", "worker")
+
+    def __init__(self, spec: m.CreateActor, creator: bytes) -> None:
+        self.spec = spec
+        self.creator = creator
+        self.state = "pending"
+        self.worker: Worker | None = None
+        self.watchers = {creator}
+        self.error = b""
+        self.kill_reason = ""
+        self.restarts_left = int(spec.options.get("max_restarts", 0))
+
+
+class ActorDirectory:
+    """All actors of the cluster."""
+
+    def __init__(self, daemon: NodeDaemon) -> None:
+        self._daemon = daemon
+        self.actors: dict[bytes, Actor] = {}
+        self._dead: dict[bytes, bytes] = {}
+
+    def is_actor_lease(self, owner: bytes) -> bool:
+        """Tell whether a lease is for an actor."""
+        return owner.startswith(_ACTOR_OWNER)
+
+    def on_create(self, channel: Channel, spec: m.CreateActor) -> None:
+        """A process creates an actor."""
+        actor = self.actors[spec.actor_id] = Actor(spec, channel.peer_id)
+        self._ask_for_worker(actor)
+
+    def _ask_for_worker(self, actor: Actor) -> None:
+        shape = ResourceSet(actor.spec.shape)
+        owner = _ACTOR_OWNER + actor.spec.actor_id
+        for refusal in self._daemon.leases.demand(owner, shape, 1, 0, lasting=True):
+            error = ActorUnschedulableError(f"{actor.spec.class_name}: {refusal.reason}")
+            self._end(actor, pickle.dumps(error, 5))
+
+    def on_granted(self, grant: Grant, worker: Worker) -> None:
+        """A worker is there for an actor."""
+        actor = self.actors.get(grant.owner[len(_ACTOR_OWNER) :])
+        if actor is None:
+            self._daemon.leases.release(grant.lease_id)
+            self._daemon.workers.on_lease_returned(grant.lease_id)
+            return
+        worker.actor_id = actor.spec.actor_id
+        worker.name = actor.spec.class_name
+        actor.worker = worker
+        self._daemon.send(worker.id, m.BecomeActor(actor.spec, actor.creator))
+
+    def on_born(self, channel: Channel, message: m.ActorBorn) -> None:
+        """A constructor returned or raised."""
+        actor = self.actors.get(message.actor_id)
+        if actor is None or actor.worker is None or actor.worker.id != channel.peer_id:
+            return
+        if message.error:
+            self._end(actor, message.error)
+        else:
+            actor.state = "alive"
+            self._announce(actor)
+
+    def on_watch(self, channel: Channel, message: m.WatchActor) -> None:
+        """A process wants to call an actor."""
+        actor = self.actors.get(message.actor_id)
+        if actor is None:
+            error = self._dead.get(message.actor_id)
+            if error is None:
+                error = pickle.dumps(ActorDiedError("the actor is gone, and how it ended is no longer known"), 5)
+            channel.send(m.ActorState(message.actor_id, "dead", b"", error))
+        else:
+            actor.watchers.add(channel.peer_id)
+            channel.send(self._state_of(actor))
+
+    def _state_of(self, actor: Actor) -> m.ActorState:
+        worker = actor.worker.id if actor.worker is not None else b""
+        return m.ActorState(actor.spec.actor_id, actor.state, worker, actor.error)
+
+    def _announce(self, actor: Actor) -> None:
+        for watcher in actor.watchers:
+            self._daemon.send(watcher, self._state_of(actor))
+
+    def on_kill(self, channel: Channel, message: m.KillActor) -> None:
+        """A process ends an actor."""
+        actor = self.actors.get(message.actor_id)
+        if actor is None:
+            return
+        if message.no_restart:
+            actor.restarts_left = 0
+        actor.kill_reason = message.reason
+        if actor.worker is not None:
+            self._daemon.workers.kill(actor.worker)
+            if message.no_restart:
+                self._end(actor, self._death(actor, message.reason))
+        elif message.no_restart:
+            self._end(actor, self._death(actor, message.reason))
+
+    def _death(self, actor: Actor, reason: str) -> bytes:
+        return pickle.dumps(ActorDiedError(f"the actor {actor.spec.class_name} is dead: {reason}"), 5)
+
+    def _end(self, actor: Actor, error: bytes) -> None:
+        """The actor is over for good."""
+        if actor.state == "dead":
+            return
+        actor.state, actor.error = "dead", error
+        self._announce(actor)
+        actor_id = actor.spec.actor_id
+        del self.actors[actor_id]
+        self._dead[actor_id] = error
+        if len(self._dead) > MAX_DEAD:
+            del self._dead[next(iter(self._dead))]
+        self._daemon.leases.demand(_ACTOR_OWNER + actor_id, ResourceSet(actor.spec.shape), 0, 0)
+        if actor.worker is not None:
+            self._daemon.workers.kill(actor.worker)
+
+    def on_worker_died(self, worker: Worker, reason: str) -> None:
+        """A worker is gone, perhaps with an actor on it."""
+        actor = self.actors.get(worker.actor_id) if worker.actor_id else None
+        if actor is None or actor.worker is not worker:
+            return
+        reason = actor.kill_reason or f"its process died ({reason})"
+        actor.worker, actor.kill_reason = None, ""
+        if actor.restarts_left:
+            actor.restarts_left -= 1 if actor.restarts_left > 0 else 0
+            actor.state, actor.error = "restarting", self._death(actor, reason)
+            self._announce(actor)
+            self._ask_for_worker(actor)
+        else:
+            self._end(actor, self._death(actor, reason))
+
+    def on_process_died(self, process_id: bytes) -> None:
+        """The creator of an actor is gone: so is the actor, unless it is detached."""
+        for actor in list(self.actors.values()):
+            actor.watchers.discard(process_id)
+            if actor.creator == process_id and not actor.spec.options.get("detached"):
+                self._end(actor, self._death(actor, "the process that created it ended"))

@@ -1,0 +1,268 @@
+"""The node daemon: the shell around the lease manager and the host store's books.
+
+It is single-threaded: one loop, one handler per message. Its state is the cores' state, the worker pool and the actor
+directory; nothing here is on the path of a task that already has a lease.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+from afield.runtime import messages as m
+from afield.runtime.forkserver import ForkServerConfig
+from afield.runtime.node.actors import ActorDirectory
+from afield.runtime.node.workers import Worker, WorkerPool
+from afield.gpu_store.residency import Effect, Granted, HostStoreCore
+from afield.scheduler.devices import Device
+from afield.scheduler.leases import LeaseManager
+from afield.scheduler.resources import ResourceSet
+from afield.transport.auth import Handshake
+from afield.transport.channel import Channel, listen, same_user
+from afield.transport.loop import Loop
+
+#: While a dead owner's objects are still mapped somewhere, ask again this often.
+ORPHAN_CHECK_S = 1.0
+
+
+class NodeDaemon:
+    """One node's daemon."""
+
+    def __init__(self, config: ForkServerConfig, fork_sock: socket.socket) -> None:
+        self.config = config
+        self.session = config.session_config()
+        self.loop = Loop()
+        self.channels: dict[bytes, Channel] = {}
+        self.drivers: dict[bytes, bool] = {}  # id -> wants logs
+        self.pids: dict[bytes, int] = {}
+        self.primary = bytes.fromhex(config.driver)
+        self.store = HostStoreCore(config.capacity)
+        devices = [Device(**device) for device in config.devices]
+        resources = ResourceSet.from_options(
+            num_cpus=config.num_cpus, memory=config.memory, resources=config.resources
+        )
+        self.leases = LeaseManager(resources, devices)
+        self.workers = WorkerPool(self, fork_sock)
+        self.actors = ActorDirectory(self)
+        self._orphans: set[bytes] = set()
+        self._question = 0
+        self._asked: set[bytes] = set()
+        self._still_held: set[bytes] = set()
+        self._next_orphan_check = 0.0
+        self._stopping = False
+        self._listener = listen(self.session.address(b""))
+        self.loop.register(self._listener.fileno(), self._accept)
+        self._handlers: dict[type, Callable[[Channel, Any], None]] = {
+            m.Register: self._on_register,
+            m.Demand: self._on_demand,
+            m.ReturnLease: self._on_return_lease,
+            m.Blocked: self._on_blocked,
+            m.StoreLease: self._on_store_lease,
+            m.GiveBack: lambda c, x: self._store_effects(self.store.give_back(c.peer_id, x.offset, x.size)),
+            m.Seal: lambda c, x: self._store_effects(self.store.seal(c.peer_id, x.object_id, x.owner, x.pieces)),
+            m.Free: self._on_free,
+            m.Held: self._on_held,
+            m.CreateActor: self.actors.on_create,
+            m.ActorBorn: self.actors.on_born,
+            m.WatchActor: self.actors.on_watch,
+            m.KillActor: self.actors.on_kill,
+            m.Query: self._on_query,
+            m.Shutdown: self._on_shutdown,
+        }
+
+    def run(self) -> None:
+        """Serve until told to stop, or the fork server or the primary driver is gone."""
+        self.workers.prestart()
+        while not self._stopping:
+            self.loop.step(self._timeout())
+            now = time.monotonic()
+            self._store_effects(self.store.expire(now))
+            if self._orphans and now >= self._next_orphan_check:
+                self._ask_for_orphans(now)
+            self.schedule()
+            self.loop.flush()
+        self.workers.drain_output()
+        self.loop.flush()
+
+    def _timeout(self) -> float | None:
+        deadlines = [d for d in (self.store.next_deadline(), self.leases.next_deadline()) if d is not None]
+        if self._orphans:
+            deadlines.append(self._next_orphan_check)
+        return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
+
+    def stop(self) -> None:
+        """Leave the loop; the fork server ends everything."""
+        self._stopping = True
+
+    # -- processes -----------------------------------------------------------------------------------------------
+
+    def _accept(self, events: int) -> None:
+        while True:
+            try:
+                sock, _ = self._listener.accept()
+            except OSError:
+                return
+            sock.setblocking(False)
+            if not same_user(sock):
+                sock.close()
+                continue
+            handshake = Handshake(self.session.token, b"\0" * 8, os.urandom(32), server=True)
+            Channel(self.loop, sock, handshake, m.decode, self._on_messages, self._lost)
+
+    def _on_messages(self, channel: Channel, batch: list[Any]) -> None:
+        for message in batch:
+            self._handlers[type(message)](channel, message)
+
+    def _on_register(self, channel: Channel, message: m.Register) -> None:
+        self.pids[channel.peer_id] = message.pid
+        if message.kind != "client":
+            self.channels[channel.peer_id] = channel
+        if message.kind == "driver":
+            self.drivers[channel.peer_id] = message.log_to_driver
+        elif message.kind == "worker":
+            self.workers.on_registered(channel)
+
+    def send(self, process_id: bytes, message: Any) -> None:
+        """Send to a process if it is still there."""
+        channel = self.channels.get(process_id)
+        if channel is not None:
+            channel.send(message)
+
+    def _lost(self, channel: Channel) -> None:
+        process_id = channel.peer_id
+        if self.channels.get(process_id) is not channel:
+            return
+        del self.channels[process_id]
+        if process_id in self.drivers:
+            self.process_died(process_id, "the driver ended")
+        # A worker's end is reported by the fork server, with the reason.
+
+    def process_died(self, process_id: bytes, reason: str) -> None:
+        """Settle everything that a process leaves behind."""
+        self.channels.pop(process_id, None)
+        self.drivers.pop(process_id, None)
+        self.pids.pop(process_id, None)
+        if process_id == self.primary:
+            self.stop()
+            return
+        self._store_effects(self.store.client_died(process_id))
+        for lease_id in self.leases.owner_died(process_id):
+            self.workers.end_lease_of_dead_owner(lease_id)
+        self.actors.on_process_died(process_id)
+        for channel in self.channels.values():
+            channel.send(m.ProcessDied(process_id, reason))
+        self._asked.discard(process_id)
+        orphans = self.store.owner_died(process_id)
+        if orphans:
+            self._orphans.update(orphans)
+            self._ask_for_orphans(time.monotonic())
+
+    def _ask_for_orphans(self, now: float) -> None:
+        """Ask who still maps objects whose owner is dead; what nobody maps is freed when all have answered."""
+        self._question += 1
+        self._next_orphan_check = now + ORPHAN_CHECK_S
+        self._still_held = set()
+        self._asked = set(self.channels)
+        for channel in self.channels.values():
+            channel.send(m.Held(self._question, list(self._orphans)))
+
+    def _on_held(self, channel: Channel, message: m.Held) -> None:
+        if message.question != self._question:
+            return
+        self._still_held.update(message.object_ids)
+        self._asked.discard(channel.peer_id)
+        if not self._asked:
+            for object_id in self._orphans - self._still_held:
+                self._store_effects(self.store.free(object_id))
+            self._orphans &= self._still_held
+
+    # -- leases --------------------------------------------------------------------------------------------------
+
+    def _on_demand(self, channel: Channel, message: m.Demand) -> None:
+        for refusal in self.leases.demand(channel.peer_id, ResourceSet(message.shape), message.count, message.key):
+            channel.send(m.Infeasible(refusal.key, refusal.reason))
+
+    def _on_return_lease(self, channel: Channel, message: m.ReturnLease) -> None:
+        self.leases.release(message.lease_id)
+        self.workers.on_lease_returned(message.lease_id)
+
+    def _on_blocked(self, channel: Channel, message: m.Blocked) -> None:
+        worker = self.workers.by_id.get(channel.peer_id)
+        if worker is not None and worker.lease_id:
+            change = self.leases.block if message.blocked else self.leases.unblock
+            change(worker.lease_id)
+
+    def schedule(self) -> None:
+        """Grant what can be granted and ask for what is needed."""
+        for grant in self.leases.schedule(time.monotonic()):
+            self.workers.provide(grant)
+        for owner in self.leases.reclaims():
+            self.send(owner, m.Reclaim())
+
+    def granted(self, worker: Worker) -> None:
+        """A worker is ready for its lease."""
+        grant = worker.grant
+        assert grant is not None
+        self.send(worker.id, m.Assign(grant.lease_id, list(grant.device_uuids)))
+        if self.actors.is_actor_lease(grant.owner):
+            self.actors.on_granted(grant, worker)
+        elif grant.owner in self.channels:
+            self.send(grant.owner, m.Grant(grant.key, grant.lease_id, worker.id))
+        else:
+            self.leases.release(grant.lease_id)
+            self.workers.on_lease_returned(grant.lease_id)
+
+    # -- the store -----------------------------------------------------------------------------------------------
+
+    def _on_store_lease(self, channel: Channel, message: m.StoreLease) -> None:
+        deadline = time.monotonic() + message.timeout_s
+        self._store_effects(
+            self.store.lease(channel.peer_id, message.request, message.size, message.timeout_s > 0, deadline)
+        )
+
+    def _on_free(self, channel: Channel, message: m.Free) -> None:
+        for object_id in message.object_ids:
+            self._store_effects(self.store.free(object_id))
+
+    def _store_effects(self, effects: list[Effect]) -> None:
+        for effect in effects:
+            if isinstance(effect, Granted):
+                answer = m.StoreGrant(effect.request_id, effect.offset, effect.size, "")
+            else:
+                answer = m.StoreGrant(effect.request_id, 0, 0, effect.reason)
+            self.send(effect.client, answer)
+
+    # -- questions -----------------------------------------------------------------------------------------------
+
+    def _on_query(self, channel: Channel, message: m.Query) -> None:
+        answers: dict[str, Callable[[Any], Any]] = {
+            "total": lambda argument: self.leases.total(),
+            "available": lambda argument: self.leases.available(),
+            "store": lambda argument: {
+                "capacity": self.store.capacity,
+                "used": self.store.used_bytes,
+                "sealed": self.store.sealed_bytes,
+                "leased": self.store.leased_bytes,
+                "objects": len(list(self.store.objects())),
+            },
+            "processes": lambda argument: [process.hex() for process in self.channels],
+            "workers": lambda argument: self.workers.describe(),
+        }
+        make = answers.get(message.what)
+        if make is None:
+            channel.send(m.Answer(message.request, None, f"the node daemon does not know {message.what!r}"))
+        else:
+            channel.send(m.Answer(message.request, make(message.argument)))
+
+    def log(self, name: str, pid: int, stream: str, lines: list[str]) -> None:
+        """Pass a worker's output on to the drivers that want it."""
+        for driver, wanted in self.drivers.items():
+            if wanted:
+                self.send(driver, m.Log(name, pid, stream, lines))
+
+    def _on_shutdown(self, channel: Channel, message: m.Shutdown) -> None:
+        if channel.peer_id == self.primary:
+            self.stop()

@@ -1,0 +1,538 @@
+"""A process as a participant in the runtime: the shell around the ownership table, shared by drivers and workers.
+
+It owns the loop, the channels to the node daemon and to other processes, the table, and this process's side of the host
+store; it executes the table's effects and offers what the public API is made of: put, get, wait. Submitting tasks is the
+business of `submission`, calling actors that of `actor_calls`, running tasks that of `executor`.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from afield.errors import (
+    AfieldError,
+    GetTimeoutError,
+    ObjectLostError,
+    ObjectStoreFullError,
+    OwnerDiedError,
+    RuntimeDiedError,
+)
+from afield.gpu_store.client import HostStoreClient, View
+from afield.ids import PUT_INDEX, Scope
+from afield.runtime import messages as m
+from afield.runtime.ownership import (
+    FAILED,
+    INLINE,
+    LOCATED,
+    PENDING,
+    Entry,
+    FreeStored,
+    Obligation,
+    OwnershipTable,
+    Send,
+    Settled,
+)
+from afield.runtime.refs import ObjectRef
+from afield.runtime.serialization import Serialized, deserialize, dumps_plain, serialize
+from afield.transport.auth import Handshake
+from afield.transport.channel import Channel, connect, listen, same_user
+from afield.transport.loop import Loop
+from afield.transport.pump import Pump, Waiter, uninterruptible
+
+#: Values up to this size travel inside messages; larger ones stay in the store.
+INLINE_BYTES = 100 * 1024
+#: A producer waits this long for room in the host store unless told otherwise.
+STORE_WAIT_S = 10.0
+
+_T = TypeVar("_T")
+
+
+class SessionConfig:
+    """What every process of a session must know."""
+
+    __slots__ = ("capacity", "session", "slab_fd", "store_wait_s", "token")
+
+    def __init__(self, session: str, token: bytes, slab_fd: int, capacity: int, store_wait_s: float) -> None:
+        self.session = session
+        self.token = token
+        self.slab_fd = slab_fd
+        self.capacity = capacity
+        self.store_wait_s = store_wait_s
+
+    def address(self, process_id: bytes) -> str:
+        """Return the socket name of a process; the daemon's id is empty."""
+        return f"afield-{self.session}-{process_id.hex() or 'node'}"
+
+
+class TaskContext:
+    """What runs on a thread: names the ids of what it submits."""
+
+    __slots__ = ("obligation", "scope", "task_id")
+
+    def __init__(self, task_id: bytes, scope: Scope | None = None) -> None:
+        self.task_id = task_id
+        self.scope = scope
+        #: Collects the registrations that the task's reply must wait for; None outside of tasks.
+        self.obligation: Obligation | None = None
+
+    def next_task_id(self) -> bytes:
+        """Return an id for a submission; the same ones in each execution of the same task."""
+        scope = self.scope
+        if scope is None:
+            scope = self.scope = Scope(self.task_id)
+        return scope.next_task_id()
+
+
+class _Current(threading.local):
+    context: TaskContext | None = None
+
+
+class Process:
+    """This process in the cluster.
+
+    Args:
+        config: the session.
+        process_id: who we are.
+        kind: "driver" or "worker".
+        log_to_driver: whether the daemon sends us what workers print.
+    """
+
+    def __init__(self, config: SessionConfig, process_id: bytes, kind: str, *, log_to_driver: bool = False) -> None:
+        self.config = config
+        self.process_id = process_id
+        self.loop = Loop()
+        self.pump = Pump(self.loop, self.after_events, self._due_in)
+        self.table = OwnershipTable(process_id, self._owner_died_error)
+        self.channels: dict[bytes, Channel] = {}
+        self.handlers: dict[type, Callable[[Channel, Any], None]] = {}
+        #: Handles one frame; `submission` puts its own in, which is quick about replies.
+        self.on_batch: Callable[[Channel, list[Any]], None] = self._on_batch
+        self.on_settled: Callable[[Any], None] = lambda token: None
+        self.on_peer_lost: list[Callable[[bytes], None]] = []
+        self.on_process_died: list[Callable[[bytes, str], None]] = []
+        self.tickers: list[Callable[[float], float | None]] = []
+        self.dead = ""  # why nothing works any more, once it does not
+        self.current = _Current()
+        self.root = TaskContext(b"", Scope())
+        #: A worker sets these: what to do before and after a wait inside a task.
+        self.on_block: Callable[[], None] | None = None
+        self.on_unblock: Callable[[], None] | None = None
+        self._dropped: deque[bytes] = deque()
+        self._given_back: deque[tuple[int, int]] = deque()
+        self._requests: dict[int, list[Any]] = {}
+        self._request = 0
+        self._next_due: float | None = None
+        self.store = HostStoreClient(config.slab_fd, config.capacity, self._lease_store, self._give_back)
+        self._listener = listen(config.address(process_id))
+        self.loop.register(self._listener.fileno(), self._accept)
+        self._install_handlers()
+        self.daemon = self._open(connect(config.address(b"")), server=False)
+        self.daemon.on_closed = self._daemon_lost
+        self.loop.first = self.daemon
+        self.daemon.send(m.Register(kind, os.getpid(), log_to_driver))
+
+    def start(self) -> None:
+        """Begin to serve others also while no thread of ours waits."""
+        self.pump.start()
+
+    # -- channels ------------------------------------------------------------------------------------------------
+
+    def _open(self, sock: Any, *, server: bool) -> Channel:
+        handshake = Handshake(self.config.token, self.process_id, os.urandom(32), server=server)
+
+        def on_messages(channel: Channel, batch: list[Any]) -> None:
+            self.on_batch(channel, batch)
+
+        return Channel(self.loop, sock, handshake, m.decode, on_messages, self._channel_lost, self._channel_ready)
+
+    def _accept(self, events: int) -> None:
+        while True:
+            try:
+                sock, _ = self._listener.accept()
+            except BlockingIOError:
+                return
+            except OSError:
+                return
+            sock.setblocking(False)
+            if same_user(sock):
+                self._open(sock, server=True)
+            else:
+                sock.close()
+
+    def _channel_ready(self, channel: Channel) -> None:
+        # What we send to a peer always goes through one and the same channel, so that it stays in order.
+        self.channels.setdefault(channel.peer_id, channel)
+
+    def channel_to(self, process_id: bytes) -> Channel | None:
+        """Return the channel to a process, connecting if needed; None if the process is gone."""
+        channel = self.channels.get(process_id)
+        if channel is None:
+            try:
+                channel = self._open(connect(self.config.address(process_id)), server=False)
+            except OSError:
+                self._peer_died(process_id)
+                return None
+            channel.peer_id = process_id
+            self.channels[process_id] = channel
+        return channel
+
+    def _channel_lost(self, channel: Channel) -> None:
+        if channel.peer_id:
+            self.channels.pop(channel.peer_id, None)
+            self._peer_died(channel.peer_id)
+
+    def _peer_died(self, process_id: bytes) -> None:
+        self.table.on_peer_died(process_id)
+        for notify in self.on_peer_lost:
+            notify(process_id)
+
+    def _daemon_lost(self, channel: Channel) -> None:
+        self.fail_everything("the node daemon is gone; call afield.shutdown() and afield.init() to start afresh")
+
+    def fail_everything(self, reason: str) -> None:
+        """Nothing will be answered any more: fail every value that is still pending."""
+        if self.dead:
+            return
+        self.dead = reason
+        error = serialize(RuntimeDiedError(reason), "the error").pack()
+        for object_id, entry in list(self.table.entries.items()):
+            if entry.state == PENDING:
+                if entry.owner:
+                    entry.owner, entry.registration = b"", 0
+                self.table.fulfil(object_id, FAILED, error)
+        self.table.effects.clear()
+        for request in self._requests.values():
+            request[1] = RuntimeDiedError(reason)
+            request[0].finish()
+
+    # -- messages ------------------------------------------------------------------------------------------------
+
+    def _install_handlers(self) -> None:
+        table = self.table
+        self.handlers |= {
+            m.Add: lambda channel, message: table.on_add(channel.peer_id, message),
+            m.Added: lambda channel, message: table.on_added(message),
+            m.Release: lambda channel, message: table.on_release(channel.peer_id, message.object_id),
+            m.Subscribe: lambda channel, message: table.on_subscribe(channel.peer_id, message.object_id),
+            m.Value: lambda channel, message: table.on_value(message),
+            m.Took: lambda channel, message: table.on_took(channel.peer_id, message.sequence),
+            m.ProcessDied: self._on_process_died,
+            m.StoreGrant: self._on_store_grant,
+            m.Answer: self._on_answer,
+            m.Held: self._on_held,
+        }
+
+    def _on_batch(self, channel: Channel, batch: list[Any]) -> None:
+        handlers = self.handlers
+        for message in batch:
+            handlers[type(message)](channel, message)
+
+    def _on_process_died(self, channel: Channel, message: m.ProcessDied) -> None:
+        self.channels.pop(message.process, None)
+        self.table.on_peer_died(message.process)
+        for notify in self.on_process_died:
+            notify(message.process, message.reason)
+
+    def _on_held(self, channel: Channel, message: m.Held) -> None:
+        held = [object_id for object_id in message.object_ids if object_id in self.table.entries]
+        channel.send(m.Held(message.question, held))
+
+    # -- the shell of the table ----------------------------------------------------------------------------------
+
+    def after_events(self) -> None:
+        """Collect what was dropped, execute effects, and let those who have deadlines look at the clock."""
+        dropped = self._dropped
+        drop = self.table.drop
+        while dropped:
+            drop(dropped.popleft())
+        while self._given_back:
+            self.daemon.send(m.GiveBack(*self._given_back.popleft()))
+        if self.table.effects:
+            self.run_effects()
+        self._next_due = None
+        if self.tickers:
+            now = time.monotonic()
+            for tick in self.tickers:
+                due = tick(now)
+                if due is not None and (self._next_due is None or due < self._next_due):
+                    self._next_due = due
+
+    def _due_in(self) -> float | None:
+        if self._dropped or self._given_back or self.loop.dirty:
+            return 0
+        if self._next_due is None:
+            return None
+        return max(0.0, self._next_due - time.monotonic())
+
+    def run_effects(self) -> None:
+        """Execute what the table decided; the caller holds the lock."""
+        table = self.table
+        freed: list[bytes] = []
+        while table.effects:
+            effects, table.effects = table.effects, []
+            for effect in effects:
+                kind = type(effect)
+                if kind is Send:
+                    channel = self.channel_to(effect.to)
+                    if channel is not None:
+                        channel.send(effect.message)
+                elif kind is FreeStored:
+                    freed.append(effect.object_id)
+                elif kind is Settled:
+                    self.on_settled(effect.token)
+        if freed and not self.dead:
+            self.daemon.send(m.Free(freed))
+
+    @uninterruptible
+    def locked(self, action: Callable[..., _T], *args: Any) -> _T:
+        """Call `action` as one transition, execute what follows from it and send it."""
+        with self.pump.lock:
+            result = action(*args)
+            if self.table.effects:
+                self.run_effects()
+            if self.loop.dirty:
+                self.loop.flush()
+        return result
+
+    def handle_dropped(self, object_id: bytes) -> None:
+        """A handle is gone. Called from `__del__`, in any thread, also inside the garbage collector."""
+        self._dropped.append(object_id)
+        if self.pump.standby_leads:
+            self.loop.kick()
+
+    def _give_back(self, offset: int, size: int) -> None:
+        self._given_back.append((offset, size))
+        self.pump.wake_standby()
+
+    def owner_of(self, object_id: bytes) -> bytes:
+        """Return the owner's id of an object that we hold."""
+        return self.table.entries[object_id].owner or self.process_id
+
+    def receive_ref(self, object_id: bytes, owner: bytes) -> None:
+        """A ref was unpickled that nobody carries."""
+        self.locked(self.table.receive, object_id, owner)
+
+    def pin_for_ever(self, object_id: bytes) -> None:
+        """A ref was pickled that nobody carries."""
+        self.locked(self.table.pin, object_id)
+
+    def _owner_died_error(self, owner: bytes) -> bytes:
+        if owner == self.process_id:
+            error: AfieldError = ObjectLostError("the object was freed: its last reference had been dropped")
+        else:
+            error = OwnerDiedError(f"the process that owned the object is gone (process {owner.hex()})")
+        return serialize(error, "the error").pack()
+
+    def context(self) -> TaskContext:
+        """Return what runs on this thread."""
+        return self.current.context or self.root
+
+    # -- the store -----------------------------------------------------------------------------------------------
+
+    def request(self, make: Callable[[int], Any]) -> Any:
+        """Send the daemon a message with a request number and block until it is answered."""
+        waiter = Waiter()
+        slot: list[Any] = [waiter, None]
+
+        def send() -> None:
+            self.check_alive()
+            self.after_events()  # what we freed comes first: it may make the room that we ask for
+            self._request += 1
+            self._requests[self._request] = slot
+            self.daemon.send(make(self._request))
+
+        self.locked(send)
+        while not self.pump.wait_for(waiter):
+            self.check_alive()
+        if isinstance(slot[1], BaseException):
+            raise slot[1]
+        return slot[1]
+
+    def _answered(self, request: int, value: Any) -> None:
+        slot = self._requests.pop(request, None)
+        if slot is not None:
+            slot[1] = value
+            slot[0].finish()
+
+    def _on_answer(self, channel: Channel, message: m.Answer) -> None:
+        self._answered(message.request, AfieldError(message.error) if message.error else message.value)
+
+    def _on_store_grant(self, channel: Channel, message: m.StoreGrant) -> None:
+        refused = ObjectStoreFullError(message.refusal) if message.refusal else None
+        self._answered(message.request, refused or (message.offset, message.size))
+
+    def _lease_store(self, size: int) -> tuple[int, int]:
+        wait_s = self.config.store_wait_s
+        granted: tuple[int, int] = self.request(lambda request: m.StoreLease(request, size, wait_s))
+        return granted
+
+    def write_object(self, object_id: bytes, owner: bytes, value: Serialized, holder: list[Any]) -> m.Location:
+        """Write a value into the store as object `object_id` of `owner`; blocks while there is no room."""
+        (offset, size), pieces = self.store.store(value, holder)
+        with self.pump.lock:  # leaves with the next flush, before anything that could name the location
+            self.daemon.send(m.Seal(object_id, owner, pieces))
+        return m.Location(0, offset, size)
+
+    # -- values --------------------------------------------------------------------------------------------------
+
+    def encode(self, value: Any, object_id: bytes, what: str) -> tuple[int, bytes | m.Location, list[bytes]]:
+        """Serialise a value for an object of ours: (INLINE, bytes, refs) or (LOCATED, location, refs)."""
+        data = dumps_plain(value)
+        if data is None:
+            serialized = serialize(value, what)
+            holder = [value]
+            del value
+            if serialized.size > INLINE_BYTES:
+                return LOCATED, self.write_object(object_id, self.process_id, serialized, holder), serialized.refs
+            return INLINE, serialized.pack(), serialized.refs
+        if len(data) > INLINE_BYTES:
+            return LOCATED, self.write_object(object_id, self.process_id, Serialized(data, [], []), [value]), []
+        return INLINE, data, []
+
+    def put(self, value: Any) -> ObjectRef:
+        """Make an object of ours out of `value`."""
+        self.check_alive()
+        object_id = self.context().next_task_id() + PUT_INDEX
+        kind, stored, refs = self.encode(value, object_id, "the value given to put()")
+        self.table.put(object_id, kind, stored, refs) if not refs else self.locked(
+            self.table.put, object_id, kind, stored, refs
+        )
+        if len(self._dropped) > 256:
+            self.locked(self.after_events)
+        return ObjectRef(object_id)
+
+    def get(self, ref: ObjectRef, deadline: float | None) -> Any:
+        """Return the value of `ref`, driving the loop until it is there.
+
+        Raises:
+            GetTimeoutError: `deadline` (monotonic seconds) passed first.
+        """
+        entry = self.table.entries.get(ref.id)
+        if entry is None:
+            raise ObjectLostError(f"{ref!r} belongs to a runtime that was shut down")
+        if entry.state == PENDING:
+            self.wait_done(ref, deadline)
+        return self.value_of(ref, entry)
+
+    def wait_done(self, ref: ObjectRef, deadline: float | None) -> None:
+        """Block until the value of `ref` is there."""
+        waiter = Waiter()
+        finish = waiter.finish
+        if self.locked(self.table.when_done, ref.id, finish):
+            return
+        try:
+            if not self.blocking_wait(waiter, deadline):
+                if self.dead:
+                    raise RuntimeDiedError(self.dead)
+                raise GetTimeoutError(f"{ref!r} was not ready in time; its task goes on")
+        finally:
+            if not waiter.done:
+                self.locked(self.table.stop_waiting, ref.id, finish)
+
+    def blocking_wait(self, waiter: Waiter, deadline: float | None) -> bool:
+        """Wait for `waiter`; inside a task, give up its CPUs if it takes longer than a moment."""
+        if self.on_block is None or self.current.context is None:
+            return self.pump.wait_for(waiter, None if deadline is None else deadline - time.monotonic())
+        moment = 0.001 if deadline is None else min(0.001, deadline - time.monotonic())
+        if self.pump.wait_for(waiter, moment):
+            return True
+        self.on_block()
+        try:
+            return self.pump.wait_for(waiter, None if deadline is None else deadline - time.monotonic())
+        finally:
+            assert self.on_unblock is not None
+            self.on_unblock()
+
+    def value_of(self, ref: ObjectRef, entry: Entry) -> Any:
+        """Rebuild the value of a finished entry, or raise the error that it is."""
+        object_id = ref.id
+        if entry.state == LOCATED:
+            location = entry.value
+            view = self.store.view(location.offset, location.size, self.handle_dropped)
+            entry.handles += 1
+            view.hold = object_id
+            data: Any = memoryview(view)
+            del view
+        else:
+            data = entry.value
+        value = deserialize(data, "the value", self._on_ref_in(object_id), self._resolver(object_id, entry))
+        if entry.state == FAILED:
+            raise value
+        return value
+
+    def _on_ref_in(self, container: bytes) -> Callable[[bytes, bytes], None]:
+        def on_ref(object_id: bytes, owner: bytes) -> None:
+            self.locked(self.table.receive, object_id, owner, Obligation(container=container))
+
+        return on_ref
+
+    def _resolver(self, object_id: bytes, entry: Entry) -> Callable[[int, int], memoryview]:
+        def resolve(offset: int, size: int) -> memoryview:
+            view = self.store.view(offset, size, self.handle_dropped)
+            entry.handles += 1
+            view.hold = object_id
+            return memoryview(view)
+
+        return resolve
+
+    def wait(self, refs: Sequence[ObjectRef], num_returns: int, deadline: float | None) -> tuple[list[Any], list[Any]]:
+        """Return (ready, not ready), both in the order given, once `num_returns` are ready or the time is over."""
+        entries = self.table.entries
+        waiter = Waiter()
+        missing = [num_returns]
+
+        def one_done() -> None:
+            missing[0] -= 1
+            if missing[0] <= 0:
+                waiter.finish()
+
+        def subscribe() -> list[bytes]:
+            pending = []
+            for ref in refs:
+                if ref.id not in entries or self.table.when_done(ref.id, one_done):
+                    missing[0] -= 1
+                else:
+                    pending.append(ref.id)
+            if missing[0] <= 0:
+                waiter.done = True
+            return pending
+
+        pending = self.locked(subscribe)
+        try:
+            if not waiter.done:
+                self.blocking_wait(waiter, deadline)
+        finally:
+            self.locked(self._stop_waiting_all, pending, one_done)
+        done = [ref for ref in refs if ref.id not in entries or entries[ref.id].state != PENDING][:num_returns]
+        if len(done) == len(refs):
+            return done, []
+        chosen = {ref.id for ref in done}
+        return done, [ref for ref in refs if ref.id not in chosen]
+
+    def _stop_waiting_all(self, object_ids: list[bytes], notify: Callable[[], None]) -> None:
+        for object_id in object_ids:
+            self.table.stop_waiting(object_id, notify)
+
+    # -- end -----------------------------------------------------------------------------------------------------
+
+    def check_alive(self) -> None:
+        """Raise if nothing can be answered any more."""
+        if self.dead:
+            raise RuntimeDiedError(self.dead)
+
+    def close(self) -> None:
+        """Leave the cluster."""
+        self.dead = self.dead or "the runtime was shut down"
+        self.pump.close()
+        for channel in [self.daemon, *self.channels.values()]:
+            channel.close()
+        self.loop.unregister(self._listener.fileno())
+        self._listener.close()
+        self.loop.close()
+
+

@@ -1,0 +1,74 @@
+"""`ObjectRef`: the future that users hold."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import msgspec
+
+from afield.errors import NotInitializedError
+from afield.runtime import current
+from afield.runtime.serialization import collector
+
+
+class ObjectRef(msgspec.Struct, gc=False, eq=False, repr_omit_defaults=True):
+    """A reference to a value that may not exist yet and may live anywhere.
+
+    It can be passed to tasks, nested in values, compared, hashed and awaited. Pickling it copies the reference, never the
+    value. The value is freed when the last reference to it, in any process, is gone.
+    """
+
+    id: bytes
+
+    def hex(self) -> str:
+        """Return the object's id as text."""
+        return self.id.hex()
+
+    def binary(self) -> bytes:
+        """Return the object's id."""
+        return self.id
+
+    def task_id(self) -> bytes:
+        """Return the id of the task that creates the object."""
+        return self.id[:16]
+
+    def __repr__(self) -> str:
+        return f"ObjectRef({self.id.hex()})"
+
+    def __hash__(self) -> int:
+        return hash(self.id)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ObjectRef) and self.id == other.id
+
+    def __del__(self) -> None:
+        process = current.process
+        if process is not None:
+            process.handle_dropped(self.id)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        process = current.process
+        if process is None:
+            raise NotInitializedError("an ObjectRef cannot be pickled after afield.shutdown()")
+        if collector.refs is not None:
+            collector.refs.append(self.id)
+        else:
+            warnings.warn(
+                f"{self!r} was pickled outside of afield: its value is now kept until its owner ends. "
+                "Pass it as an argument, or inside a value given to put() or returned from a task.",
+                stacklevel=2,
+            )
+            process.pin_for_ever(self.id)
+        return rebuild_ref, (self.id, process.owner_of(self.id))
+
+
+def rebuild_ref(object_id: bytes, owner: bytes) -> ObjectRef:
+    """Unpickle a reference: this process holds the object from here on."""
+    if collector.on_ref is not None:
+        collector.on_ref(object_id, owner)
+    elif current.process is not None:
+        current.process.receive_ref(object_id, owner)
+    else:
+        raise NotInitializedError("an ObjectRef can only be unpickled in a process of its cluster; call afield.init()")
+    return ObjectRef(object_id)

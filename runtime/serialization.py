@@ -1,0 +1,251 @@
+"""Values to bytes and back: pickle protocol 5 with out-of-band buffers, cloudpickle where pickle does not suffice.
+
+Theory of operation. A serialised value has one of three forms, told apart by its first byte:
+
+    (empty)     None
+    0x80 ...    a pickle without out-of-band buffers (0x80 is pickle's own first opcode)
+    0x01 ...    a packed value: header, pickle, and buffers, each buffer 64-byte aligned relative to the start
+
+The packed form is the same inline and in the store, so writing an object is one pass into its extent and reading it maps
+the buffers in place. A buffer whose data was born in the store is not copied: its table entry names its place instead.
+
+    header: u8 0x01, 3 zero bytes, u32 number of buffers, u64 length of the pickle
+    table:  per buffer u64 offset (highest bit set: absolute in the slab), u64 length
+
+Refs inside a value are found while it is pickled and unpickled: `ObjectRef.__reduce__` and its rebuilding function report to
+the `Collector` of the running thread. Pickled anywhere else, a ref has no carrier, and is pinned for its owner's life.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import struct
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import cloudpickle
+import numpy as np
+
+from afield.errors import DeserializationError, SerializationError
+
+ALIGNMENT = 64
+PACKED = 1
+ABSOLUTE = 1 << 63
+_HEADER = struct.Struct("<B3xIQ")
+_PLACE = struct.Struct("<QQ")
+
+#: Types that plain pickle treats exactly as cloudpickle does, so the slower pickler is not needed.
+_PLAIN = frozenset([int, float, str, bytes, bool, type(None), complex, bytearray])
+_MAX_PLAIN_ITEMS = 64
+
+Buffers = list[pickle.PickleBuffer]
+
+
+class Collector(threading.local):
+    """What (de)serialisation on this thread reports to; None outside of the runtime's own (de)serialisation."""
+
+    #: Appended to by refs that are pickled.
+    refs: list[bytes] | None = None
+    #: Called by refs that are unpickled: (object id, owner).
+    on_ref: Callable[[bytes, bytes], None] | None = None
+
+
+collector = Collector()
+
+
+class Serialized:
+    """A pickled value: the pickle, its out-of-band buffers, and the ids of the refs inside it."""
+
+    __slots__ = ("buffers", "pickled", "refs")
+
+    def __init__(self, pickled: bytes, buffers: list[memoryview], refs: list[bytes]) -> None:
+        self.pickled = pickled
+        self.buffers = buffers
+        self.refs = refs
+
+    @property
+    def size(self) -> int:
+        """Bytes that the value takes inline or in one extent."""
+        if not self.buffers:
+            return len(self.pickled)
+        size = _HEADER.size + _PLACE.size * len(self.buffers) + len(self.pickled)
+        for buffer in self.buffers:
+            size = aligned(size) + buffer.nbytes
+        return size
+
+    def pack(self) -> bytes:
+        """Return the inline form."""
+        if not self.buffers:
+            return self.pickled
+        out = bytearray(self.size)
+        self.write(memoryview(out))
+        return bytes(out)
+
+    def write(self, target: memoryview, born: Sequence[int | None] | None = None) -> int:
+        """Write the packed form into `target` and return its length; `born[i]` is the slab offset of a buffer that stays."""
+        count = len(self.buffers)
+        start = _HEADER.size + _PLACE.size * count
+        _HEADER.pack_into(target, 0, PACKED, count, len(self.pickled))
+        position = start + len(self.pickled)
+        target[start:position] = self.pickled
+        for index, buffer in enumerate(self.buffers):
+            place = born[index] if born else None
+            if place is not None:
+                _PLACE.pack_into(target, _HEADER.size + _PLACE.size * index, place | ABSOLUTE, buffer.nbytes)
+                continue
+            position = aligned(position)
+            _PLACE.pack_into(target, _HEADER.size + _PLACE.size * index, position, buffer.nbytes)
+            copy_bytes(target[position : position + buffer.nbytes], buffer)
+            position += buffer.nbytes
+        return position
+
+
+def aligned(size: int) -> int:
+    """Round up to the alignment of buffers."""
+    return (size + ALIGNMENT - 1) & -ALIGNMENT
+
+
+def copy_bytes(target: memoryview, source: memoryview) -> None:
+    """Copy equally long buffers; large copies release the interpreter lock."""
+    if source.nbytes < 65536:
+        target[:] = source
+    else:
+        np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))
+
+
+def _is_plain(value: Any) -> bool:
+    kind = type(value)
+    if kind in _PLAIN:
+        return True
+    if kind is tuple or kind is list:
+        return len(value) <= _MAX_PLAIN_ITEMS and all(_is_plain(item) for item in value)
+    if kind is dict:
+        return len(value) <= _MAX_PLAIN_ITEMS and all(_is_plain(k) and _is_plain(v) for k, v in value.items())
+    return False
+
+
+def dumps_plain(value: Any) -> bytes | None:
+    """Return the pickle of a small value made of builtins, which contains no refs; None if it is not one."""
+    if value is None:
+        return b""
+    if _is_plain(value):
+        return pickle.dumps(value, 5)
+    return None
+
+
+def serialize(value: Any, what: str) -> Serialized:
+    """Pickle any value; `what` names it in errors.
+
+    Raises:
+        SerializationError: it cannot be pickled; names the attribute that is to blame.
+    """
+    buffers: Buffers = []
+    outer = collector.refs
+    refs: list[bytes] = []
+    collector.refs = refs
+    try:
+        if type(value) is np.ndarray and not value.dtype.hasobject:
+            pickled = pickle.dumps(value, 5, buffer_callback=buffers.append)
+        else:
+            out = io.BytesIO()
+            cloudpickle.CloudPickler(out, 5, buffers.append).dump(value)
+            pickled = out.getvalue()
+        raw = [buffer.raw() for buffer in buffers]
+    except Exception as error:
+        raise unpicklable(value, what, error) from error
+    finally:
+        collector.refs = outer
+    return Serialized(pickled, raw, refs)
+
+
+def deserialize(
+    data: bytes | memoryview,
+    what: str,
+    on_ref: Callable[[bytes, bytes], None] | None,
+    resolve: Callable[[int, int], memoryview] | None = None,
+) -> Any:
+    """Rebuild a value from any of the three forms.
+
+    Args:
+        data: the serialised value; its buffers become read-only views of it, so it must stay unchanged while they live.
+        what: names the value in errors.
+        on_ref: called for each ref inside the value.
+        resolve: gives the memory of (offset, length) for buffers that were born in the store.
+
+    Raises:
+        DeserializationError: a class cannot be found here, or its code raised.
+    """
+    if not len(data):
+        return None
+    outer = collector.on_ref
+    collector.on_ref = on_ref
+    try:
+        if data[0] != PACKED:
+            return pickle.loads(data)
+        view = memoryview(data)
+        _, count, length = _HEADER.unpack_from(view, 0)
+        start = _HEADER.size + _PLACE.size * count
+        buffers = []
+        for index in range(count):
+            offset, size = _PLACE.unpack_from(view, _HEADER.size + _PLACE.size * index)
+            if offset & ABSOLUTE:
+                assert resolve is not None
+                buffers.append(resolve(offset ^ ABSOLUTE, size))
+            else:
+                buffers.append(view[offset : offset + size])
+        return pickle.loads(view[start : start + length], buffers=buffers)
+    except Exception as error:
+        raise DeserializationError(
+            f"{what} cannot be rebuilt in this process: {type(error).__name__}: {error}. "
+            "Its classes must be importable here: install the module that defines them, or pass it with "
+            "runtime_env={'py_modules': [...]}."
+        ) from error
+    finally:
+        collector.on_ref = outer
+
+
+def unpicklable(value: Any, what: str, error: BaseException) -> SerializationError:
+    """Make the error that names the part of `value` that is to blame."""
+    if isinstance(error, SerializationError):
+        return error
+    path, culprit = _find_culprit(value, what, 0)
+    kind = type(culprit)
+    return SerializationError(
+        f"cannot pickle {what}: {path} is a {kind.__module__}.{kind.__qualname__} ({type(error).__name__}: {error}). "
+        "Create it inside the task, keep it in an actor, or give its class a __reduce__ method."
+    )
+
+
+def _can_pickle(value: Any) -> bool:
+    try:
+        cloudpickle.dumps(value, 5)
+    except Exception:
+        return False
+    return True
+
+
+def _find_culprit(value: Any, path: str, depth: int) -> tuple[str, Any]:
+    """Descend into what cannot be pickled until all parts of it can; return the path and the part."""
+    if depth > 8:
+        return path, value
+    for name, part in _parts(value):
+        if not _can_pickle(part):
+            return _find_culprit(part, path + name, depth + 1)
+    return path, value
+
+
+def _parts(value: Any) -> list[tuple[str, Any]]:
+    if isinstance(value, dict):
+        return [(f"[{key!r}]", item) for key, item in value.items()]
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [(f"[{index}]", item) for index, item in enumerate(value)]
+    parts = []
+    if callable(value) and hasattr(value, "__closure__"):
+        names = value.__code__.co_freevars
+        parts += [(f" (captured {n!r})", c.cell_contents) for n, c in zip(names, value.__closure__ or (), strict=False)]
+        used = value.__code__.co_names
+        parts += [(f" (global {n!r})", value.__globals__[n]) for n in used if n in value.__globals__]
+    parts += [(f".{name}", item) for name, item in getattr(value, "__dict__", {}).items() if not isinstance(value, type)]
+    return parts

@@ -1,0 +1,473 @@
+"""The core of the node daemon's decision who may use a worker. Pure: no I/O, no clock, no threads.
+
+Theory of operation. An owner tells how many more leases of a shape it wants (`demand`, an absolute number per (owner,
+key)); `schedule` turns demand into grants while resources last; a lease ends with `release`. The shell starts or
+picks a worker for each grant, and calls `schedule` and then `reclaims` after anything that may have freed or asked
+for something.
+
+    demand --schedule--> granted <--block/unblock--> blocked
+                            '------release-------------'
+
+**Order.** Demands stand in one queue and are served round-robin, one lease each; who got a lease goes to its end. A
+demand that does not fit now is passed over, so that what is free does not idle.
+
+**No starvation.** Passing over must end. A demand whose (owner, key) holds no lease is *starving* once `PATIENCE`
+grants have taken what it lacks. The first such demand gets the one *hold*: from then on nobody else is granted what
+would leave less than the demand needs (of countable resources and on the devices picked for it), so every release
+brings it closer. A hold is only given, and kept, while there is hope: the demand would fit if all leases that will
+come back did. Leases of actors (`lasting`) do not come back, and a blocked lease may be waiting for the very task
+that the hold would keep out, so both count against hope and a hold cannot deadlock with them. As a last guard
+(against tasks that run for ever or poll) the hold lapses after `HOLD_LIMIT_S` where the shell hands in the time, and
+each lapse doubles the demand's patience, so that hopeless holds cost less and less.
+
+**Blocked leases.** A worker that waits inside its task gives its CPUs (only those) back, so that the tasks that it
+waits for can run. When it goes on it takes them again without asking; the node may be oversubscribed until enough
+leases ended.
+
+**Devices.** Device amounts live on the devices, not in one sum. A fraction shares the fullest device that still has
+room (best fit keeps whole devices free); a whole number takes that many untouched devices. `gpu_memory` counts on
+each of them.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from afield.scheduler.devices import Device
+from afield.scheduler.resources import CPU, GPU, GPU_MEMORY, UNIT, ResourceSet, format_amount
+
+# Grants that may pass over a demand before it is starving. A few rounds of a small machine's workers: enough that the
+# order of arrivals within one burst does not matter, few enough that nobody waits for long.
+PATIENCE = 16
+
+# Seconds for which one hold may keep resources idle. Longer than most tasks, shorter than a user's patience.
+HOLD_LIMIT_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """The owner may push tasks of its demand `key` to one worker that is bound to these devices."""
+
+    lease_id: int
+    owner: bytes
+    key: int
+    shape: ResourceSet
+    device_uuids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Infeasible:
+    """This demand can never be met on this node, and was dropped."""
+
+    owner: bytes
+    key: int
+    reason: str
+
+
+class _Need:
+    """A shape, taken apart once: countable amounts, and how much of how many devices. All in units of 1e-4."""
+
+    __slots__ = ("count", "cpu", "device_count", "device_memory", "device_units", "names", "shape")
+
+    def __init__(self, shape: ResourceSet) -> None:
+        gpu = shape[GPU]
+        self.shape = shape
+        self.cpu = shape[CPU]
+        self.count = {name: amount for name, amount in shape.items() if name not in (GPU, GPU_MEMORY)}
+        self.device_memory = shape[GPU_MEMORY]
+        self.device_units = min(gpu, UNIT)
+        self.device_count = max(gpu // UNIT, 1) if gpu or self.device_memory else 0
+        # Devices are contended as a whole, whichever of their two amounts runs out.
+        self.names = frozenset((*self.count, GPU)) if self.device_count else frozenset(self.count)
+
+
+class _Slot:
+    """What is left of one device, and how much of that is kept for the demand with the hold."""
+
+    __slots__ = ("held_memory", "held_units", "index", "memory", "units", "uuid")
+
+    def __init__(self, device: Device, index: int) -> None:
+        self.uuid = device.uuid
+        self.index = index
+        self.units = UNIT
+        self.memory = device.memory_bytes * UNIT
+        self.held_units = 0
+        self.held_memory = 0
+
+
+class _Demand:
+    """What one (owner, key) still wants, and how often it was passed over."""
+
+    __slots__ = ("count", "id", "lasting", "need", "passed", "patience")
+
+    def __init__(self, demand_id: tuple[bytes, int], need: _Need) -> None:
+        self.id = demand_id
+        self.need = need
+        self.count = 0
+        self.lasting = False
+        self.passed = 0
+        self.patience = PATIENCE
+
+
+class _Lease:
+    """A granted lease. `blocked`: its CPUs are given back for now."""
+
+    __slots__ = ("blocked", "demand_id", "lasting", "need", "slots")
+
+    def __init__(self, demand: _Demand, slots: Sequence[_Slot]) -> None:
+        self.demand_id = demand.id
+        self.need = demand.need
+        self.lasting = demand.lasting
+        self.slots = slots
+        self.blocked = False
+
+
+class LeaseManager:
+    """Grants leases of one node. The owner of a lease is a process, named by its id in bytes."""
+
+    def __init__(self, total: ResourceSet, devices: Sequence[Device]) -> None:
+        """Manage `total`; its GPU and gpu_memory are replaced by what `devices` really provide."""
+        self._slots = [_Slot(device, index) for index, device in enumerate(devices)]
+        units = total.units()
+        units[GPU] = UNIT * len(self._slots)
+        units[GPU_MEMORY] = sum(slot.memory for slot in self._slots)
+        self._device_memory = [slot.memory for slot in self._slots]
+        self._total = ResourceSet(units)
+        self._free = {name: amount for name, amount in units.items() if name not in (GPU, GPU_MEMORY)}
+        self._demands: OrderedDict[tuple[bytes, int], _Demand] = OrderedDict()
+        self._leases: dict[int, _Lease] = {}
+        self._by_owner: dict[bytes, dict[int, None]] = {}  # living owners only
+        self._held_by: dict[tuple[bytes, int], int] = {}  # number of leases of each (owner, key)
+        self._asked: set[bytes] = set()  # owners that `reclaims` reported and that did not react yet
+        self._next_lease_id = 1
+        self._hold: _Demand | None = None
+        self._hold_since: float | None = None
+
+    # -- what owners and workers report ---------------------------------------------------------------------------
+
+    def demand(self, owner: bytes, shape: ResourceSet, count: int, key: int, lasting: bool = False) -> list[Infeasible]:
+        """Set how many more leases of `shape` the demand `key` of `owner` wants now; 0 withdraws it.
+
+        `lasting` says that the leases will be kept for an unknown time (actors). A demand that can never be met is
+        dropped.
+        """
+        demand_id = (owner, key)
+        demand = self._demands.get(demand_id)
+        if count <= 0:
+            if demand is not None:
+                self._drop(demand)
+            return []
+        if demand is None or demand.need.shape != shape:
+            need = _Need(shape)
+            reason = self._why_infeasible(need)
+            if demand is not None and (reason or demand is self._hold):
+                self._end_hold(demand)
+            if reason:
+                self._demands.pop(demand_id, None)
+                return [Infeasible(owner, key, reason)]
+            if demand is None:
+                demand = self._demands[demand_id] = _Demand(demand_id, need)
+            demand.need = need
+            self._asked.clear()
+        demand.count = count
+        demand.lasting = lasting
+        return []
+
+    def release(self, lease_id: int) -> bool:
+        """End a lease; returns False when it ended before (messages about one lease may cross)."""
+        lease = self._leases.pop(lease_id, None)
+        if lease is None:
+            return False
+        free = self._free
+        for name, amount in lease.need.count.items():
+            free[name] += amount
+        if lease.blocked:
+            free[CPU] -= lease.need.cpu
+        for slot in lease.slots:
+            slot.units += lease.need.device_units
+            slot.memory += lease.need.device_memory
+        owner = lease.demand_id[0]
+        held = self._held_by[lease.demand_id] - 1
+        if held:
+            self._held_by[lease.demand_id] = held
+        else:
+            del self._held_by[lease.demand_id]
+        leases = self._by_owner.get(owner)
+        if leases is not None:
+            leases.pop(lease_id, None)
+            if not leases:
+                del self._by_owner[owner]
+        self._asked.discard(owner)
+        return True
+
+    def block(self, lease_id: int) -> bool:
+        """The worker waits inside its task: give its CPUs back. Returns False for an ended or blocked lease."""
+        lease = self._leases.get(lease_id)
+        if lease is None or lease.blocked:
+            return False
+        lease.blocked = True
+        self._asked.discard(lease.demand_id[0])
+        if lease.need.cpu:
+            self._free[CPU] += lease.need.cpu
+        return True
+
+    def unblock(self, lease_id: int) -> bool:
+        """The worker goes on and takes its CPUs again, even if none are free. False for a lease that is not blocked."""
+        lease = self._leases.get(lease_id)
+        if lease is None or not lease.blocked:
+            return False
+        lease.blocked = False
+        self._asked.discard(lease.demand_id[0])
+        if lease.need.cpu:
+            self._free[CPU] -= lease.need.cpu
+        return True
+
+    def owner_died(self, owner: bytes) -> list[int]:
+        """Drop the demands of `owner` and return the ids of the leases that it held, oldest first.
+
+        They stay accounted until each is released: until its worker is known to be free, it still uses what it was
+        given.
+        """
+        for demand in [demand for demand in self._demands.values() if demand.id[0] == owner]:
+            self._drop(demand)
+        self._asked.discard(owner)
+        return list(self._by_owner.pop(owner, ()))
+
+    # -- decisions ------------------------------------------------------------------------------------------------
+
+    def schedule(self, now: float | None = None) -> list[Grant]:
+        """Grant what fits, round-robin over the waiting demands. `now` (seconds) is only used to let a hold lapse."""
+        if not self._demands:
+            return []
+        self._review_hold(now)
+        grants: list[Grant] = []
+        takers: list[_Need] = []
+        missed: list[tuple[_Demand, int]] = []
+        turn = list(self._demands.values())
+        while turn:
+            still_wanting = []
+            for demand in turn:
+                slots = self._find(demand)
+                if slots is None:
+                    missed.append((demand, len(takers)))
+                    continue
+                takers.append(demand.need)
+                grants.append(self._grant(demand, slots))
+                if demand.count:
+                    still_wanting.append(demand)
+            turn = still_wanting
+        if grants:
+            self._count_passes(missed, takers)
+        if self._hold is None:
+            self._maybe_hold([demand for demand, _ in missed], now)
+        return grants
+
+    def next_deadline(self) -> float | None:
+        """Return when the hold lapses, if there is one and the time is known: call `schedule` then at the latest."""
+        return self._hold_since + HOLD_LIMIT_S if self._hold_since is not None else None
+
+    def reclaims(self) -> list[bytes]:
+        """Return the owners that should give back idle leases, because others wait for what these leases hold.
+
+        Each is named once, until it reacts (its leases change) or somebody new waits. Leases of the waiting (owner,
+        key) itself, lasting and blocked ones are no reason to ask.
+        """
+        waiting_for: dict[str, set[tuple[bytes, int]]] = {}
+        for demand in self._demands.values():
+            for name in self._lacking(demand):
+                waiting_for.setdefault(name, set()).add(demand.id)
+        if not waiting_for:
+            return []
+        ask = []
+        for owner, lease_ids in self._by_owner.items():
+            if owner not in self._asked and any(self._in_the_way(self._leases[i], waiting_for) for i in lease_ids):
+                ask.append(owner)
+        self._asked.update(ask)
+        return ask
+
+    def total(self) -> dict[str, float]:
+        """Return the node's resources: CPUs, devices, bytes."""
+        return self._total.as_floats()
+
+    def available(self) -> dict[str, float]:
+        """Return what is not leased now; an oversubscribed CPU shows as 0."""
+        units = dict(self._free)
+        units[GPU] = sum(slot.units for slot in self._slots)
+        units[GPU_MEMORY] = sum(slot.memory for slot in self._slots)
+        return {name: max(units[name], 0) / UNIT for name in self._total}
+
+    # -- granting -------------------------------------------------------------------------------------------------
+
+    def _find(self, demand: _Demand) -> Sequence[_Slot] | None:
+        """Return the devices (possibly none) with which the demand fits now, or None when it does not fit."""
+        need, free, hold = demand.need, self._free, self._hold
+        mine = hold is None or hold is demand
+        for name, amount in need.count.items():
+            kept = 0 if mine or hold is None else hold.need.count.get(name, 0)
+            if free[name] - kept < amount:
+                return None
+        if not need.device_count:
+            return ()
+        units, memory = need.device_units, need.device_memory
+        fitting = [
+            slot
+            for slot in self._slots
+            if slot.units - (0 if mine else slot.held_units) >= units
+            and slot.memory - (0 if mine else slot.held_memory) >= memory
+        ]
+        if len(fitting) < need.device_count:
+            return None
+        fitting.sort(key=lambda slot: (slot.units, slot.memory, slot.index))
+        return sorted(fitting[: need.device_count], key=lambda slot: slot.index)
+
+    def _grant(self, demand: _Demand, slots: Sequence[_Slot]) -> Grant:
+        need, demand_id = demand.need, demand.id
+        for name, amount in need.count.items():
+            self._free[name] -= amount
+        for slot in slots:
+            slot.units -= need.device_units
+            slot.memory -= need.device_memory
+        lease_id = self._next_lease_id
+        self._next_lease_id += 1
+        owner, key = demand_id
+        self._leases[lease_id] = _Lease(demand, slots)
+        self._by_owner.setdefault(owner, {})[lease_id] = None
+        self._held_by[demand_id] = self._held_by.get(demand_id, 0) + 1
+        self._asked.discard(owner)
+        demand.passed = 0
+        demand.patience = PATIENCE
+        demand.count -= 1
+        if demand.count:
+            self._end_hold(demand)
+            self._demands.move_to_end(demand_id)
+        else:
+            self._drop(demand)
+        return Grant(lease_id, owner, key, need.shape, tuple([slot.uuid for slot in slots]))
+
+    def _drop(self, demand: _Demand) -> None:
+        del self._demands[demand.id]
+        self._end_hold(demand)
+
+    def _lacking(self, demand: _Demand) -> list[str]:
+        """Return the names of what keeps the demand waiting (GPU for anything about devices)."""
+        need, free = demand.need, self._free
+        names = [name for name, amount in need.count.items() if free[name] < amount]
+        room = [s for s in self._slots if s.units >= need.device_units and s.memory >= need.device_memory]
+        if len(room) < need.device_count:
+            names.append(GPU)
+        if not names and self._hold is not None and self._hold is not demand:
+            # It would fit but for the hold: what the two share is what it waits for.
+            names = [name for name in need.names if name in self._hold.need.names]
+        return names
+
+    @staticmethod
+    def _in_the_way(lease: _Lease, waiting_for: dict[str, set[tuple[bytes, int]]]) -> bool:
+        if lease.lasting or lease.blocked:
+            return False
+        for name in lease.need.names:
+            waiting = waiting_for.get(name)
+            if waiting and (len(waiting) > 1 or lease.demand_id not in waiting):
+                return True
+        return False
+
+    # -- starvation -----------------------------------------------------------------------------------------------
+
+    def _count_passes(self, missed: Iterable[tuple[_Demand, int]], takers: Sequence[_Need]) -> None:
+        """Count, for each demand without a lease, the grants after its turn that took something that it lacks now."""
+        for demand, seen in missed:
+            if seen == len(takers) or demand.id in self._held_by:
+                continue
+            lacking = self._lacking(demand)
+            demand.passed += sum(1 for taker in takers[seen:] if not taker.names.isdisjoint(lacking))
+
+    def _maybe_hold(self, missed: Iterable[_Demand], now: float | None) -> None:
+        for demand in missed:
+            if demand.passed >= demand.patience and self._hold_for(demand):
+                self._hold = demand
+                self._hold_since = now
+                return
+
+    def _review_hold(self, now: float | None) -> None:
+        """End the hold when its time is over or there is no hope left; else pick its devices afresh."""
+        demand = self._hold
+        if demand is None:
+            return
+        if now is not None:
+            if self._hold_since is None:
+                self._hold_since = now
+            elif now >= self._hold_since + HOLD_LIMIT_S:
+                demand.passed = 0
+                demand.patience *= 2
+                self._end_hold(demand)
+                return
+        if not self._hold_for(demand):
+            self._end_hold(demand)
+
+    def _hold_for(self, demand: _Demand) -> bool:
+        """Keep devices for the demand and return True, if it would fit once all leases that will come back did."""
+        need = demand.need
+        back = dict.fromkeys(need.count, 0)
+        slot_units = [slot.units for slot in self._slots]
+        slot_memory = [slot.memory for slot in self._slots]
+        for lease in self._leases.values():
+            if lease.lasting or lease.blocked:
+                continue
+            for name, amount in lease.need.count.items():
+                if name in back:
+                    back[name] += amount
+            for slot in lease.slots:
+                slot_units[slot.index] += lease.need.device_units
+                slot_memory[slot.index] += lease.need.device_memory
+        if any(self._free[name] + back[name] < amount for name, amount in need.count.items()):
+            return False
+        hopeful = [
+            slot
+            for slot in self._slots
+            if slot_units[slot.index] >= need.device_units and slot_memory[slot.index] >= need.device_memory
+        ]
+        if len(hopeful) < need.device_count:
+            return False
+        # Devices that are kept already stay so, else the emptiest: changing the choice would lose what was gathered.
+        hopeful.sort(key=lambda slot: (-slot.held_units, -slot.held_memory, -slot.units, -slot.memory, slot.index))
+        for slot in self._slots:
+            slot.held_units = slot.held_memory = 0
+        for slot in hopeful[: need.device_count]:
+            slot.held_units, slot.held_memory = need.device_units, need.device_memory
+        return True
+
+    def _end_hold(self, demand: _Demand) -> None:
+        if demand is not self._hold:
+            return
+        self._hold = None
+        self._hold_since = None
+        for slot in self._slots:
+            slot.held_units = slot.held_memory = 0
+
+    # -- what can never be met ------------------------------------------------------------------------------------
+
+    def _why_infeasible(self, need: _Need) -> str | None:
+        """Return why the node can never meet the need, with the remedy, or None when it can."""
+        shape, total = need.shape, self._total
+        problems = [
+            f"{name} (asked {format_amount(name, amount)}, total {format_amount(name, total[name])})"
+            for name, amount in need.count.items()
+            if amount > total[name]
+        ]
+        remedy = ""
+        if need.device_count > len(self._slots):
+            problems.append(f"{GPU} (asked {format_amount(GPU, shape[GPU] or UNIT)}, total {len(self._slots)})")
+            wanted = max(need.device_count, 2)
+            remedy = (
+                f' Ask for devices when the runtime starts: afield.init(devices="emulated:{wanted}") '
+                f"or AFIELD_DEVICES=emulated:{wanted} in the environment."
+            )
+        elif sum(memory >= need.device_memory for memory in self._device_memory) < need.device_count:
+            problems.append(
+                f"{GPU_MEMORY} (asked {format_amount(GPU_MEMORY, need.device_memory)} on {need.device_count} devices, "
+                f"they have {', '.join(format_amount(GPU_MEMORY, memory) for memory in self._device_memory)})"
+            )
+        if not problems:
+            return None
+        return f"asked for {shape}, but this node has {total}: not enough {', '.join(problems)}.{remedy}"

@@ -1,0 +1,1 @@
+"""The tests. What each kind proves is told in CONTRIBUTING.md."""

@@ -1,0 +1,280 @@
+"""Who drives a process's loop: whichever thread waits for a result, else a standby thread.
+
+Theory of operation. A hand-over between threads costs as much as a whole task, so the thread that blocks in `get` drives
+the loop itself (it *leads*) and finds its result without any hand-over. Only while no thread waits does the standby
+thread lead, so that a process also answers others while its own code computes.
+
+- `_leader` is held by the thread inside `Loop.wait` / `Loop.run`. `lock` protects the state of the process and is held
+  while handlers run; other threads take it for the few microseconds of a submission.
+- A thread that wants to lead while the standby thread does so kicks it out. While another foreground thread leads, it
+  waits on a lock of its own, which the leader releases when the thread's waiter is done or the lead becomes free.
+- The standby thread looks every `TICK_S` whether the foreground has stopped driving (a long task, a computing driver)
+  and then takes over with a blocking wait. When nothing happens it sleeps until it is called: an idle process uses no CPU.
+
+SIGINT: the interpreter raises `KeyboardInterrupt` between any two bytecodes of the main thread, which could cut a state
+transition in half. Functions marked `uninterruptible` are therefore finished first: the handler that `install_sigint` sets
+looks for them on the main thread's stack, which costs nothing until somebody presses Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from types import CodeType, FrameType
+from typing import Any, TypeVar
+
+from afield.transport.loop import Loop
+
+#: How often the standby thread looks while the process is active.
+TICK_S = 0.005
+#: After this many ticks without any activity the standby thread sleeps until it is called.
+IDLE_TICKS = 20
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+_uninterruptible: set[CodeType] = set()
+
+
+def uninterruptible(function: _Function) -> _Function:
+    """Mark a function as a state transition that SIGINT must not cut in half; its callers use `Pump.deliver`."""
+    _uninterruptible.add(function.__code__)
+    return function
+
+
+class Waiter:
+    """What a foreground thread waits for; `done` is set, under the pump's lock, by whoever fulfils it."""
+
+    __slots__ = ("_signal", "done", "parked")
+
+    def __init__(self) -> None:
+        self.done = False
+        self.parked = False
+        self._signal: threading.Lock | None = None
+
+    def finish(self) -> None:
+        """Mark as done and wake the thread if it sleeps."""
+        self.done = True
+        if self.parked:
+            self.nudge()
+
+    def park(self, timeout_s: float) -> None:
+        """Sleep until nudged or the time is over."""
+        if self._signal is None:
+            self._signal = threading.Lock()
+            self._signal.acquire()
+        self.parked = True
+        if not self.done:
+            self._signal.acquire(timeout=timeout_s)
+        self.parked = False
+
+    def nudge(self) -> None:
+        """Wake the parked thread; spurious wakes are allowed."""
+        if self._signal is not None and self._signal.locked():
+            try:
+                self._signal.release()
+            except RuntimeError:
+                pass  # two nudges at once
+
+
+class Pump:
+    """Drives `loop` for all threads of a process.
+
+    Args:
+        loop: the loop of the process.
+        after_events: called under the lock after each round of handlers, before flushing.
+        due_in: seconds until `after_events` has to be called again even if nothing happens; None for never.
+    """
+
+    def __init__(self, loop: Loop, after_events: Callable[[], None], due_in: Callable[[], float | None]) -> None:
+        self.loop = loop
+        self.lock = threading.RLock()
+        self._after_events = after_events
+        self._due_in = due_in
+        self._leader = threading.Lock()
+        self._followers: deque[Waiter] = deque()
+        self._foreground = 0
+        self._rounds = 0
+        self._closed = False
+        self._make_way = False
+        #: A SIGINT came inside a transition; whoever sees it calls `deliver`.
+        self.interrupted = False
+        #: True while the standby thread blocks in the loop, so that state left for it needs a kick.
+        self.standby_leads = False
+        self._standby_sleeps = False
+        self._standby_wake = threading.Lock()
+        self._standby_wake.acquire()
+        self._standby = threading.Thread(target=self._stand_by, name="afield-pump", daemon=True)
+
+    def start(self) -> None:
+        """Start the standby thread."""
+        self._standby.start()
+
+    # -- the foreground ------------------------------------------------------------------------------------------
+
+    def wait_for(self, waiter: Waiter, timeout_s: float | None = None) -> bool:
+        """Drive the loop until `waiter.done`; return False if the time was over first."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        self._foreground += 1
+        try:
+            while not waiter.done and not self._closed:
+                remaining = self._due_in()
+                if deadline is not None:
+                    left = deadline - time.monotonic()
+                    if left <= 0:
+                        break
+                    remaining = left if remaining is None else min(left, remaining)
+                if self._leader.acquire(False):
+                    try:
+                        self._round(remaining)
+                    finally:
+                        self._leader.release()
+                else:
+                    self._follow(waiter, remaining)
+        finally:
+            self._foreground -= 1
+            if self._followers:
+                self._pass_lead()
+            if self._standby_sleeps:
+                self._call_standby()
+        return waiter.done
+
+    def poll(self) -> None:
+        """Handle what has already arrived, without blocking; the standby thread is asked to make way."""
+        if self._leader.acquire(False):
+            try:
+                self._round(0)
+            finally:
+                self._leader.release()
+        elif self.standby_leads:
+            self._make_way = True
+            self.loop.kick()
+
+    def _follow(self, waiter: Waiter, remaining: float | None) -> None:
+        self._followers.append(waiter)
+        if self.standby_leads:
+            self.loop.kick()
+        # The bound covers the moment between a leader's last look at the followers and our joining them.
+        waiter.park(0.05 if remaining is None else min(0.05, remaining))
+        try:
+            self._followers.remove(waiter)
+        except ValueError:
+            pass
+
+    def _pass_lead(self) -> None:
+        try:
+            self._followers[0].nudge()
+        except IndexError:
+            pass
+
+    def _round(self, timeout_s: float | None) -> None:
+        """Wait once and handle what came; the caller holds `_leader`."""
+        events = self.loop.wait(timeout_s)
+        self._rounds += 1
+        self._handle(events)
+        if self.interrupted:
+            self.deliver()
+
+    @uninterruptible
+    def _handle(self, events: list[tuple[int, int]]) -> None:
+        loop = self.loop
+        with self.lock:
+            loop.run(events)
+            self._after_events()
+            if loop.dirty:
+                loop.flush()
+
+    # -- SIGINT --------------------------------------------------------------------------------------------------
+
+    def deliver(self) -> None:
+        """Raise the KeyboardInterrupt that was held back, in the main thread."""
+        if self.interrupted and threading.current_thread() is threading.main_thread():
+            self.interrupted = False
+            raise KeyboardInterrupt
+
+    def install_sigint(self) -> Callable[[], None]:
+        """Defer KeyboardInterrupt out of transitions; return what puts the old handler back.
+
+        Does nothing outside the main thread or where the program has its own handler.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            return lambda: None
+        if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+            return lambda: None
+
+        def on_sigint(number: int, frame: FrameType | None) -> None:
+            while frame is not None:
+                if frame.f_code in _uninterruptible:
+                    self.interrupted = True
+                    return
+                frame = frame.f_back
+            raise KeyboardInterrupt
+
+        def restore() -> None:
+            if signal.getsignal(signal.SIGINT) is on_sigint:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        signal.signal(signal.SIGINT, on_sigint)
+        return restore
+
+    # -- the standby thread --------------------------------------------------------------------------------------
+
+    def wake_standby(self) -> None:
+        """Make sure that some thread looks at what was just left for the loop."""
+        if self.standby_leads:
+            self.loop.kick()
+        elif self._standby_sleeps:
+            self._call_standby()
+
+    def _call_standby(self) -> None:
+        self._standby_sleeps = False
+        try:
+            self._standby_wake.release()
+        except RuntimeError:
+            pass  # called twice before it woke
+
+    def _stand_by(self) -> None:
+        seen_rounds, quiet = -1, 0
+        while not self._closed:
+            if self._foreground == 0 and self._rounds == seen_rounds and self._leader.acquire(False):
+                try:
+                    self._lead_in_background()
+                finally:
+                    self._leader.release()
+                    self._pass_lead()
+                quiet = 0
+            elif self._foreground and self._rounds == seen_rounds:
+                quiet += 1
+            else:
+                quiet = 0
+            seen_rounds = self._rounds
+            if quiet > IDLE_TICKS:
+                self._standby_sleeps = True
+                if self._foreground:  # otherwise it left between our look and the flag, and will not call
+                    self._standby_wake.acquire()
+                self._standby_sleeps = False
+                quiet = 0
+            else:
+                self._standby_wake.acquire(timeout=TICK_S)
+
+    def _lead_in_background(self) -> None:
+        self._make_way = False
+        self._handle([])  # What was queued while nobody led must leave before we block.
+        while not self._foreground and not self._make_way and not self._closed:
+            self.standby_leads = True
+            try:
+                # Whoever leaves something for the loop kicks it from here on; `due_in` sees what came before.
+                self._round(0 if self._foreground else self._due_in())
+            finally:
+                self.standby_leads = False
+
+    def close(self) -> None:
+        """Stop driving; wakes every waiting thread."""
+        self._closed = True
+        self.loop.kick()
+        self._call_standby()
+        for waiter in list(self._followers):
+            waiter.nudge()
+        if self._standby.is_alive() and threading.current_thread() is not self._standby:
+            self._standby.join(timeout=1.0)
