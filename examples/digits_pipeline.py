@@ -101,7 +101,8 @@ def run(epochs: int, shard_count: int, show: Console) -> dict[str, str | float]:
     """Train, serve and return the figures of the table."""
     started = time.perf_counter()
     (images, labels), (test_images, test_labels) = load()
-    shards = [afield.put([images[i::shard_count], labels[i::shard_count]]) for i in range(shard_count)]
+    parts = zip(np.array_split(images, shard_count), np.array_split(labels, shard_count), strict=True)
+    shards = [afield.put([some_images, some_labels]) for some_images, some_labels in parts]
     weights = afield.put(first_weights(images.shape[1]))
 
     losses = []

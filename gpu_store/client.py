@@ -35,9 +35,9 @@ class Writable(Protocol):
     buffers: list[memoryview]
 
     @property
-    def size(self) -> int: ...  # noqa: D102
+    def size(self) -> int: ...
 
-    def write(self, target: memoryview, born: list[int | None] | None = None) -> int: ...  # noqa: D102
+    def write(self, target: memoryview, born: list[int | None] | None = None) -> int: ...
 
 
 class View(np.ndarray[Any, np.dtype[np.uint8]]):
@@ -194,7 +194,7 @@ class HostStoreClient:
         owner = flat.view(View)
         self._born[offset] = extent
         weakref.finalize(owner, self._born_died, extent).atexit = False
-        return np.frombuffer(memoryview(owner), kind, count).reshape(shape)
+        return np.frombuffer(owner.data, kind, count).reshape(shape)
 
     def _born_died(self, extent: BornExtent) -> None:
         extent.dead = True

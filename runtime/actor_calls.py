@@ -218,4 +218,3 @@ class ActorCalls:
         if caller.creation is not None:
             self.submitter.unpin_arguments(caller.creation)
             caller.creation = None
-

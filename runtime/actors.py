@@ -194,9 +194,7 @@ class ActorMethod:
         participant = current.participant
         if participant is None:
             raise NotInitializedError(f"the actor {self._owner_name} belongs to a runtime that was shut down")
-        refs = participant.actors.submit(
-            self._actor_id, self._function, args, kwargs, self._num_returns, self._retries
-        )
+        refs = participant.actors.submit(self._actor_id, self._function, args, kwargs, self._num_returns, self._retries)
         return refs[0] if self._num_returns == 1 else refs if refs else None
 
 

@@ -268,7 +268,9 @@ def put(value: Any) -> ObjectRef:
         ObjectStoreFullError: there was no room in time.
     """
     if type(value) is ObjectRef:
-        raise TypeError("put() of an ObjectRef: it is a reference already; pass it on as it is, or put [ref] to nest it")
+        raise TypeError(
+            "put() of an ObjectRef: it is a reference already; pass it on as it is, or put [ref] to nest it"
+        )
     return (current.participant or current.ensure()).process.put(value)
 
 
@@ -293,12 +295,7 @@ def wait(
         TypeError: not a list of refs.
         ValueError: duplicates, or `num_returns` out of range.
     """
-    if type(refs) is ObjectRef:
-        raise TypeError("wait() takes a list of ObjectRefs, not a single one; use wait([ref])")
-    if not isinstance(refs, (list, tuple)) or any(type(ref) is not ObjectRef for ref in refs):
-        raise TypeError("wait() takes a list of ObjectRefs")
-    if len(set(refs)) != len(refs):
-        raise ValueError("wait() takes a list of different refs; this one has duplicates")
+    _check_distinct(refs)
     if isinstance(num_returns, bool) or not isinstance(num_returns, int) or num_returns < 1:
         raise ValueError(f"num_returns={num_returns!r} must be a whole number of at least 1")
     if num_returns > len(refs):
@@ -306,6 +303,15 @@ def wait(
     process = (current.participant or current.ensure()).process
     deadline = None if timeout is None else time.monotonic() + timeout
     return process.wait(refs, num_returns, deadline)
+
+
+def _check_distinct(refs: object) -> None:
+    if isinstance(refs, ObjectRef):
+        raise TypeError("wait() takes a list of ObjectRefs, not a single one; use wait([ref])")
+    if not isinstance(refs, (list, tuple)) or any(type(ref) is not ObjectRef for ref in refs):
+        raise TypeError("wait() takes a list of ObjectRefs")
+    if len(set(refs)) != len(refs):
+        raise ValueError("wait() takes a list of different refs; this one has duplicates")
 
 
 def kill(actor: ActorHandle, *, no_restart: bool = True) -> None:
@@ -362,5 +368,3 @@ def stats() -> dict[str, float]:
         "bytes_shared": store.bytes_shared,
         "bytes_born": store.bytes_born,
     }
-
-

@@ -99,8 +99,7 @@ class Session:
             "namespace": options.namespace,
             "driver": driver_id.hex(),
         }
-        log = open(os.path.join(self.directory, "node.log"), "wb")
-        try:
+        with open(os.path.join(self.directory, "node.log"), "wb") as log:
             process = subprocess.Popen(
                 [sys.executable, "-c", _FORK_SERVER],
                 stdin=subprocess.PIPE,
@@ -109,8 +108,6 @@ class Session:
                 pass_fds=(config.slab_fd, lifeline),
                 start_new_session=True,
             )
-        finally:
-            log.close()
         assert process.stdin is not None
         process.stdin.write(json.dumps(message).encode())
         process.stdin.close()

@@ -48,7 +48,18 @@ class Task(msgspec.Struct, gc=False, eq=False):
 class Lease:
     """The right to push to one worker."""
 
-    __slots__ = ("blocked", "channel", "idle_since", "inflight", "lane", "lease_id", "mark", "recalled", "window", "worker")
+    __slots__ = (
+        "blocked",
+        "channel",
+        "idle_since",
+        "inflight",
+        "lane",
+        "lease_id",
+        "mark",
+        "recalled",
+        "window",
+        "worker",
+    )
 
     def __init__(self, lease_id: int, worker: bytes, lane: Lane, channel: Any) -> None:
         self.lease_id = lease_id

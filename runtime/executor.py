@@ -94,7 +94,7 @@ class Executor:
 
     def _on_recall(self, channel: Channel, message: m.Recall) -> None:
         """Hand back the newest tasks that have not started."""
-        sequences = []
+        sequences: list[int] = []
         while self.queue and len(sequences) < message.count:
             try:
                 sequences.append(self.queue.pop()[1].sequence)
@@ -233,7 +233,7 @@ class Executor:
     def _mapped(self, oid: bytes, owner: bytes, location: m.Location, views: list[Any]) -> memoryview:
         view = self.process.store.view(location.offset, location.size, self.process.handle_dropped)
         views.append((weakref.ref(view), oid, owner))
-        return memoryview(view)
+        return view.data
 
     def _dependency(self, dependency: m.Dependency, on_ref: Callable[[bytes, bytes], None], views: list[Any]) -> Any:
         if dependency.kind != LOCATED:
@@ -266,9 +266,7 @@ class Executor:
             serialized = serialize(holder[0], f"the result of {name}()")
         contained = None
         if serialized.refs:
-            contained = self.process.locked(
-                self.process.table.hand_on, owner, push.sequence, serialized.refs
-            )
+            contained = self.process.locked(self.process.table.hand_on, owner, push.sequence, serialized.refs)
         if serialized.size > INLINE_BYTES:
             location = self.process.write_object(object_id(push.task_id, index), owner, serialized, holder)
             return m.Result(LOCATED, b"", location, contained)
@@ -279,7 +277,9 @@ class Executor:
         expected = definition.num_returns
         if not isinstance(value, (tuple, list)) or len(value) != expected:
             found = f"{len(value)} values" if isinstance(value, (tuple, list)) else f"a {type(value).__name__}"
-            raise ValueError(f"{definition.name}() has num_returns={expected} and must return {expected} values, not {found}")
+            raise ValueError(
+                f"{definition.name}() has num_returns={expected} and must return {expected} values, not {found}"
+            )
         items = list(value)
         del value
         items.reverse()

@@ -24,6 +24,9 @@ R = TypeVar("R")
 class RemoteFunction(Generic[P, R]):
     """A function that runs elsewhere: `f.remote(...)` returns a future at once."""
 
+    _pushed: Function
+    _lane: Lane
+
     def __init__(self, function: Callable[P, R], options: dict[str, Any]) -> None:
         validate(options, TASK_OPTIONS, f"@remote on {function.__name__}()")
         self._set(function, options)
@@ -39,8 +42,6 @@ class RemoteFunction(Generic[P, R]):
         self._shape = shape_of(options, default_cpus=1)
         # Known once the function is used in a session: what is pushed, and the lane for its shape.
         self._session: Participant | None = None
-        self._pushed: Function | None = None
-        self._lane: Lane | None = None
         functools.update_wrapper(self, function, updated=())
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -64,7 +65,12 @@ class RemoteFunction(Generic[P, R]):
         if self._session is not participant:
             self._bind(participant)
         refs = participant.submitter.submit(
-            self._pushed, self._lane, args, kwargs, self._num_returns, self._retries  # type: ignore[arg-type]
+            self._pushed,
+            self._lane,
+            args,
+            kwargs,
+            self._num_returns,
+            self._retries,
         )
         return refs[0] if self._num_returns == 1 else refs if refs else None
 

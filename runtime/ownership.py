@@ -33,7 +33,18 @@ from afield.runtime.messages import FAILED, INLINE, LOCATED, Add, Added, Locatio
 PENDING = 3
 _NEW, _SENT, _KNOWN = 0, 1, 2  # registration of a borrowed entry with its owner
 
-__all__ = ["FAILED", "INLINE", "LOCATED", "PENDING", "Entry", "FreeStored", "Obligation", "OwnershipTable", "Send", "Settled"]
+__all__ = [
+    "FAILED",
+    "INLINE",
+    "LOCATED",
+    "PENDING",
+    "Entry",
+    "FreeStored",
+    "Obligation",
+    "OwnershipTable",
+    "Send",
+    "Settled",
+]
 
 
 class Send(msgspec.Struct, frozen=True, gc=False):

@@ -22,7 +22,7 @@ from afield.errors import (
     OwnerDiedError,
     RuntimeDiedError,
 )
-from afield.gpu_store.client import HostStoreClient, View
+from afield.gpu_store.client import HostStoreClient
 from afield.ids import PUT_INDEX, Scope
 from afield.runtime import messages as m
 from afield.runtime.ownership import (
@@ -303,7 +303,7 @@ class Process:
         """A handle is gone. Called from `__del__`, in any thread, also inside the garbage collector."""
         self._dropped.append(object_id)
         if self.pump.standby_leads:
-            self.loop.kick()
+            self.pump.wake_standby()
 
     def _give_back(self, offset: int, size: int) -> None:
         self._given_back.append((offset, size))
@@ -456,7 +456,7 @@ class Process:
             view = self.store.view(location.offset, location.size, self.handle_dropped)
             entry.handles += 1
             view.hold = object_id
-            data: Any = memoryview(view)
+            data: Any = view.data
             del view
         else:
             data = entry.value
@@ -476,7 +476,7 @@ class Process:
             view = self.store.view(offset, size, self.handle_dropped)
             entry.handles += 1
             view.hold = object_id
-            return memoryview(view)
+            return view.data
 
         return resolve
 
@@ -534,5 +534,3 @@ class Process:
         self.loop.unregister(self._listener.fileno())
         self._listener.close()
         self.loop.close()
-
-

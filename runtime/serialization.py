@@ -247,5 +247,7 @@ def _parts(value: Any) -> list[tuple[str, Any]]:
         parts += [(f" (captured {n!r})", c.cell_contents) for n, c in zip(names, value.__closure__ or (), strict=False)]
         used = value.__code__.co_names
         parts += [(f" (global {n!r})", value.__globals__[n]) for n in used if n in value.__globals__]
-    parts += [(f".{name}", item) for name, item in getattr(value, "__dict__", {}).items() if not isinstance(value, type)]
+    parts += [
+        (f".{name}", item) for name, item in getattr(value, "__dict__", {}).items() if not isinstance(value, type)
+    ]
     return parts

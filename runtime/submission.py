@@ -79,7 +79,7 @@ class Submitter:
             m.Unblocked: self._on_unblocked,
             m.Grant: self._on_grant,
             m.Infeasible: self._on_infeasible,
-            m.Reclaim: lambda channel, message: self._return_idle(0.0),
+            m.Reclaim: self._on_reclaim,
         }
         process.on_batch = self._on_batch
         process.tickers.append(self._tick)
@@ -166,7 +166,7 @@ class Submitter:
 
     # -- submitting ----------------------------------------------------------------------------------------------
 
-    def lane(self, shape: tuple[tuple[str, float], ...]) -> Lane:
+    def lane(self, shape: tuple[tuple[str, int], ...]) -> Lane:
         """Return the lane for tasks of this shape."""
         lane = self.lanes.get(shape)
         if lane is None:
@@ -283,6 +283,9 @@ class Submitter:
 
     def _tick(self, now: float) -> float | None:
         return self._return_idle(IDLE_LEASE_S, now) if self._leases else None
+
+    def _on_reclaim(self, channel: Channel, message: m.Reclaim) -> None:
+        self._return_idle(0.0)
 
     def _return_idle(self, max_idle_s: float, now: float | None = None) -> float | None:
         if now is None:
@@ -437,5 +440,3 @@ def _placeholder(arg: Any, refs: list[bytes]) -> Any:
         return arg
     refs.append(arg.id)
     return Arg(len(refs) - 1)
-
-

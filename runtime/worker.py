@@ -37,7 +37,7 @@ class _Output(io.TextIOWrapper):
 
 
 def _open_output(fd: int) -> _Output:
-    return _Output(io.FileIO(fd, "w", closefd=False), encoding="utf-8", errors="replace", line_buffering=True)  # type: ignore[arg-type]
+    return _Output(io.FileIO(fd, "w", closefd=False), encoding="utf-8", errors="replace", line_buffering=True)
 
 
 def run_worker(config: ForkServerConfig, worker_id: bytes, environment: dict[str, str]) -> None:

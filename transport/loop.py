@@ -79,6 +79,10 @@ class Loop:
             self._kicked = True
             os.eventfd_write(self._kick, 1)
 
+    def fileno(self) -> int:
+        """Return a descriptor that can be read while `wait` would not block."""
+        return self._epoll.fileno()
+
     def _absorb_kick(self, events: int) -> None:
         self._kicked = False
         try:

@@ -4,12 +4,13 @@ Theory of operation. A hand-over between threads costs as much as a whole task, 
 the loop itself (it *leads*) and finds its result without any hand-over. Only while no thread waits does the standby
 thread lead, so that a process also answers others while its own code computes.
 
-- `_leader` is held by the thread inside `Loop.wait` / `Loop.run`. `lock` protects the state of the process and is held
-  while handlers run; other threads take it for the few microseconds of a submission.
-- A thread that wants to lead while the standby thread does so kicks it out. While another foreground thread leads, it
-  waits on a lock of its own, which the leader releases when the thread's waiter is done or the lead becomes free.
-- The standby thread looks every `TICK_S` whether the foreground has stopped driving (a long task, a computing driver)
-  and then takes over with a blocking wait. When nothing happens it sleeps until it is called: an idle process uses no CPU.
+- `_leader` is held by the foreground thread that drives the loop. Other foreground threads wait on a lock of their own,
+  which the leader releases when their waiter is done or the lead becomes free.
+- The standby thread looks every `TICK_S` whether the foreground has stopped driving (a long task, a computing driver) and
+  then blocks on the loop itself, and on a descriptor of its own through which a foreground thread that comes back sends it
+  away. Nobody waits until it has gone: events are level-triggered and handled under `lock`, so whoever comes second finds
+  nothing left to do; and if it was the standby thread that came first, it kicks the leader, who may be waiting for just that.
+- When nothing happens the standby thread sleeps until it is called: an idle process uses no CPU.
 
 SIGINT: the interpreter raises `KeyboardInterrupt` between any two bytecodes of the main thread, which could cut a state
 transition in half. Functions marked `uninterruptible` are therefore finished first: the handler that `install_sigint` sets
@@ -18,6 +19,8 @@ looks for them on the main thread's stack, which costs nothing until somebody pr
 
 from __future__ import annotations
 
+import os
+import select
 import signal
 import threading
 import time
@@ -102,9 +105,14 @@ class Pump:
         self.interrupted = False
         #: True while the standby thread blocks in the loop, so that state left for it needs a kick.
         self.standby_leads = False
+        self._standby_kicked = False
         self._standby_sleeps = False
         self._standby_wake = threading.Lock()
         self._standby_wake.acquire()
+        self._standby_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._standby_poller = select.poll()
+        self._standby_poller.register(loop.fileno(), select.POLLIN)
+        self._standby_poller.register(self._standby_fd, select.POLLIN)
         self._standby = threading.Thread(target=self._stand_by, name="afield-pump", daemon=True)
 
     def start(self) -> None:
@@ -127,6 +135,8 @@ class Pump:
                     remaining = left if remaining is None else min(left, remaining)
                 if self._leader.acquire(False):
                     try:
+                        if self.standby_leads and not self._make_way:
+                            self._dismiss_standby()
                         self._round(remaining)
                     finally:
                         self._leader.release()
@@ -144,17 +154,14 @@ class Pump:
         """Handle what has already arrived, without blocking; the standby thread is asked to make way."""
         if self._leader.acquire(False):
             try:
+                if self.standby_leads and not self._make_way:
+                    self._dismiss_standby()
                 self._round(0)
             finally:
                 self._leader.release()
-        elif self.standby_leads:
-            self._make_way = True
-            self.loop.kick()
 
     def _follow(self, waiter: Waiter, remaining: float | None) -> None:
         self._followers.append(waiter)
-        if self.standby_leads:
-            self.loop.kick()
         # The bound covers the moment between a leader's last look at the followers and our joining them.
         waiter.park(0.05 if remaining is None else min(0.05, remaining))
         try:
@@ -221,9 +228,9 @@ class Pump:
     # -- the standby thread --------------------------------------------------------------------------------------
 
     def wake_standby(self) -> None:
-        """Make sure that some thread looks at what was just left for the loop."""
+        """Make sure that some thread looks at what was just left for the loop; safe in `__del__`."""
         if self.standby_leads:
-            self.loop.kick()
+            self._kick_standby()
         elif self._standby_sleeps:
             self._call_standby()
 
@@ -234,47 +241,67 @@ class Pump:
         except RuntimeError:
             pass  # called twice before it woke
 
+    def _kick_standby(self) -> None:
+        if not self._standby_kicked:
+            self._standby_kicked = True
+            os.eventfd_write(self._standby_fd, 1)
+
+    def _dismiss_standby(self) -> None:
+        self._make_way = True
+        self._kick_standby()
+
     def _stand_by(self) -> None:
         seen_rounds, quiet = -1, 0
         while not self._closed:
-            if self._foreground == 0 and self._rounds == seen_rounds and self._leader.acquire(False):
-                try:
-                    self._lead_in_background()
-                finally:
-                    self._leader.release()
-                    self._pass_lead()
+            if self._rounds != seen_rounds:
                 quiet = 0
-            elif self._foreground and self._rounds == seen_rounds:
-                quiet += 1
+            elif self._foreground == 0:
+                self._lead_in_background()
+                quiet = 0
             else:
-                quiet = 0
+                quiet += 1
+                if self._due_in() == 0:
+                    self.loop.kick()  # another thread left something while the leader blocks
             seen_rounds = self._rounds
             if quiet > IDLE_TICKS:
+                quiet = 0
                 self._standby_sleeps = True
                 if self._foreground:  # otherwise it left between our look and the flag, and will not call
                     self._standby_wake.acquire()
                 self._standby_sleeps = False
-                quiet = 0
             else:
                 self._standby_wake.acquire(timeout=TICK_S)
 
     def _lead_in_background(self) -> None:
         self._make_way = False
         self._handle([])  # What was queued while nobody led must leave before we block.
-        while not self._foreground and not self._make_way and not self._closed:
+        poller = self._standby_poller
+        while not self._dismissed():
             self.standby_leads = True
-            try:
-                # Whoever leaves something for the loop kicks it from here on; `due_in` sees what came before.
-                self._round(0 if self._foreground else self._due_in())
-            finally:
-                self.standby_leads = False
+            # Whoever leaves something for the loop kicks us from here on; `due_in` sees what came before.
+            due = 0 if self._foreground else self._due_in()
+            for fd, _ in poller.poll(None if due is None else due * 1000):
+                if fd == self._standby_fd:
+                    self._standby_kicked = False
+                    os.eventfd_read(fd)
+            self.standby_leads = False
+            if not self._dismissed():
+                self._rounds += 1
+                self._handle(self.loop.wait(0))
+                if self._dismissed():
+                    self.loop.kick()
+
+    def _dismissed(self) -> bool:
+        return bool(self._foreground or self._make_way or self._closed)
 
     def close(self) -> None:
         """Stop driving; wakes every waiting thread."""
         self._closed = True
         self.loop.kick()
+        self._kick_standby()
         self._call_standby()
         for waiter in list(self._followers):
             waiter.nudge()
         if self._standby.is_alive() and threading.current_thread() is not self._standby:
-            self._standby.join(timeout=1.0)
+            self._standby.join()
+        os.close(self._standby_fd)

@@ -12,11 +12,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from afield.gpu_store.residency import Effect, Granted, HostStoreCore
 from afield.runtime import messages as m
 from afield.runtime.forkserver import ForkServerConfig
 from afield.runtime.node.actors import ActorDirectory
 from afield.runtime.node.workers import Worker, WorkerPool
-from afield.gpu_store.residency import Effect, Granted, HostStoreCore
 from afield.scheduler.devices import Device
 from afield.scheduler.leases import LeaseManager
 from afield.scheduler.resources import ResourceSet
@@ -41,9 +41,7 @@ class NodeDaemon:
         self.primary = bytes.fromhex(config.driver)
         self.store = HostStoreCore(config.capacity)
         devices = [Device(**device) for device in config.devices]
-        resources = ResourceSet.from_options(
-            num_cpus=config.num_cpus, memory=config.memory, resources=config.resources
-        )
+        resources = ResourceSet.from_options(num_cpus=config.num_cpus, memory=config.memory, resources=config.resources)
         self.leases = LeaseManager(resources, devices)
         self.workers = WorkerPool(self, fork_sock)
         self.actors = ActorDirectory(self)

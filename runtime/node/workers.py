@@ -206,7 +206,8 @@ class WorkerPool:
             worker.output = -1
 
     def _pass_on(self, worker: Worker, lines: list[bytes]) -> None:
-        name, group = worker.name, []
+        name = worker.name
+        group: list[str] = []
         for line in lines:
             mark, _, rest = line.partition(NAME_MARK)
             text = line

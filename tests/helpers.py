@@ -1,0 +1,231 @@
+"""What the tests of real processes share: finding what a session left behind, running programs, polling with a deadline.
+
+Theory of operation. Everything that a session has can be found from outside by three names. All its processes but the
+driver are in one session of the operating system, whose number is the fork server's pid; all its sockets and its shared
+memory carry the session's name; and its directory is known. `Traces` holds these names and `leftovers` looks for them,
+so a test can ask about a session whose driver is dead as well as about its own.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from afield.runtime import api
+
+ROOT = Path(__file__).resolve().parent.parent
+#: A program that runs longer than this hangs.
+HANG_S = 60.0
+#: After the driver is gone, everything of it is gone within this time.
+GONE_S = 5.0
+
+
+def poll(condition: Callable[[], Any], timeout_s: float = 30.0, interval_s: float = 0.01) -> Any:
+    """Return the first true value of `condition`, or its last value when the time is over."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        value = condition()
+        if value or time.monotonic() > deadline:
+            return value
+        time.sleep(interval_s)
+
+
+@dataclass(frozen=True)
+class Traces:
+    """The names by which everything of a session can be found."""
+
+    name: str
+    fork_server: int  # its pid, and the number of the operating system's session
+    directory: str
+
+
+def traces() -> Traces:
+    """Return the traces of the running session."""
+    session = api._session
+    assert session is not None
+    return Traces(session.name, session._process.pid, session.directory)
+
+
+def _pids() -> Iterator[int]:
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            yield int(name)
+
+
+def processes(found: Traces) -> dict[int, str]:
+    """Return the living processes of a session, the driver excepted: pid and what `ps` calls them."""
+    alive = {}
+    for pid in _pids():
+        try:
+            stat = Path(f"/proc/{pid}/stat").read_text()
+        except OSError:
+            continue
+        name, _, rest = stat.partition("(")[2].rpartition(")")
+        state, _, _, session = rest.split()[:4]
+        if int(session) == found.fork_server and state not in "ZX":
+            alive[pid] = name
+    return alive
+
+
+def process_named(found: Traces, name: str) -> int:
+    """Return the pid of the session's only process with this name: afield-fork, afield-node."""
+    (pid,) = [pid for pid, comm in processes(found).items() if comm == name]
+    return pid
+
+
+def sockets(found: Traces) -> list[str]:
+    """Return the session's abstract unix sockets."""
+    lines = Path("/proc/net/unix").read_text().splitlines()
+    return [line.split()[-1] for line in lines if f"afield-{found.name}" in line]
+
+
+def mappings(found: Traces, pid: int) -> list[str]:
+    """Return the lines of a process's memory map that show the session's shared memory."""
+    try:
+        lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    except OSError:
+        return []
+    return [line for line in lines if f"memfd:afield-{found.name}" in line]
+
+
+def segments(found: Traces) -> list[str]:
+    """Return who still holds the session's shared memory, open or mapped."""
+    holders = []
+    for pid in _pids():
+        try:
+            links = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
+        except OSError:
+            links = []
+        if any(f"memfd:afield-{found.name}" in link for link in links):
+            holders.append(f"{pid} (open)")
+        if mappings(found, pid):
+            holders.append(f"{pid} (mapped)")
+    return holders
+
+
+def leftovers(found: Traces, *, memory: bool = True) -> list[str]:
+    """Return everything that there is of a session besides its driver; empty when it is gone."""
+    left = [f"process {pid} {name}" for pid, name in processes(found).items()]
+    left += [f"socket {name}" for name in sockets(found)]
+    if memory:
+        left += [f"shared memory of process {holder}" for holder in segments(found)]
+    if os.path.exists(found.directory):
+        left.append(f"directory {found.directory}")
+    return left
+
+
+def assert_gone(found: Traces, *, memory: bool = True) -> None:
+    """Fail unless nothing of the session is left within the time that is promised."""
+    poll(lambda: not leftovers(found, memory=memory), GONE_S)
+    left = leftovers(found, memory=memory)
+    assert not left, left
+
+
+def open_files() -> dict[int, str]:
+    """Return this process's open file descriptors and what they are."""
+    found = {}
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            found[int(name)] = os.readlink(f"/proc/self/fd/{name}")
+        except OSError:
+            pass  # the descriptor of the listing itself
+    return found
+
+
+@contextmanager
+def no_leaks() -> Iterator[None]:
+    """Run a block that starts and ends sessions; afterwards nothing of them may be left in this process or beside it."""
+    files_before = open_files()
+    yield
+    if api._session is not None:
+        session = traces()
+        api.shutdown()
+        assert_gone(session, memory=False)
+    gc.collect()
+    extra = {fd: what for fd, what in open_files().items() if files_before.get(fd) != what}
+    assert not extra, f"file descriptors were left open: {extra}"
+
+
+# -- programs -----------------------------------------------------------------------------------------------------
+
+_PREAMBLE = """
+import json, os, signal, sys, threading, time
+import numpy as np
+import afield
+from tests.helpers import *
+
+def report(**facts):
+    print(json.dumps(facts), flush=True)
+
+def report_traces():
+    report(**describe_traces())
+"""
+
+
+def describe_traces() -> dict[str, Any]:
+    """Return the running session's traces as a program reports them to its test."""
+    return asdict(traces())
+
+
+class Program:
+    """A driver program of its own, of which the test reads one JSON object per line."""
+
+    def __init__(self, source: str, **environment: str) -> None:
+        text = _PREAMBLE + textwrap.dedent(source)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", text],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.pid = self.process.pid
+
+    def read(self) -> dict[str, Any]:
+        """Return the next thing that the program reports."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            _, error = self.process.communicate(timeout=HANG_S)
+            raise AssertionError(f"the program ended with status {self.process.returncode}:\n{error}")
+        facts: dict[str, Any] = json.loads(line)
+        return facts
+
+    def read_traces(self) -> Traces:
+        """Return the traces that the program reports next."""
+        return Traces(**self.read())
+
+    def tell(self) -> None:
+        """Let a program go on that waits in `input()`."""
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+
+    def end(self) -> tuple[int, str, str]:
+        """Wait for the program's end; return its exit status, and the rest of its output and of its errors."""
+        out, error = self.process.communicate(timeout=HANG_S)
+        return self.process.returncode, out, error
+
+
+@contextmanager
+def program(source: str, **environment: str) -> Iterator[Program]:
+    """Run a driver program beside the test; it does not outlive the block."""
+    started = Program(source, **environment)
+    try:
+        yield started
+    finally:
+        if started.process.poll() is None:
+            started.process.kill()
+        started.process.communicate(timeout=HANG_S)
