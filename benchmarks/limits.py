@@ -69,6 +69,18 @@ def ping_pong_asleep_us(effort: Effort) -> list[float]:
     return _round_trips_us(effort.asleep_calls, pause_s=ASLEEP_S)
 
 
+def ping_pong_apart_us(effort: Effort) -> list[float]:
+    """Time them asleep, with each process held on a core of its own, in µs; needs two cores."""
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        raise NotImplementedError("two cores are needed to keep two processes apart")
+    try:
+        os.sched_setaffinity(0, {cores[0]})
+        return _round_trips_us(effort.asleep_calls, pause_s=ASLEEP_S, partner_core=cores[1])
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
 def copy_gb_s(effort: Effort) -> list[float]:
     """Measure copies of an array into shared memory whose pages are already there, in GB/s."""
     source = numpy.ones(effort.copy_bytes, dtype=numpy.uint8)
@@ -106,17 +118,20 @@ def fork_8_s(_effort: Effort) -> list[float]:
 LIMITS: dict[str, Callable[[Effort], list[float]]] = {
     "ping-pong": ping_pong_us,
     "ping-pong asleep": ping_pong_asleep_us,
+    "ping-pong apart": ping_pong_apart_us,
     "copy to warm shm": copy_gb_s,
     "import numpy": import_numpy_s,
     "8 forks": fork_8_s,
 }
 
 
-def _round_trips_us(calls: int, *, pause_s: float) -> list[float]:
+def _round_trips_us(calls: int, *, pause_s: float, partner_core: int | None = None) -> list[float]:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     command = [sys.executable, "-I", "-S", "-c", _ECHO, str(theirs.fileno())]
     with ours, subprocess.Popen(command, pass_fds=[theirs.fileno()]) as partner:
         theirs.close()
+        if partner_core is not None:
+            os.sched_setaffinity(partner.pid, {partner_core})
         samples = []
         for number in range(calls + 10):
             if pause_s:

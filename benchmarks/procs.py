@@ -10,9 +10,10 @@ kernel keeps no schedstat.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 MARK = "AFIELD_BENCH_MARK"
@@ -51,6 +52,31 @@ def members(mark: str) -> list[int]:
         found |= children
         grew = bool(children)
     return sorted(found)
+
+
+@contextlib.contextmanager
+def apart(mark: str) -> Iterator[None]:
+    """Keep this process on one core and all other members on another while the block runs.
+
+    Raises `NotImplementedError` where this process may use only one core.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        raise NotImplementedError("two cores are needed to keep two processes apart")
+    pids = members(mark)
+    try:
+        for pid in pids:
+            _pin(pid, {cores[0] if pid == os.getpid() else cores[1]})
+        yield
+    finally:
+        for pid in {*pids, *members(mark)}:  # Whatever was started meanwhile inherited its parent's core.
+            _pin(pid, set(cores))
+
+
+def _pin(pid: int, cores: set[int]) -> None:
+    with contextlib.suppress(OSError):  # A process or thread that ended meanwhile needs no core.
+        for thread in (_PROC / str(pid) / "task").iterdir():
+            os.sched_setaffinity(int(thread.name), cores)
 
 
 def private_bytes(pid: int) -> int:

@@ -127,7 +127,7 @@ def as_table(rows: dict[str, Row], peers: list[str]) -> Table:
     """Return the run as a table; the cells hold medians, the spread is from the 10th to the 90th percentile."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("case", no_wrap=True)
-    for title in ("median", "p10 - p90", "limit", "ratio", "must"):
+    for title in ("median", "p10 - p90", "limit", "p10 - p90", "ratio", "must"):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
     for peer in peers:
@@ -148,6 +148,7 @@ def _cells(row: Row, rows: dict[str, Row], peers: list[str]) -> list[str]:
         f"{number(ours['median'])} {row.case.unit}".rstrip() if ours else "-",
         f"{number(ours['p10'])} - {number(ours['p90'])}" if ours else "",
         f"{number(limit['median'])} {row.case.unit}" if limit else "",
+        f"{number(limit['p10'])} - {number(limit['p90'])}" if limit else "",
         f"{times:.2f}" if times is not None else "",
         (str(must) if must.of else f"{must} {row.case.unit}") if must else "",
         f"[{style}]{word}[/]" if style else word,

@@ -14,6 +14,7 @@ from typing import Any
 from afield.errors import ActorUnavailableError
 from afield.ids import FIRST_RETURN, object_id
 from afield.runtime import messages as m
+from afield.runtime.context import calling_context
 from afield.runtime.dispatch import Task
 from afield.runtime.process import Process
 from afield.runtime.refs import ObjectRef
@@ -94,7 +95,7 @@ class ActorCalls:
         process = self.process
         if process.dead:
             process.check_alive()
-        task_id = process.context().next_task_id()
+        task_id = calling_context().next_task_id()
         task = Task(task_id, function, b"", None, num_returns, retries)
         if args or kwargs:
             self.submitter.encode_arguments(task, args, kwargs, function.name)

@@ -10,6 +10,7 @@ from afield.errors import NotInitializedError
 from afield.ids import FIRST_RETURN
 from afield.runtime import current
 from afield.runtime import messages as m
+from afield.runtime.context import calling_context
 from afield.runtime.dispatch import Task
 from afield.runtime.options import ACTOR_OPTIONS, METHOD_OPTIONS, shape_of, validate
 from afield.runtime.serialization import serialize
@@ -74,7 +75,7 @@ class ActorClass:
             self._blob, self._session = serialized.pack(), participant
         process = participant.process
         process.check_alive()
-        actor_id = process.context().next_task_id()
+        actor_id = calling_context().next_task_id()
         restarts = self._options.get("max_restarts") or 0
         task = Task(actor_id, None, b"", None, retries_left=restarts)
         if args or kwargs:

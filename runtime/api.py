@@ -238,16 +238,16 @@ def get(refs: ObjectRef | Sequence[ObjectRef], *, timeout: float | None = None) 
         TaskError: the task raised; also an instance of what it raised.
         LossError: the value was lost with a process.
     """
-    process = (current.participant or current.ensure()).process
+    values = (current.participant or current.ensure()).values
     deadline = None if timeout is None else time.monotonic() + timeout
     if type(refs) is ObjectRef:
-        return process.get(refs, deadline)
+        return values.get(refs, deadline)
     if not isinstance(refs, (list, tuple)):
         raise TypeError(f"get() takes an ObjectRef or a list of them, not {_describe(refs)}")
     for ref in refs:
         if type(ref) is not ObjectRef:
             raise TypeError(f"get() takes an ObjectRef or a list of them; the list has {_describe(ref)}")
-    return [process.get(ref, deadline) for ref in refs]
+    return [values.get(ref, deadline) for ref in refs]
 
 
 def _describe(value: Any) -> str:
@@ -271,7 +271,7 @@ def put(value: Any) -> ObjectRef:
         raise TypeError(
             "put() of an ObjectRef: it is a reference already; pass it on as it is, or put [ref] to nest it"
         )
-    return (current.participant or current.ensure()).process.put(value)
+    return (current.participant or current.ensure()).values.put(value)
 
 
 def wait(
@@ -296,13 +296,13 @@ def wait(
         ValueError: duplicates, or `num_returns` out of range.
     """
     _check_distinct(refs)
-    if isinstance(num_returns, bool) or not isinstance(num_returns, int) or num_returns < 1:
+    if type(num_returns) is not int or num_returns < 1:
         raise ValueError(f"num_returns={num_returns!r} must be a whole number of at least 1")
     if num_returns > len(refs):
         raise ValueError(f"num_returns={num_returns} is more than the {len(refs)} refs given")
-    process = (current.participant or current.ensure()).process
+    values = (current.participant or current.ensure()).values
     deadline = None if timeout is None else time.monotonic() + timeout
-    return process.wait(refs, num_returns, deadline)
+    return values.wait(refs, num_returns, deadline)
 
 
 def _check_distinct(refs: object) -> None:
@@ -354,13 +354,13 @@ def empty(shape: int | tuple[int, ...], dtype: npt.DTypeLike = "float64") -> npt
         ObjectStoreFullError: there was no room in time.
         TypeError: the dtype holds Python objects.
     """
-    return (current.participant or current.ensure()).process.store.empty(shape, dtype)
+    return (current.participant or current.ensure()).values.store.empty(shape, dtype)
 
 
 def stats() -> dict[str, float]:
     """Return counters of this process: tasks submitted and retried, bytes copied into the store, shared, and born in it."""
     participant = _require()
-    store = participant.process.store
+    store = participant.values.store
     return {
         "tasks_submitted": participant.submitter.tasks_submitted,
         "tasks_retried": participant.submitter.tasks_retried,

@@ -21,10 +21,12 @@ from typing import Any
 from afield.errors import AfieldError, TaskError
 from afield.ids import object_id
 from afield.runtime import messages as m
+from afield.runtime.context import TaskContext, enter
 from afield.runtime.ownership import FAILED, INLINE, LOCATED, Obligation
-from afield.runtime.process import INLINE_BYTES, Process, TaskContext
+from afield.runtime.process import Process
 from afield.runtime.serialization import Serialized, deserialize, dumps_plain, serialize
 from afield.runtime.submission import Arg
+from afield.runtime.values import INLINE_BYTES, Values
 from afield.transport.channel import Channel
 from afield.transport.pump import Waiter, uninterruptible
 
@@ -56,8 +58,9 @@ class Definition:
 class Executor:
     """Runs what is pushed to this worker."""
 
-    def __init__(self, process: Process) -> None:
+    def __init__(self, process: Process, values: Values) -> None:
         self.process = process
+        self.values = values
         self.queue: deque[Job] = deque()
         self.actor: Any = None
         self.actor_id = b""
@@ -77,8 +80,8 @@ class Executor:
         }
         self._replies: deque[tuple[Channel, Any]] = deque()
         process.tickers.append(self._queue_replies)
-        process.on_block = self._block
-        process.on_unblock = self._unblock
+        values.on_block = self._block
+        values.on_unblock = self._unblock
         process.on_settled = self._send_settled
         process.on_peer_lost.append(self._forget_peer)
 
@@ -157,10 +160,9 @@ class Executor:
         self._last_flush = time.monotonic()
 
     def _run_one(self, channel: Channel, push: m.Push) -> None:
-        process = self.process
         definition = self._definitions[channel.peer_id, push.function]
-        context = TaskContext(push.task_id)
-        process.current.context = context
+        context = TaskContext(push.task_id, definition.name)
+        enter(context)
         in_user_code = False
         self._running_name = definition.name
         try:
@@ -184,7 +186,7 @@ class Executor:
                 reply = m.ReplyMany(push.sequence, self._encode_many(holder, push, channel.peer_id, definition))
         except BaseException as error:
             reply = self._failure(push.sequence, definition, error, in_user_code)
-        process.current.context = None
+        enter(None)
         if context.obligation is not None and context.obligation.remaining:
             context.obligation.token = (channel, reply)
         else:
@@ -231,7 +233,7 @@ class Executor:
         return on_ref
 
     def _mapped(self, oid: bytes, owner: bytes, location: m.Location, views: list[Any]) -> memoryview:
-        view = self.process.store.view(location.offset, location.size, self.process.handle_dropped)
+        view = self.values.store.view(location.offset, location.size, self.process.handle_dropped)
         views.append((weakref.ref(view), oid, owner))
         return view.data
 
@@ -268,7 +270,7 @@ class Executor:
         if serialized.refs:
             contained = self.process.locked(self.process.table.hand_on, owner, push.sequence, serialized.refs)
         if serialized.size > INLINE_BYTES:
-            location = self.process.write_object(object_id(push.task_id, index), owner, serialized, holder)
+            location = self.values.write_object(object_id(push.task_id, index), owner, serialized, holder)
             return m.Result(LOCATED, b"", location, contained)
         return m.Result(INLINE, serialized.pack(), None, contained)
 
@@ -325,7 +327,7 @@ class Executor:
         spec = become.spec
         self.actor_id = spec.actor_id
         context = TaskContext(spec.actor_id)
-        self.process.current.context = context
+        enter(context)
         error = b""
         try:
             cls = deserialize(spec.blob, f"the class {spec.class_name}", None)
@@ -339,7 +341,7 @@ class Executor:
             wrapped = TaskError.from_exception(f"{spec.class_name}.__init__", raised, text)
             error = serialize(wrapped, "the error").pack()
         finally:
-            self.process.current.context = None
+            enter(None)
         born = m.ActorBorn(spec.actor_id, error)
         if context.obligation is not None and context.obligation.remaining:
             context.obligation.token = (self.process.daemon, born)

@@ -1,44 +1,34 @@
 """A process as a participant in the runtime: the shell around the ownership table, shared by drivers and workers.
 
-It owns the loop, the channels to the node daemon and to other processes, the table, and this process's side of the host
-store; it executes the table's effects and offers what the public API is made of: put, get, wait. Submitting tasks is the
-business of `submission`, calling actors that of `actor_calls`, running tasks that of `executor`.
+It owns the loop, the channels to the node daemon and to other processes, and the table; it executes the table's effects.
+Values are the business of `values`, submitting tasks that of `submission`, calling actors that of `actor_calls`, running
+tasks that of `executor`.
 """
 
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from afield.errors import (
     AfieldError,
-    GetTimeoutError,
     ObjectLostError,
-    ObjectStoreFullError,
     OwnerDiedError,
     RuntimeDiedError,
 )
-from afield.gpu_store.client import HostStoreClient
-from afield.ids import PUT_INDEX, Scope
 from afield.runtime import messages as m
 from afield.runtime.ownership import (
     FAILED,
-    INLINE,
-    LOCATED,
     PENDING,
-    Entry,
     FreeStored,
-    Obligation,
     OwnershipTable,
     Send,
     Settled,
 )
-from afield.runtime.refs import ObjectRef
-from afield.runtime.serialization import Serialized, deserialize, dumps_plain, serialize
+from afield.runtime.serialization import serialize
 from afield.transport.auth import Handshake
 from afield.transport.channel import Channel, connect, listen, same_user
 from afield.transport.loop import Loop
@@ -69,29 +59,6 @@ class SessionConfig:
         return f"afield-{self.session}-{process_id.hex() or 'node'}"
 
 
-class TaskContext:
-    """What runs on a thread: names the ids of what it submits."""
-
-    __slots__ = ("obligation", "scope", "task_id")
-
-    def __init__(self, task_id: bytes, scope: Scope | None = None) -> None:
-        self.task_id = task_id
-        self.scope = scope
-        #: Collects the registrations that the task's reply must wait for; None outside of tasks.
-        self.obligation: Obligation | None = None
-
-    def next_task_id(self) -> bytes:
-        """Return an id for a submission; the same ones in each execution of the same task."""
-        scope = self.scope
-        if scope is None:
-            scope = self.scope = Scope(self.task_id)
-        return scope.next_task_id()
-
-
-class _Current(threading.local):
-    context: TaskContext | None = None
-
-
 class Process:
     """This process in the cluster.
 
@@ -117,17 +84,11 @@ class Process:
         self.on_process_died: list[Callable[[bytes, str], None]] = []
         self.tickers: list[Callable[[float], float | None]] = []
         self.dead = ""  # why nothing works any more, once it does not
-        self.current = _Current()
-        self.root = TaskContext(b"", Scope())
-        #: A worker sets these: what to do before and after a wait inside a task.
-        self.on_block: Callable[[], None] | None = None
-        self.on_unblock: Callable[[], None] | None = None
-        self._dropped: deque[bytes] = deque()
-        self._given_back: deque[tuple[int, int]] = deque()
+        #: Objects whose handles are gone, left by `__del__` for the next transition.
+        self.dropped: deque[bytes] = deque()
         self._requests: dict[int, list[Any]] = {}
         self._request = 0
         self._next_due: float | None = None
-        self.store = HostStoreClient(config.slab_fd, config.capacity, self._lease_store, self._give_back)
         self._listener = listen(config.address(process_id))
         self.loop.register(self._listener.fileno(), self._accept)
         self._install_handlers()
@@ -222,7 +183,6 @@ class Process:
             m.Value: lambda channel, message: table.on_value(message),
             m.Took: lambda channel, message: table.on_took(channel.peer_id, message.sequence),
             m.ProcessDied: self._on_process_died,
-            m.StoreGrant: self._on_store_grant,
             m.Answer: self._on_answer,
             m.Held: self._on_held,
         }
@@ -246,12 +206,10 @@ class Process:
 
     def after_events(self) -> None:
         """Collect what was dropped, execute effects, and let those who have deadlines look at the clock."""
-        dropped = self._dropped
+        dropped = self.dropped
         drop = self.table.drop
         while dropped:
             drop(dropped.popleft())
-        while self._given_back:
-            self.daemon.send(m.GiveBack(*self._given_back.popleft()))
         if self.table.effects:
             self.run_effects()
         self._next_due = None
@@ -263,7 +221,7 @@ class Process:
                     self._next_due = due
 
     def _due_in(self) -> float | None:
-        if self._dropped or self._given_back or self.loop.dirty:
+        if self.dropped or self.loop.dirty:
             return 0
         if self._next_due is None:
             return None
@@ -301,13 +259,9 @@ class Process:
 
     def handle_dropped(self, object_id: bytes) -> None:
         """A handle is gone. Called from `__del__`, in any thread, also inside the garbage collector."""
-        self._dropped.append(object_id)
+        self.dropped.append(object_id)
         if self.pump.standby_leads:
             self.pump.wake_standby()
-
-    def _give_back(self, offset: int, size: int) -> None:
-        self._given_back.append((offset, size))
-        self.pump.wake_standby()
 
     def owner_of(self, object_id: bytes) -> bytes:
         """Return the owner's id of an object that we hold."""
@@ -328,11 +282,7 @@ class Process:
             error = OwnerDiedError(f"the process that owned the object is gone (process {owner.hex()})")
         return serialize(error, "the error").pack()
 
-    def context(self) -> TaskContext:
-        """Return what runs on this thread."""
-        return self.current.context or self.root
-
-    # -- the store -----------------------------------------------------------------------------------------------
+    # -- requests to the daemon ------------------------------------------------------------------------------------
 
     def request(self, make: Callable[[int], Any]) -> Any:
         """Send the daemon a message with a request number and block until it is answered."""
@@ -353,170 +303,15 @@ class Process:
             raise slot[1]
         return slot[1]
 
-    def _answered(self, request: int, value: Any) -> None:
+    def answered(self, request: int, value: Any) -> None:
+        """Hand a value (or an error to raise) to the thread that made the request."""
         slot = self._requests.pop(request, None)
         if slot is not None:
             slot[1] = value
             slot[0].finish()
 
     def _on_answer(self, channel: Channel, message: m.Answer) -> None:
-        self._answered(message.request, AfieldError(message.error) if message.error else message.value)
-
-    def _on_store_grant(self, channel: Channel, message: m.StoreGrant) -> None:
-        refused = ObjectStoreFullError(message.refusal) if message.refusal else None
-        self._answered(message.request, refused or (message.offset, message.size))
-
-    def _lease_store(self, size: int) -> tuple[int, int]:
-        wait_s = self.config.store_wait_s
-        granted: tuple[int, int] = self.request(lambda request: m.StoreLease(request, size, wait_s))
-        return granted
-
-    def write_object(self, object_id: bytes, owner: bytes, value: Serialized, holder: list[Any]) -> m.Location:
-        """Write a value into the store as object `object_id` of `owner`; blocks while there is no room."""
-        (offset, size), pieces = self.store.store(value, holder)
-        with self.pump.lock:  # leaves with the next flush, before anything that could name the location
-            self.daemon.send(m.Seal(object_id, owner, pieces))
-        return m.Location(0, offset, size)
-
-    # -- values --------------------------------------------------------------------------------------------------
-
-    def encode(self, value: Any, object_id: bytes, what: str) -> tuple[int, bytes | m.Location, list[bytes]]:
-        """Serialise a value for an object of ours: (INLINE, bytes, refs) or (LOCATED, location, refs)."""
-        data = dumps_plain(value)
-        if data is None:
-            serialized = serialize(value, what)
-            holder = [value]
-            del value
-            if serialized.size > INLINE_BYTES:
-                return LOCATED, self.write_object(object_id, self.process_id, serialized, holder), serialized.refs
-            return INLINE, serialized.pack(), serialized.refs
-        if len(data) > INLINE_BYTES:
-            return LOCATED, self.write_object(object_id, self.process_id, Serialized(data, [], []), [value]), []
-        return INLINE, data, []
-
-    def put(self, value: Any) -> ObjectRef:
-        """Make an object of ours out of `value`."""
-        self.check_alive()
-        object_id = self.context().next_task_id() + PUT_INDEX
-        kind, stored, refs = self.encode(value, object_id, "the value given to put()")
-        self.table.put(object_id, kind, stored, refs) if not refs else self.locked(
-            self.table.put, object_id, kind, stored, refs
-        )
-        if len(self._dropped) > 256:
-            self.locked(self.after_events)
-        return ObjectRef(object_id)
-
-    def get(self, ref: ObjectRef, deadline: float | None) -> Any:
-        """Return the value of `ref`, driving the loop until it is there.
-
-        Raises:
-            GetTimeoutError: `deadline` (monotonic seconds) passed first.
-        """
-        entry = self.table.entries.get(ref.id)
-        if entry is None:
-            raise ObjectLostError(f"{ref!r} belongs to a runtime that was shut down")
-        if entry.state == PENDING:
-            self.wait_done(ref, deadline)
-        return self.value_of(ref, entry)
-
-    def wait_done(self, ref: ObjectRef, deadline: float | None) -> None:
-        """Block until the value of `ref` is there."""
-        waiter = Waiter()
-        finish = waiter.finish
-        if self.locked(self.table.when_done, ref.id, finish):
-            return
-        try:
-            if not self.blocking_wait(waiter, deadline):
-                if self.dead:
-                    raise RuntimeDiedError(self.dead)
-                raise GetTimeoutError(f"{ref!r} was not ready in time; its task goes on")
-        finally:
-            if not waiter.done:
-                self.locked(self.table.stop_waiting, ref.id, finish)
-
-    def blocking_wait(self, waiter: Waiter, deadline: float | None) -> bool:
-        """Wait for `waiter`; inside a task, give up its CPUs if it takes longer than a moment."""
-        if self.on_block is None or self.current.context is None:
-            return self.pump.wait_for(waiter, None if deadline is None else deadline - time.monotonic())
-        moment = 0.001 if deadline is None else min(0.001, deadline - time.monotonic())
-        if self.pump.wait_for(waiter, moment):
-            return True
-        self.on_block()
-        try:
-            return self.pump.wait_for(waiter, None if deadline is None else deadline - time.monotonic())
-        finally:
-            assert self.on_unblock is not None
-            self.on_unblock()
-
-    def value_of(self, ref: ObjectRef, entry: Entry) -> Any:
-        """Rebuild the value of a finished entry, or raise the error that it is."""
-        object_id = ref.id
-        if entry.state == LOCATED:
-            location = entry.value
-            view = self.store.view(location.offset, location.size, self.handle_dropped)
-            entry.handles += 1
-            view.hold = object_id
-            data: Any = view.data
-            del view
-        else:
-            data = entry.value
-        value = deserialize(data, "the value", self._on_ref_in(object_id), self._resolver(object_id, entry))
-        if entry.state == FAILED:
-            raise value
-        return value
-
-    def _on_ref_in(self, container: bytes) -> Callable[[bytes, bytes], None]:
-        def on_ref(object_id: bytes, owner: bytes) -> None:
-            self.locked(self.table.receive, object_id, owner, Obligation(container=container))
-
-        return on_ref
-
-    def _resolver(self, object_id: bytes, entry: Entry) -> Callable[[int, int], memoryview]:
-        def resolve(offset: int, size: int) -> memoryview:
-            view = self.store.view(offset, size, self.handle_dropped)
-            entry.handles += 1
-            view.hold = object_id
-            return view.data
-
-        return resolve
-
-    def wait(self, refs: Sequence[ObjectRef], num_returns: int, deadline: float | None) -> tuple[list[Any], list[Any]]:
-        """Return (ready, not ready), both in the order given, once `num_returns` are ready or the time is over."""
-        entries = self.table.entries
-        waiter = Waiter()
-        missing = [num_returns]
-
-        def one_done() -> None:
-            missing[0] -= 1
-            if missing[0] <= 0:
-                waiter.finish()
-
-        def subscribe() -> list[bytes]:
-            pending = []
-            for ref in refs:
-                if ref.id not in entries or self.table.when_done(ref.id, one_done):
-                    missing[0] -= 1
-                else:
-                    pending.append(ref.id)
-            if missing[0] <= 0:
-                waiter.done = True
-            return pending
-
-        pending = self.locked(subscribe)
-        try:
-            if not waiter.done:
-                self.blocking_wait(waiter, deadline)
-        finally:
-            self.locked(self._stop_waiting_all, pending, one_done)
-        done = [ref for ref in refs if ref.id not in entries or entries[ref.id].state != PENDING][:num_returns]
-        if len(done) == len(refs):
-            return done, []
-        chosen = {ref.id for ref in done}
-        return done, [ref for ref in refs if ref.id not in chosen]
-
-    def _stop_waiting_all(self, object_ids: list[bytes], notify: Callable[[], None]) -> None:
-        for object_id in object_ids:
-            self.table.stop_waiting(object_id, notify)
+        self.answered(message.request, AfieldError(message.error) if message.error else message.value)
 
     # -- end -----------------------------------------------------------------------------------------------------
 

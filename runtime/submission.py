@@ -10,11 +10,13 @@ from typing import Any
 from afield.errors import TaskUnschedulableError, WorkerCrashedError
 from afield.ids import ARGUMENTS_INDEX, FIRST_RETURN, object_id
 from afield.runtime import messages as m
+from afield.runtime.context import calling_context
 from afield.runtime.dispatch import IDLE_LEASE_S, Lane, Lease, Task
 from afield.runtime.ownership import FAILED, LOCATED, PENDING
-from afield.runtime.process import INLINE_BYTES, Process
+from afield.runtime.process import Process
 from afield.runtime.refs import ObjectRef
 from afield.runtime.serialization import Serialized, dumps_plain, serialize
+from afield.runtime.values import INLINE_BYTES, Values
 from afield.transport.channel import Channel
 from afield.transport.pump import uninterruptible
 
@@ -64,8 +66,9 @@ class Arg:
 class Submitter:
     """Submits the tasks of a process and receives their outcomes."""
 
-    def __init__(self, process: Process) -> None:
+    def __init__(self, process: Process, values: Values) -> None:
         self.process = process
+        self.values = values
         self.lanes: dict[Any, Lane] = {}
         self._lanes_by_key: dict[int, Lane] = {}
         self._leases: dict[bytes, Lease] = {}
@@ -113,7 +116,7 @@ class Submitter:
         """Large arguments become an object of their own that lives as long as the task."""
         process = self.process
         argument_id = task.task_id + ARGUMENTS_INDEX
-        task.location = process.write_object(argument_id, process.process_id, value, holder)
+        task.location = self.values.write_object(argument_id, process.process_id, value, holder)
 
         def own() -> None:
             # The task's pin is the only hold of this object.
@@ -187,7 +190,7 @@ class Submitter:
         process = self.process
         if process.dead:
             process.check_alive()
-        task_id = process.context().next_task_id()
+        task_id = calling_context().next_task_id()
         task = Task(task_id, function, b"", lane, num_returns, retries)
         if args or kwargs:
             self.encode_arguments(task, args, kwargs, function.name)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from afield.runtime import current
+from afield.runtime.context import reset_root
 from afield.runtime.executor import Executor
 from afield.runtime.forkserver import ForkServerConfig
 from afield.runtime.participant import Participant
@@ -45,10 +46,11 @@ def run_worker(config: ForkServerConfig, worker_id: bytes, environment: dict[str
     os.environ.update(environment)
     os.environ["AFIELD_WORKER"] = worker_id.hex()
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    reset_root()
     random.seed()
     np.random.seed()
     participant = Participant(config.session_config(), worker_id, "worker")
-    executor = Executor(participant.process)
+    executor = Executor(participant.process, participant.values)
     out, err = _open_output(1), _open_output(2)
     out.executor = err.executor = executor
     sys.stdout, sys.stderr = out, err

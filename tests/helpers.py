@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -192,6 +193,10 @@ class Program:
             text=True,
         )
         self.pid = self.process.pid
+        # Whoever reads from a program that hangs sees its end, and says so.
+        self._guard = threading.Timer(HANG_S, self.process.kill)
+        self._guard.daemon = True
+        self._guard.start()
 
     def read(self) -> dict[str, Any]:
         """Return the next thing that the program reports."""
@@ -216,6 +221,7 @@ class Program:
     def end(self) -> tuple[int, str, str]:
         """Wait for the program's end; return its exit status, and the rest of its output and of its errors."""
         out, error = self.process.communicate(timeout=HANG_S)
+        self._guard.cancel()
         return self.process.returncode, out, error
 
 
@@ -228,4 +234,4 @@ def program(source: str, **environment: str) -> Iterator[Program]:
     finally:
         if started.process.poll() is None:
             started.process.kill()
-        started.process.communicate(timeout=HANG_S)
+        started.end()

@@ -1,0 +1,212 @@
+"""Values: put, get and wait, and this process's side of the host store."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from afield.errors import GetTimeoutError, ObjectLostError, ObjectStoreFullError, RuntimeDiedError
+from afield.gpu_store.client import HostStoreClient
+from afield.ids import PUT_INDEX
+from afield.runtime import messages as m
+from afield.runtime.context import calling_context, running
+from afield.runtime.ownership import FAILED, INLINE, LOCATED, PENDING, Entry, Obligation
+from afield.runtime.process import Process
+from afield.runtime.refs import ObjectRef
+from afield.runtime.serialization import Serialized, deserialize, dumps_plain, serialize
+from afield.transport.channel import Channel
+from afield.transport.pump import Waiter
+
+#: Values up to this size travel inside messages; larger ones stay in the store.
+INLINE_BYTES = 100 * 1024
+#: How long a wait inside a task may last before the task gives its CPUs back.
+MOMENT_S = 0.001
+
+
+class Values:
+    """The values of one process."""
+
+    def __init__(self, process: Process) -> None:
+        self.process = process
+        self.table = process.table
+        self.pump = process.pump
+        config = process.config
+        self.store = HostStoreClient(config.slab_fd, config.capacity, self._lease_store, self._give_back)
+        #: A worker sets these: what to do before and after a long wait inside a task.
+        self.on_block: Callable[[], None] | None = None
+        self.on_unblock: Callable[[], None] | None = None
+        self._given_back: deque[tuple[int, int]] = deque()
+        process.handlers[m.StoreGrant] = self._on_store_grant
+        process.tickers.append(self._send_given_back)
+
+    # -- the store -----------------------------------------------------------------------------------------------
+
+    def _give_back(self, offset: int, size: int) -> None:
+        self._given_back.append((offset, size))
+        self.pump.wake_standby()
+
+    def _send_given_back(self, now: float) -> None:
+        while self._given_back:
+            self.process.daemon.send(m.GiveBack(*self._given_back.popleft()))
+
+    def _on_store_grant(self, channel: Channel, message: m.StoreGrant) -> None:
+        refused = ObjectStoreFullError(message.refusal) if message.refusal else None
+        self.process.answered(message.request, refused or (message.offset, message.size))
+
+    def _lease_store(self, size: int) -> tuple[int, int]:
+        wait_s = self.process.config.store_wait_s
+        granted: tuple[int, int] = self.process.request(lambda request: m.StoreLease(request, size, wait_s))
+        return granted
+
+    def write_object(self, object_id: bytes, owner: bytes, value: Serialized, holder: list[Any]) -> m.Location:
+        """Write a value into the store as object `object_id` of `owner`; blocks while there is no room."""
+        (offset, size), pieces = self.store.store(value, holder)
+        with self.pump.lock:  # leaves with the next flush, before anything that could name the location
+            self.process.daemon.send(m.Seal(object_id, owner, pieces))
+        return m.Location(0, offset, size)
+
+    # -- values --------------------------------------------------------------------------------------------------
+
+    def encode(self, value: Any, object_id: bytes, what: str) -> tuple[int, bytes | m.Location, list[bytes]]:
+        """Serialise a value for an object of ours: (INLINE, bytes, refs) or (LOCATED, location, refs)."""
+        data = dumps_plain(value)
+        if data is None:
+            serialized = serialize(value, what)
+            holder = [value]
+            del value
+            if serialized.size > INLINE_BYTES:
+                return (
+                    LOCATED,
+                    self.write_object(object_id, self.process.process_id, serialized, holder),
+                    serialized.refs,
+                )
+            return INLINE, serialized.pack(), serialized.refs
+        if len(data) > INLINE_BYTES:
+            return LOCATED, self.write_object(object_id, self.process.process_id, Serialized(data, [], []), [value]), []
+        return INLINE, data, []
+
+    def put(self, value: Any) -> ObjectRef:
+        """Make an object of ours out of `value`."""
+        self.process.check_alive()
+        object_id = calling_context().next_task_id() + PUT_INDEX
+        kind, stored, refs = self.encode(value, object_id, "the value given to put()")
+        self.table.put(object_id, kind, stored, refs) if not refs else self.process.locked(
+            self.table.put, object_id, kind, stored, refs
+        )
+        if len(self.process.dropped) > 256:
+            self.process.locked(self.process.after_events)
+        return ObjectRef(object_id)
+
+    def get(self, ref: ObjectRef, deadline: float | None) -> Any:
+        """Return the value of `ref`, driving the loop until it is there.
+
+        Raises:
+            GetTimeoutError: `deadline` (monotonic seconds) passed first.
+        """
+        entry = self.table.entries.get(ref.id)
+        if entry is None:
+            raise ObjectLostError(f"{ref!r} belongs to a runtime that was shut down")
+        if entry.state == PENDING:
+            self.wait_done(ref, deadline)
+        return self.value_of(ref, entry)
+
+    def wait_done(self, ref: ObjectRef, deadline: float | None) -> None:
+        """Block until the value of `ref` is there."""
+        waiter = Waiter()
+        finish = waiter.finish
+        if self.process.locked(self.table.when_done, ref.id, finish):
+            return
+        try:
+            if not self.blocking_wait(waiter, deadline):
+                if self.process.dead:
+                    raise RuntimeDiedError(self.process.dead)
+                raise GetTimeoutError(f"{ref!r} was not ready in time; its task goes on")
+        finally:
+            if not waiter.done:
+                self.process.locked(self.table.stop_waiting, ref.id, finish)
+
+    def blocking_wait(self, waiter: Waiter, deadline: float | None) -> bool:
+        """Wait for `waiter`; inside a task, give up its CPUs if it takes longer than a moment."""
+        if self.on_block is None or running() is None:
+            return self.pump.wait_for(waiter, None if deadline is None else deadline - time.monotonic())
+        moment = MOMENT_S if deadline is None else min(MOMENT_S, deadline - time.monotonic())
+        if self.pump.wait_for(waiter, moment):
+            return True
+        self.on_block()
+        try:
+            return self.pump.wait_for(waiter, None if deadline is None else deadline - time.monotonic())
+        finally:
+            assert self.on_unblock is not None
+            self.on_unblock()
+
+    def value_of(self, ref: ObjectRef, entry: Entry) -> Any:
+        """Rebuild the value of a finished entry, or raise the error that it is."""
+        object_id = ref.id
+        if entry.state == LOCATED:
+            location = entry.value
+            view = self.store.view(location.offset, location.size, self.process.handle_dropped)
+            entry.handles += 1
+            view.hold = object_id
+            data: Any = view.data
+            del view
+        else:
+            data = entry.value
+        value = deserialize(data, "the value", self._on_ref_in(object_id), self._resolver(object_id, entry))
+        if entry.state == FAILED:
+            raise value
+        return value
+
+    def _on_ref_in(self, container: bytes) -> Callable[[bytes, bytes], None]:
+        def on_ref(object_id: bytes, owner: bytes) -> None:
+            self.process.locked(self.table.receive, object_id, owner, Obligation(container=container))
+
+        return on_ref
+
+    def _resolver(self, object_id: bytes, entry: Entry) -> Callable[[int, int], memoryview]:
+        def resolve(offset: int, size: int) -> memoryview:
+            view = self.store.view(offset, size, self.process.handle_dropped)
+            entry.handles += 1
+            view.hold = object_id
+            return view.data
+
+        return resolve
+
+    def wait(self, refs: Sequence[ObjectRef], num_returns: int, deadline: float | None) -> tuple[list[Any], list[Any]]:
+        """Return (ready, not ready), both in the order given, once `num_returns` are ready or the time is over."""
+        entries = self.table.entries
+        waiter = Waiter()
+        missing = [num_returns]
+
+        def one_done() -> None:
+            missing[0] -= 1
+            if missing[0] <= 0:
+                waiter.finish()
+
+        def subscribe() -> list[bytes]:
+            pending = []
+            for ref in refs:
+                if ref.id not in entries or self.table.when_done(ref.id, one_done):
+                    missing[0] -= 1
+                else:
+                    pending.append(ref.id)
+            if missing[0] <= 0:
+                waiter.done = True
+            return pending
+
+        pending = self.process.locked(subscribe)
+        try:
+            if not waiter.done:
+                self.blocking_wait(waiter, deadline)
+        finally:
+            self.process.locked(self._stop_waiting_all, pending, one_done)
+        done = [ref for ref in refs if ref.id not in entries or entries[ref.id].state != PENDING][:num_returns]
+        if len(done) == len(refs):
+            return done, []
+        chosen = {ref.id for ref in done}
+        return done, [ref for ref in refs if ref.id not in chosen]
+
+    def _stop_waiting_all(self, object_ids: list[bytes], notify: Callable[[], None]) -> None:
+        for object_id in object_ids:
+            self.table.stop_waiting(object_id, notify)
