@@ -19,6 +19,7 @@ from afield.errors import (
     ObjectStoreFullError,
     OutOfDeviceMemoryError,
     OwnerDiedError,
+    PendingCallsLimitExceededError,
     RuntimeDiedError,
     SerializationError,
     TaskCancelledError,
@@ -27,16 +28,19 @@ from afield.errors import (
     UsageError,
     WorkerCrashedError,
 )
-from afield.runtime.actors import ActorClass, ActorHandle, method
+from afield.runtime.actors import ActorClass, ActorHandle, get_actor, method
 from afield.runtime.api import (
     ClusterInfo,
     available_resources,
+    cancel,
     cluster_resources,
     empty,
+    exit_actor,
     get,
     init,
     is_initialized,
     kill,
+    memory,
     put,
     remote,
     shutdown,
@@ -44,7 +48,10 @@ from afield.runtime.api import (
     wait,
 )
 from afield.runtime.functions import RemoteFunction
+from afield.runtime.memory import MemoryEntry
 from afield.runtime.refs import ObjectRef
+from afield.runtime.runtime_context import get_gpu_ids, get_runtime_context
+from afield.runtime.streams import ObjectRefGenerator
 
 __version__ = "0.1.0"
 
@@ -62,13 +69,16 @@ __all__ = [
     "GetTimeoutError",
     "InvalidOptionError",
     "LossError",
+    "MemoryEntry",
     "NoDeviceError",
     "NotInitializedError",
     "ObjectLostError",
     "ObjectRef",
+    "ObjectRefGenerator",
     "ObjectStoreFullError",
     "OutOfDeviceMemoryError",
     "OwnerDiedError",
+    "PendingCallsLimitExceededError",
     "RemoteFunction",
     "RuntimeDiedError",
     "SerializationError",
@@ -78,12 +88,18 @@ __all__ = [
     "UsageError",
     "WorkerCrashedError",
     "available_resources",
+    "exit_actor",
+    "cancel",
     "cluster_resources",
     "empty",
     "get",
+    "get_gpu_ids",
+    "get_runtime_context",
+    "get_actor",
     "init",
     "is_initialized",
     "kill",
+    "memory",
     "method",
     "put",
     "remote",

@@ -109,6 +109,10 @@ class ObjectStoreFullError(CapacityError, MemoryError):
     """The host store had no room in time; the message carries the arithmetic and the largest holders."""
 
 
+class PendingCallsLimitExceededError(CapacityError):
+    """More calls to an actor are pending than its `max_pending_calls` allows; wait for some of them first."""
+
+
 class OutOfDeviceMemoryError(CapacityError, MemoryError):
     """The device had no room in time; the message carries the arithmetic and the largest holders."""
 
@@ -137,6 +141,9 @@ class TaskError(AfieldError):
         self.summary = summary
         self.remote_traceback = remote_traceback
         self.__cause__ = cause
+        if remote_traceback:
+            # So that it is shown where the error is not caught; `str` stays one line.
+            self.add_note(f"Where {function_name}() ran:\n{remote_traceback}")
 
     def __str__(self) -> str:
         return f"{self.function_name}() raised {self.summary}"
@@ -145,7 +152,10 @@ class TaskError(AfieldError):
         return f"{type(self).__name__}: {self}\n\n{self.remote_traceback}"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild_task_error, (self.function_name, self.cause, self.summary, self.remote_traceback)
+        cause: Any = self.cause
+        if cause is not None and not _survives(cause):
+            cause = _Parts(cause)
+        return _rebuild_task_error, (self.function_name, cause, self.summary, self.remote_traceback)
 
     @classmethod
     def from_exception(cls, function_name: str, error: BaseException, remote_traceback: str) -> TaskError:
@@ -153,11 +163,7 @@ class TaskError(AfieldError):
         if isinstance(error, TaskError):
             return error  # An argument had failed already: its error goes on unchanged.
         summary = _summary(error)
-        cause: BaseException | None = error
-        try:
-            pickle.loads(pickle.dumps(error))
-        except Exception:
-            cause = _portable(error)
+        cause = error if _survives(error) or _survives(_Parts(error)) else None
         return _rebuild_task_error(function_name, cause, summary, remote_traceback)
 
 
@@ -170,17 +176,36 @@ def _summary(error: BaseException) -> str:
     return f"{name}: {text}" if text else name
 
 
-def _portable(error: BaseException) -> BaseException | None:
-    """Return a copy of `error` that survives cloudpickle (classes of `__main__` travel by value), or None."""
+def _survives(value: object) -> bool:
+    """Tell whether `value` makes the round trip; classes of `__main__` travel by value, which plain pickle cannot do."""
     import cloudpickle
 
     try:
-        clean = type(error).__new__(type(error), *error.args)
-        clean.args = error.args
-        cloudpickle.loads(cloudpickle.dumps(clean))
+        pickle.loads(cloudpickle.dumps(value, 5))
     except Exception:
-        return None
-    return clean
+        return False
+    return True
+
+
+class _Parts:
+    """Carries an exception that pickle cannot rebuild, mostly because its constructor takes something else than `args`.
+
+    Attributes that cannot be pickled stay behind.
+    """
+
+    def __init__(self, error: BaseException) -> None:
+        state = {name: value for name, value in vars(error).items() if _survives(value)}
+        self._parts = type(error), error.args, state
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _from_parts, self._parts
+
+
+def _from_parts(kind: type[BaseException], args: tuple[Any, ...], state: dict[str, Any]) -> BaseException:
+    error = kind.__new__(kind, *args)
+    error.args = args
+    vars(error).update(state)
+    return error
 
 
 _derived: dict[type, type[TaskError]] = {}

@@ -24,6 +24,9 @@ OBJECT_ID_BYTES = 20
 FIRST_RETURN = (0).to_bytes(4, "big")
 PUT_INDEX = (0xFFFFFFFF).to_bytes(4, "big")
 ARGUMENTS_INDEX = (0xFFFFFFFE).to_bytes(4, "big")
+#: The completion of a streaming task, and the object that stands for its consumer's interest in it.
+STREAM_END_INDEX = (0xFFFFFFFD).to_bytes(4, "big")
+STREAM_INDEX = (0xFFFFFFFC).to_bytes(4, "big")
 
 
 def new_process_id() -> bytes:

@@ -89,6 +89,8 @@ class HostStoreClient:
         self._give_back = give_back
         self._chunk = self._chunk_end = 0
         self._born: dict[int, BornExtent] = {}
+        self._views: list[weakref.ref[View]] = []
+        self._views_limit = 64
         self.bytes_copied_in = 0
         self.bytes_shared = 0
         self.bytes_born = 0
@@ -209,4 +211,13 @@ class HostStoreClient:
         view = np.frombuffer(self._readable, np.uint8, size, offset).view(View)
         view.on_death = on_death
         self.bytes_shared += size
+        self._views.append(weakref.ref(view))
+        if len(self._views) > self._views_limit:
+            self._views = [reference for reference in self._views if reference() is not None]
+            self._views_limit = max(64, 2 * len(self._views))
         return view
+
+    def views(self) -> list[Any]:
+        """Return the `hold` of each view that is in use, for tools."""
+        alive = [reference() for reference in self._views]
+        return [view.hold for view in alive if view is not None and view.hold is not None]

@@ -11,14 +11,12 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
-from afield.errors import ActorUnavailableError
-from afield.ids import FIRST_RETURN, object_id
+from afield.errors import ActorUnavailableError, PendingCallsLimitExceededError, TaskCancelledError
+from afield.ids import FIRST_RETURN, TASK_ID_BYTES
 from afield.runtime import messages as m
-from afield.runtime.context import calling_context
 from afield.runtime.dispatch import Task
 from afield.runtime.process import Process
-from afield.runtime.refs import ObjectRef
-from afield.runtime.submission import POLL_EVERY, Function, PeerState, Submitter
+from afield.runtime.submission import Function, PeerState, Submitter
 from afield.transport.channel import Channel
 from afield.transport.pump import uninterruptible
 
@@ -26,10 +24,15 @@ from afield.transport.pump import uninterruptible
 BATCH = 64
 
 
+def actor_ref_id(actor_id: bytes) -> bytes:
+    """Return the id of the object that stands for an actor's life."""
+    return actor_id + FIRST_RETURN
+
+
 class Caller:
     """One actor, as seen from one process."""
 
-    __slots__ = ("actor_id", "channel", "creation", "error", "queue", "state", "worker")
+    __slots__ = ("actor_id", "channel", "creation", "error", "held", "life", "queue", "state", "worker")
 
     def __init__(self, actor_id: bytes) -> None:
         self.actor_id = actor_id
@@ -38,6 +41,9 @@ class Caller:
         self.channel: Channel | None = None
         self.queue: deque[Task] = deque()
         self.error = b""
+        #: The object that stands for the actor; pinned while a call is pending (`held`).
+        self.life = actor_ref_id(actor_id)
+        self.held = False
         #: In the creator: keeps the constructor's arguments pinned as long as the actor may be constructed again.
         self.creation: Task | None = None
 
@@ -48,37 +54,37 @@ class ActorCalls:
     def __init__(self, process: Process, submitter: Submitter) -> None:
         self.process = process
         self.submitter = submitter
-        self._callers: dict[bytes, Caller] = {}
-        self._since_poll = 0
+        self.callers: dict[bytes, Caller] = {}
         process.handlers[m.ActorState] = self._on_state
 
-    def create(self, spec: m.CreateActor, task: Task) -> None:
+    def create(self, spec: m.CreateActor, task: Task, detached: bool) -> None:
         """Send the actor to the daemon once its constructor's arguments are there; the task keeps them pinned."""
 
         def send(ready: Task) -> None:
-            error = self.submitter.failed_dependency(ready)
+            error = self.submitter.arguments.failure(ready)
             if error is not None:
                 self._die(caller, error)
                 return
             spec.arguments, spec.location = ready.arguments, ready.location
-            if ready.dependencies is not None:
-                spec.dependencies = self.submitter.resolved_dependencies(ready)
+            spec.dependencies = self.submitter.arguments.describe(ready)
             self.process.daemon.send(spec)
 
-        caller = self._callers[spec.actor_id] = Caller(spec.actor_id)
+        caller = self.callers[spec.actor_id] = Caller(spec.actor_id)
         caller.creation = task
 
         def enter() -> None:
-            self.submitter.pin_arguments(task)
-            self.submitter.when_resolved(task, send)
+            if not detached:
+                self.process.table.begin_life(caller.life)
+            self.submitter.arguments.pin(task)
+            self.submitter.arguments.when_resolved(task, send)
 
         self.process.locked(enter)
 
     def caller(self, actor_id: bytes) -> Caller:
         """Return the caller of an actor, asking the daemon where it is on first use; the caller holds the lock."""
-        caller = self._callers.get(actor_id)
+        caller = self.callers.get(actor_id)
         if caller is None:
-            caller = self._callers[actor_id] = Caller(actor_id)
+            caller = self.callers[actor_id] = Caller(actor_id)
             self.process.daemon.send(m.WatchActor(actor_id))
         return caller
 
@@ -88,44 +94,44 @@ class ActorCalls:
         function: Function,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        num_returns: int,
         retries: int,
-    ) -> list[ObjectRef]:
-        """Call a method; return the refs of its outputs at once."""
-        process = self.process
-        if process.dead:
-            process.check_alive()
-        task_id = calling_context().next_task_id()
-        task = Task(task_id, function, b"", None, num_returns, retries)
-        if args or kwargs:
-            self.submitter.encode_arguments(task, args, kwargs, function.name)
-        if num_returns == 1:
-            object_ids = [task_id + FIRST_RETURN]
-        else:
-            object_ids = [object_id(task_id, index) for index in range(num_returns)]
-        self._enter(actor_id, task, object_ids)
-        pump = process.pump
-        if pump.interrupted:
-            pump.deliver()
-        self._since_poll += 1
-        if self._since_poll >= POLL_EVERY:
-            self._since_poll = 0
-            pump.poll()
-        return [ObjectRef(oid) for oid in object_ids]
+        max_pending: int,
+    ) -> Any:
+        """Call a method; return its ref, its list of refs, or its generator at once.
+
+        Raises:
+            PendingCallsLimitExceededError: `max_pending` calls of this process wait already (0: no limit).
+        """
+        if max_pending:
+            self._check_pending(actor_id, max_pending)
+
+        def enter(task: Task, object_ids: list[bytes]) -> None:
+            self._enter(actor_id, task, object_ids)
+
+        return self.submitter.call(function, None, args, kwargs, retries, enter)
+
+    def _check_pending(self, actor_id: bytes, limit: int) -> None:
+        caller = self.callers.get(actor_id)
+        if caller is None:
+            return
+        pending = len(caller.queue) + (len(caller.channel.context.inflight) if caller.channel is not None else 0)
+        if pending >= limit:
+            raise PendingCallsLimitExceededError(
+                f"{pending} calls to the actor are pending and max_pending_calls={limit}; wait for some of them first"
+            )
 
     @uninterruptible
     def _enter(self, actor_id: bytes, task: Task, object_ids: list[bytes]) -> None:
         process = self.process
         with process.pump.lock:
-            self.submitter.tasks_submitted += 1
-            for oid in object_ids:
-                process.table.own(oid, task)
-            caller = self._callers.get(actor_id) or self.caller(actor_id)
-            if task.pinned is not None:
-                self.submitter.pin_arguments(task)
+            self.submitter.own(task, object_ids)
+            caller = self.callers.get(actor_id) or self.caller(actor_id)
+            if not caller.held and caller.life in process.table.entries:
+                caller.held = True
+                process.table.pin(caller.life)
             caller.queue.append(task)
             if task.dependencies is not None:
-                self.submitter.when_resolved(task, lambda ready: self._advance(caller))
+                self.submitter.arguments.when_resolved(task, lambda ready: self._advance(caller))
                 if process.table.effects:
                     process.run_effects()
             else:
@@ -151,7 +157,7 @@ class ActorCalls:
             if caller.channel is None or queue[0].unresolved:
                 return
             task = queue.popleft()
-            error = self.submitter.failed_dependency(task) if task.dependencies is not None else None
+            error = self.submitter.arguments.failure(task) if task.dependencies is not None else None
             if error is not None:
                 self.submitter.fail(task, error)
             else:
@@ -161,7 +167,7 @@ class ActorCalls:
     # -- life and death of actors --------------------------------------------------------------------------------
 
     def _on_state(self, channel: Channel, message: m.ActorState) -> None:
-        caller = self._callers.get(message.actor_id)
+        caller = self.callers.get(message.actor_id)
         if caller is None or caller.state == "dead":
             return
         if message.state == "alive":
@@ -179,6 +185,8 @@ class ActorCalls:
         if channel.context is None:
             channel.context = PeerState()
         caller.state, caller.worker, caller.channel = "alive", worker, channel
+        channel.context.on_batch = lambda replies: self._maybe_let_go(caller)
+        channel.context.retry = lambda task: self._again(caller, task)
         if caller.creation is not None and not caller.creation.retries_left:
             self._forget_creation(caller)
         self._advance(caller)
@@ -190,7 +198,9 @@ class ActorCalls:
         inflight: dict[int, Task] = caller.channel.context.inflight
         again = []
         for task in inflight.values():
-            if task.retries_left:
+            if task.cancelled:
+                self.submitter.fail_with(task, TaskCancelledError(f"{task.function.name}() was cancelled"))
+            elif task.retries_left:
                 task.retries_left -= 1 if task.retries_left > 0 else 0
                 again.append(task)
             else:
@@ -214,8 +224,34 @@ class ActorCalls:
             inflight.clear()
             caller.channel = None
         self._advance(caller)
+        self._let_go(caller)
+        if caller.life not in self.process.table.entries:
+            self.callers.pop(caller.actor_id, None)
+
+    def _again(self, caller: Caller, task: Task) -> None:
+        caller.queue.appendleft(task)
+        self._advance(caller)
+
+    def _maybe_let_go(self, caller: Caller) -> None:
+        """The actor need not live for our sake once nothing of ours is pending."""
+        if caller.held and not caller.queue and caller.channel is not None and not caller.channel.context.inflight:
+            self._let_go(caller)
+
+    def _let_go(self, caller: Caller) -> None:
+        if caller.held:
+            caller.held = False
+            self.process.table.unpin(caller.life)
+
+    def end(self, life: bytes) -> None:
+        """Nobody can reach an actor of ours any more: it ends after the calls that it has."""
+        actor_id = life[:TASK_ID_BYTES]
+        if not self.process.dead:
+            self.process.daemon.send(m.KillActor(actor_id, True, "all handles to it are gone", True))
+        caller = self.callers.get(actor_id)
+        if caller is not None and caller.state == "dead":
+            del self.callers[actor_id]
 
     def _forget_creation(self, caller: Caller) -> None:
         if caller.creation is not None:
-            self.submitter.unpin_arguments(caller.creation)
+            self.submitter.arguments.unpin(caller.creation)
             caller.creation = None

@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from afield.errors import NotInitializedError
-from afield.ids import FIRST_RETURN
 from afield.runtime import current
 from afield.runtime import messages as m
+from afield.runtime.actor_calls import actor_ref_id
 from afield.runtime.context import calling_context
 from afield.runtime.dispatch import Task
-from afield.runtime.options import ACTOR_OPTIONS, METHOD_OPTIONS, shape_of, validate
+from afield.runtime.options import ACTOR_OPTIONS, METHOD_OPTIONS, retry_on, returns_of, shape_of, validate
+from afield.runtime.refs import ObjectRef, rebuild_ref
+from afield.runtime.runtime_context import inherited_environment
 from afield.runtime.serialization import serialize
+from afield.runtime.strategies import placement_of, settle
 from afield.runtime.submission import Function
 
 if TYPE_CHECKING:
     from afield.runtime.participant import Participant
 
 _METHOD_OPTIONS_ATTRIBUTE = "__afield_method_options__"
+_METHOD_FIELDS = {
+    "group": "concurrency_group",
+    "backpressure": "_generator_backpressure_num_objects",
+    "retries": "max_task_retries",
+}
+#: Methods that every actor has: ready when the constructor is done; ends the actor after the calls before it.
+SPECIAL_METHODS = ("__afield_ready__", "__afield_terminate__")
+SPECIAL_METHODS_BY_ALIAS = {"__ray_ready__": "__afield_ready__", "__ray_terminate__": "__afield_terminate__"}
 
 
 def method(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -38,7 +50,7 @@ class ActorClass:
 
     def __init__(self, cls: type, options: dict[str, Any]) -> None:
         validate(options, ACTOR_OPTIONS, f"@remote on class {cls.__name__}")
-        self._set(cls, options)
+        self._set(cls, settle(options))
 
     def _set(self, cls: type, options: dict[str, Any]) -> None:
         self._cls = cls
@@ -71,19 +83,44 @@ class ActorClass:
         if self._session is not participant:
             serialized = serialize(self._cls, f"the class {self.__name__}")
             for ref in serialized.refs:
-                participant.process.pin_for_ever(ref)
+                participant.process.pin_for_ever(ref, f"captured by the class {self.__name__}")
             self._blob, self._session = serialized.pack(), participant
         process = participant.process
         process.check_alive()
         actor_id = calling_context().next_task_id()
+        description = self._describe(actor_id, process.process_id)
+        name = self._options.get("name")
+        if name:
+            taken = _reserve(participant, name, self._options, description)
+            if taken is not None:
+                return ActorHandle.from_description(taken)
         restarts = self._options.get("max_restarts") or 0
         task = Task(actor_id, None, b"", None, retries_left=restarts)
         if args or kwargs:
-            participant.submitter.encode_arguments(task, args, kwargs, f"{self.__name__}.__init__")
-        options = {"max_restarts": restarts, "name": self._options.get("name") or ""}
-        spec = m.CreateActor(actor_id, self.__name__, self._blob, dict(self._shape), b"", None, None, options)
-        participant.actors.create(spec, task)
-        return ActorHandle(actor_id, self.__name__, _methods(self._cls), self._options.get("max_task_retries") or 0)
+            participant.arguments.encode(task, args, kwargs, f"{self.__name__}.__init__")
+        detached = self._options.get("lifetime") == "detached"
+        options = {
+            "max_restarts": restarts,
+            "name": name or "",
+            "detached": detached,
+            "max_concurrency": self._options.get("max_concurrency") or 0,
+            "concurrency_groups": self._options.get("concurrency_groups") or {},
+        }
+        placement = placement_of(self._options, inherited_environment())
+        spec = m.CreateActor(actor_id, self.__name__, self._blob, dict(self._shape), b"", None, None, options, placement)
+        participant.actors.create(spec, task, detached)
+        return ActorHandle(description, None if detached else ObjectRef(actor_ref_id(actor_id)))
+
+    def _describe(self, actor_id: bytes, creator: bytes) -> dict[str, Any]:
+        """Return what a handle must know, in a form that travels."""
+        return {
+            "actor_id": actor_id,
+            "class_name": self.__name__,
+            "methods": _methods(self._cls),
+            "max_task_retries": self._options.get("max_task_retries") or 0,
+            "max_pending_calls": max(0, self._options.get("max_pending_calls") or 0),
+            "owner": b"" if self._options.get("lifetime") == "detached" else creator,
+        }
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _empty_actor_class, (), (self._cls, self._options)
@@ -110,9 +147,41 @@ def _check_signature(cls: type, args: tuple[Any, ...], kwargs: dict[str, Any], n
         raise TypeError(f"{name}.remote(): {error}") from None
 
 
-def _methods(cls: type) -> dict[str, int]:
-    """Return the names of an actor class's methods and their number of returns."""
-    methods = {}
+def _reserve(
+    participant: Participant, name: str, options: dict[str, Any], description: dict[str, Any]
+) -> dict[str, Any] | None:
+    """Take a name for an actor; return the description of the one that has it already, if that is allowed."""
+    namespace = options.get("namespace")
+    argument = {"namespace": namespace, "name": name, "description": description}
+    taken: dict[str, Any] | None = participant.process.request(lambda n: m.Query(n, "reserve_actor_name", argument))
+    if taken is not None and not options.get("get_if_exists"):
+        raise ValueError(
+            f"an actor named {name!r} exists already; use another name, get_actor({name!r}), or get_if_exists=True"
+        )
+    return taken
+
+
+def get_actor(name: str, namespace: str | None = None) -> ActorHandle:
+    """Return a handle to the living actor with this name.
+
+    Raises:
+        ValueError: there is none in the namespace (the session's by default).
+    """
+    participant = current.participant or current.ensure()
+    argument = {"namespace": namespace, "name": name}
+    description = participant.process.request(lambda n: m.Query(n, "find_actor", argument))
+    if description is None:
+        raise ValueError(
+            f"there is no living actor named {name!r}"
+            + (f" in namespace {namespace!r}" if namespace else "")
+            + "; it was not created with this name, has ended, or lives in another namespace"
+        )
+    return ActorHandle.from_description(description)
+
+
+def _methods(cls: type) -> dict[str, dict[str, Any]]:
+    """Return what is to be known of each method of an actor class: returns, group, back-pressure, retries."""
+    methods: dict[str, dict[str, Any]] = {name: {"num_returns": 1} for name in SPECIAL_METHODS}
     for name in dir(cls):
         if name.startswith("__") and name != "__call__":
             continue
@@ -120,36 +189,50 @@ def _methods(cls: type) -> dict[str, int]:
         if isinstance(member, (staticmethod, classmethod)):
             member = member.__func__
         if callable(member):
-            methods[name] = getattr(member, _METHOD_OPTIONS_ATTRIBUTE, {}).get("num_returns") or 1
+            options = getattr(member, _METHOD_OPTIONS_ATTRIBUTE, {})
+            methods[name] = {
+                "num_returns": returns_of(options, member),
+                "group": options.get("concurrency_group") or "",
+                "backpressure": options.get("_generator_backpressure_num_objects") or 0,
+                "retries": options.get("max_task_retries"),
+            }
     return methods
 
 
 class ActorHandle:
-    """Names an actor; `handle.method.remote(...)` calls it. Can be passed to tasks and other actors."""
+    """Names an actor; `handle.method.remote(...)` calls it. Can be passed to tasks and other actors.
 
-    def __init__(self, actor_id: bytes, class_name: str, methods: dict[str, int], retries: int) -> None:
-        self._actor_id = actor_id
-        self._class_name = class_name
-        self._methods = methods
-        self._retries = retries
+    The actor ends when all handles to it are gone, unless it is detached.
+    """
+
+    def __init__(self, description: dict[str, Any], life: ObjectRef | None) -> None:
+        self._description = description
+        self._actor_id: bytes = description["actor_id"]
+        self._class_name: str = description["class_name"]
+        self._life = life
+
+    @classmethod
+    def from_description(cls, description: dict[str, Any]) -> ActorHandle:
+        """Make a handle of what the actor directory told."""
+        owner = description["owner"]
+        return cls(description, rebuild_ref(actor_ref_id(description["actor_id"]), owner) if owner else None)
 
     def __getattr__(self, name: str) -> ActorMethod:
-        if name.startswith("__") and name != "__call__":
-            raise AttributeError(name)
-        num_returns = self._methods.get(name)
-        if num_returns is None:
-            import difflib
-
-            near = difflib.get_close_matches(name, self._methods, 1)
+        methods = self.__dict__["_description"]["methods"]
+        known = methods.get(SPECIAL_METHODS_BY_ALIAS.get(name, name))
+        if known is None:
+            if name.startswith("__"):
+                raise AttributeError(name)
+            near = difflib.get_close_matches(name, [n for n in methods if not n.startswith("__")], 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise AttributeError(f"the actor {self._class_name} has no method {name!r}{hint}")
-        bound = ActorMethod(self, name, num_returns, self._retries)
+        bound = ActorMethod(self, SPECIAL_METHODS_BY_ALIAS.get(name, name), known)
         # Found directly from now on: a call in a loop does not come here again.
         self.__dict__[name] = bound
         return bound
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ActorHandle, (self._actor_id, self._class_name, self._methods, self._retries)
+        return ActorHandle, (self._description, self._life)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ActorHandle) and self._actor_id == other._actor_id
@@ -164,41 +247,52 @@ class ActorHandle:
 class ActorMethod:
     """A method of an actor; call it with `.remote(...)`."""
 
-    def __init__(self, handle: ActorHandle, name: str, num_returns: int, retries: int) -> None:
+    def __init__(self, handle: ActorHandle, name: str, known: dict[str, Any]) -> None:
+        description = handle._description
+        retries = known.get("retries")
+        self._known = known
         self._actor_id = handle._actor_id
         self._owner_name = handle._class_name
         self._name = name
-        self._num_returns = num_returns
-        self._retries = retries
-        self._function = Function(name, b"", num_returns)
-        #: The handle keeps the actor alive while a method of it is held.
-        self._handle = handle
+        self._retries: int = description["max_task_retries"] if retries is None else retries
+        self._max_pending: int = description["max_pending_calls"]
+        self._function = Function(
+            name,
+            b"",
+            known["num_returns"],
+            backpressure=known.get("backpressure") or 0,
+            group=known.get("group") or "",
+            retry_on=known.get("retry_on") or False,
+        )
+        #: A reference to the object of the actor's life, not to the handle, which would be a cycle.
+        self._life = handle._life
+        self._handle_description = description
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError(
-            f"the actor method {self._owner_name}.{self._name}() cannot be called directly; use .{self._name}.remote(...)"
+            f"the actor method {self._owner_name}.{self._name}() cannot be called directly; "
+            f"use .{self._name}.remote(...)"
         )
 
     def options(self, **options: Any) -> ActorMethod:
-        """Return the method with other options: `num_returns`, `name`, `max_task_retries`."""
+        """Return the method with other options; see `afield.method`."""
         validate(options, METHOD_OPTIONS, f"{self._owner_name}.{self._name}.options()")
-        num_returns, retries = options.get("num_returns"), options.get("max_task_retries")
-        return ActorMethod(
-            self._handle,
-            self._name,
-            self._num_returns if num_returns is None else num_returns,
-            self._retries if retries is None else retries,
-        )
+        known = dict(self._known)
+        if options.get("num_returns") is not None:
+            known["num_returns"] = returns_of(options, self.options)
+        for name, option in _METHOD_FIELDS.items():
+            if options.get(option) is not None:
+                known[name] = options[option]
+        known["retry_on"] = retry_on(options) or known.get("retry_on")
+        return ActorMethod(ActorHandle(self._handle_description, self._life), self._name, known)
 
     def remote(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the method; return its `ObjectRef`, or a list of them if `num_returns` is not 1, without waiting."""
+        """Call the method; return its outcome's `ObjectRef` without waiting (see `RemoteFunction.remote`).
+
+        Raises:
+            PendingCallsLimitExceededError: `max_pending_calls` of the actor are reached.
+        """
         participant = current.participant
         if participant is None:
             raise NotInitializedError(f"the actor {self._owner_name} belongs to a runtime that was shut down")
-        refs = participant.actors.submit(self._actor_id, self._function, args, kwargs, self._num_returns, self._retries)
-        return refs[0] if self._num_returns == 1 else refs if refs else None
-
-
-def actor_ref_id(actor_id: bytes) -> bytes:
-    """Return the id of the object that stands for an actor's life."""
-    return actor_id + FIRST_RETURN
+        return participant.actors.submit(self._actor_id, self._function, args, kwargs, self._retries, self._max_pending)

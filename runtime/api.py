@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -22,15 +22,26 @@ from afield.runtime import current
 from afield.runtime import messages as m
 from afield.runtime.actors import ActorClass, ActorHandle
 from afield.runtime.bootstrap import STORE_SHARE, Session, SessionOptions
+from afield.runtime.context import ActorExit
+from afield.runtime.environment import Environment
 from afield.runtime.functions import RemoteFunction
+from afield.runtime.memory import MemoryEntry, assemble
 from afield.runtime.participant import Participant
+from afield.runtime.printing import Printer
+from afield.runtime.process import Process
 from afield.runtime.refs import ObjectRef
+from afield.runtime.runtime_context import Facts, install
+from afield.runtime.streams import ObjectRefGenerator
 from afield.scheduler.devices import parse_devices
 from afield.scheduler.resources import ResourceSet
 from afield.transport.pump import Waiter
 from afield.units import format_bytes, parse_bytes
 
+#: How long `shutdown` waits for whoever reads our output to take the last lines of the workers.
+LAST_LINES_S = 2.0
+
 _session: Session | None = None
+_printer: Printer | None = None
 _restore_sigint: Callable[[], None] = lambda: None  # noqa: E731
 _was_shut_down = False
 
@@ -59,6 +70,7 @@ def init(
     host_memory: int | str | None = None,
     spill_dir: str | None = None,
     namespace: str | None = None,
+    runtime_env: Mapping[str, Any] | None = None,
     ignore_reinit_error: bool = False,
     log_to_driver: bool = True,
 ) -> ClusterInfo:
@@ -73,6 +85,7 @@ def init(
         host_memory: capacity of the host store, in bytes or as text ("6GiB"); 30 % of the machine's by default.
         spill_dir: where the session keeps its files; the system's temporary directory by default.
         namespace: names of actors are looked up in it.
+        runtime_env: what tasks and actors run in unless they say otherwise: `env_vars`, `working_dir`, `py_modules`.
         ignore_reinit_error: return quietly if the runtime is running already.
         log_to_driver: show what workers print.
 
@@ -89,10 +102,11 @@ def init(
             "afield is already initialised; call afield.shutdown() first, or pass ignore_reinit_error=True"
         )
     options = _session_options(
-        address, num_cpus, num_gpus, devices, resources, host_memory, spill_dir, namespace, log_to_driver
+        address, num_cpus, num_gpus, devices, resources, host_memory, spill_dir, namespace, log_to_driver, runtime_env
     )
     session = Session(options)
     _session, _was_shut_down = session, False
+    install(Facts(session.name, session.node_id, options.namespace, options.environment))
     _install_driver(session.participant)
     return _info(session)
 
@@ -107,24 +121,29 @@ def _session_options(
     spill_dir: str | None,
     namespace: str | None,
     log_to_driver: bool,
+    runtime_env: Mapping[str, Any] | None,
 ) -> SessionOptions:
     if address not in (None, "local"):
         raise InvalidOptionError(f"address={address!r}: joining another runtime is not supported yet; leave it out")
+    cpus = num_cpus if num_cpus is not None else float(os.cpu_count() or 1)
+    ResourceSet.from_options(num_cpus=cpus, num_gpus=num_gpus, resources=resources)
     found = parse_devices(devices if devices is not None else os.environ.get("AFIELD_DEVICES"))
     if num_gpus is not None and num_gpus > len(found):
         raise NoDeviceError(
             f"num_gpus={num_gpus} but there are {len(found)} devices; "
             f'pass devices="emulated:{int(num_gpus)}" or set AFIELD_DEVICES=emulated:{int(num_gpus)}'
         )
-    cpus = num_cpus if num_cpus is not None else float(os.cpu_count() or 1)
-    ResourceSet.from_options(num_cpus=cpus, resources=resources)
     try:
         size = parse_bytes(host_memory) if host_memory is not None else int(psutil.virtual_memory().total * STORE_SHARE)
     except (ValueError, TypeError) as error:
         raise InvalidOptionError(f"host_memory={host_memory!r}: {error}") from None
     if size < 1 << 20:
         raise InvalidOptionError(f"host_memory={host_memory!r}: at least 1 MiB is needed")
-    return SessionOptions(cpus, found, dict(resources or {}), size & -4096, spill_dir, namespace or "", log_to_driver)
+    amounts = {name: float(amount) for name, amount in (resources or {}).items()}
+    environment = Environment.of(runtime_env)
+    return SessionOptions(
+        float(cpus), found, amounts, size & -4096, spill_dir, namespace or "", log_to_driver, environment
+    )
 
 
 def _info(session: Session) -> ClusterInfo:
@@ -133,19 +152,22 @@ def _info(session: Session) -> ClusterInfo:
 
 
 def _install_driver(participant: Participant) -> None:
-    global _restore_sigint
+    global _printer, _restore_sigint
     process = participant.process
-    process.handlers[m.Log] = _print_log
+    _printer = Printer(
+        lambda size: _acknowledge(process, size),
+        fold=os.environ.get("AFIELD_FOLD_OUTPUT") != "0",
+        colour="NO_COLOR" not in os.environ,
+    )
+    post = _printer.post
+    process.handlers[m.Log] = lambda channel, message: post(message)
     current.install(participant)
     _restore_sigint = process.pump.install_sigint()
 
 
-def _print_log(channel: Any, message: m.Log) -> None:
-    import sys
-
-    prefix = f"({message.name} pid={message.pid}) "
-    sys.stdout.write("".join(f"{prefix}{line}\n" for line in message.lines))
-    sys.stdout.flush()
+def _acknowledge(process: Process, size: int) -> None:
+    if not process.dead:
+        process.locked(process.daemon.send, m.Printed(size))
 
 
 def auto_init() -> None:
@@ -157,7 +179,7 @@ def auto_init() -> None:
 
 def shutdown() -> None:
     """End the runtime: its processes, shared memory and sockets are gone when this returns. Does nothing without one."""
-    global _session, _restore_sigint, _was_shut_down
+    global _printer, _session, _restore_sigint, _was_shut_down
     session, participant = _session, current.participant
     if session is None or participant is None:
         return
@@ -172,6 +194,9 @@ def shutdown() -> None:
     current.install(None)
     process.close()
     session.end()
+    if _printer is not None:
+        _printer.close(LAST_LINES_S)
+        _printer = None
     _restore_sigint()
     _restore_sigint = lambda: None  # noqa: E731
 
@@ -181,9 +206,9 @@ atexit.register(shutdown)
 
 def _after_fork_in_child() -> None:
     """A forked copy of a driver is no participant: its sockets and threads belong to the parent."""
-    global _session
+    global _printer, _session
     if current.participant is not None:
-        _session = None
+        _session = _printer = None
         current.install(None)
 
 
@@ -308,7 +333,7 @@ def wait(
 def _check_distinct(refs: object) -> None:
     if isinstance(refs, ObjectRef):
         raise TypeError("wait() takes a list of ObjectRefs, not a single one; use wait([ref])")
-    if not isinstance(refs, (list, tuple)) or any(type(ref) is not ObjectRef for ref in refs):
+    if not isinstance(refs, (list, tuple)) or not all(isinstance(r, (ObjectRef, ObjectRefGenerator)) for r in refs):
         raise TypeError("wait() takes a list of ObjectRefs")
     if len(set(refs)) != len(refs):
         raise ValueError("wait() takes a list of different refs; this one has duplicates")
@@ -320,6 +345,39 @@ def kill(actor: ActorHandle, *, no_restart: bool = True) -> None:
         raise TypeError(f"kill() takes an actor's handle, not a {type(actor).__name__}")
     process = _require().process
     process.locked(process.daemon.send, m.KillActor(actor._actor_id, no_restart, "it was ended by kill()"))
+
+
+def cancel(ref: ObjectRef | ObjectRefGenerator, *, force: bool = False, recursive: bool = True) -> None:
+    """Cancel the task that makes an object: its `get` raises `TaskCancelledError`.
+
+    A task that waits never starts; one that runs gets KeyboardInterrupt (an async actor's call: CancelledError). Does
+    nothing if the task has ended.
+
+    Args:
+        ref: one of the task's refs, or its generator.
+        force: end the worker process that runs it.
+        recursive: also cancel what the task has submitted.
+
+    Raises:
+        ValueError: `force` for an actor's call.
+    """
+    if isinstance(ref, ObjectRefGenerator):
+        ref = ref.completed()
+    if not isinstance(ref, ObjectRef):
+        raise TypeError(f"cancel() takes an ObjectRef, not {_describe(ref)}; to end an actor use kill()")
+    participant = _require()
+    participant.process.locked(participant.cancellation.cancel, ref.id, force, recursive)
+
+
+def exit_actor() -> None:
+    """End the actor that this is called in, after the present call.
+
+    Raises:
+        TypeError: this is no actor.
+    """
+    if current.in_actor is None or not current.in_actor():
+        raise TypeError("exit_actor() was called outside of an actor")
+    raise ActorExit
 
 
 def _require() -> Participant:
@@ -357,14 +415,24 @@ def empty(shape: int | tuple[int, ...], dtype: npt.DTypeLike = "float64") -> npt
     return (current.participant or current.ensure()).values.store.empty(shape, dtype)
 
 
-def stats() -> dict[str, float]:
-    """Return counters of this process: tasks submitted and retried, bytes copied into the store, shared, and born in it."""
+def stats(*, local: bool = False) -> dict[str, float]:
+    """Return counters: tasks submitted and retried, bytes copied into the store, shared from it, and born in it.
+
+    They are sums over the processes of the cluster. A process that cannot answer within a second, and one that has ended,
+    count with what they had when they were last asked.
+
+    Args:
+        local: count this process only.
+    """
     participant = _require()
-    store = participant.values.store
-    return {
-        "tasks_submitted": participant.submitter.tasks_submitted,
-        "tasks_retried": participant.submitter.tasks_retried,
-        "bytes_copied_in": store.bytes_copied_in,
-        "bytes_shared": store.bytes_shared,
-        "bytes_born": store.bytes_born,
-    }
+    total: dict[str, float] = participant.counters() if local else query("stats")
+    return total
+
+
+def memory() -> list[MemoryEntry]:
+    """Return the live objects of the cluster, the largest first: size, where they lie, and why they are alive.
+
+    With AFIELD_RECORD_CALL_SITES=1 in the environment of `init`, also where they were created.
+    """
+    _require()
+    return assemble(query("memory"))

@@ -20,6 +20,8 @@ from typing import Any
 import psutil
 
 from afield.errors import RuntimeDiedError
+from afield.runtime import sessions
+from afield.runtime.environment import Environment
 from afield.runtime.participant import Participant
 from afield.runtime.process import STORE_WAIT_S, SessionConfig
 from afield.scheduler.devices import Device
@@ -49,6 +51,7 @@ class SessionOptions:
     spill_dir: str | None
     namespace: str
     log_to_driver: bool
+    environment: Environment
 
 
 class Session:
@@ -56,10 +59,13 @@ class Session:
 
     def __init__(self, options: SessionOptions) -> None:
         self.options = options
+        sessions.sweep(options.spill_dir)
         self.name = secrets.token_hex(8)
+        self.node_id = secrets.token_hex(8)
         self.directory = tempfile.mkdtemp(prefix=f"afield-{self.name}-", dir=options.spill_dir)
         token = secrets.token_bytes(32)
         driver_id = secrets.token_bytes(8)
+        lock_fd = sessions.hold(self.directory)
         slab_fd = os.memfd_create(f"afield-{self.name}")
         os.ftruncate(slab_fd, options.store_bytes)
         lifeline_read, self._lifeline = os.pipe()
@@ -67,9 +73,11 @@ class Session:
         wait = os.environ.get("AFIELD_STORE_WAIT_S")
         if wait:
             config.store_wait_s = float(wait)
+        config.record_call_sites = os.environ.get("AFIELD_RECORD_CALL_SITES") == "1"
         _write_token(self.directory, token)
+        sessions.write_info(sessions.SessionInfo(self.name, self.directory, os.getpid(), time.time()))
         try:
-            self._process = self._start(config, lifeline_read, driver_id)
+            self._process = self._start(config, lifeline_read, lock_fd, driver_id)
             self.participant = self._join(config, driver_id)
         except BaseException:
             os.close(self._lifeline)
@@ -78,8 +86,9 @@ class Session:
         finally:
             os.close(lifeline_read)
             os.close(slab_fd)
+            os.close(lock_fd)
 
-    def _start(self, config: SessionConfig, lifeline: int, driver_id: bytes) -> subprocess.Popen[bytes]:
+    def _start(self, config: SessionConfig, lifeline: int, lock: int, driver_id: bytes) -> subprocess.Popen[bytes]:
         options = self.options
         message: dict[str, Any] = {
             "session": self.name,
@@ -97,7 +106,11 @@ class Session:
             "resources": options.resources,
             "memory": psutil.virtual_memory().total,
             "namespace": options.namespace,
+            "node_id": self.node_id,
+            "environment": options.environment.encode().hex(),
             "driver": driver_id.hex(),
+            "lock_fd": lock,
+            "record_call_sites": config.record_call_sites,
         }
         with open(os.path.join(self.directory, "node.log"), "wb") as log:
             process = subprocess.Popen(
@@ -105,7 +118,7 @@ class Session:
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
-                pass_fds=(config.slab_fd, lifeline),
+                pass_fds=(config.slab_fd, lifeline, lock),
                 start_new_session=True,
             )
         assert process.stdin is not None

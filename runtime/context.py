@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from afield.runtime.ownership import Obligation
 
 
+class ActorExit(BaseException):
+    """Raised by `exit_actor` inside an actor's method."""
+
+
 class TaskContext:
     """A task in execution; in an async actor there are many at once, hence a context variable."""
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
+
+from afield.errors import NotInitializedError
 
 if TYPE_CHECKING:
     from afield.runtime.participant import Participant
@@ -10,6 +13,8 @@ if TYPE_CHECKING:
 
 participant: Participant | None = None
 process: Process | None = None
+#: Set in workers: tells whether an actor lives here.
+in_actor: Callable[[], bool] | None = None
 
 
 def install(new: Participant | None) -> None:
@@ -26,4 +31,11 @@ def ensure() -> Participant:
 
         api.auto_init()
     assert participant is not None
+    return participant
+
+
+def require(otherwise: str) -> Participant:
+    """Return the participant; raise `NotInitializedError` with the text `otherwise` if there is none."""
+    if participant is None:
+        raise NotInitializedError(otherwise)
     return participant

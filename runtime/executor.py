@@ -1,32 +1,37 @@
 """Running tasks: a worker's main thread takes pushes off a queue, runs them, and answers.
 
 Theory of operation. Pushes arrive on the loop, which the main thread drives while it has nothing to do and the standby
-thread drives while a task runs; both only append to `queue`. Replies are queued on the pusher's channel and leave when the
-queue is empty or some time has passed, so that a burst of small tasks is answered in few frames. Before a task that may
-take long nothing is held back: the standby thread flushes too.
+thread drives while a task runs; both only append to `queue`. Replies gather in `_replies` and leave when the queue is empty
+or some time has passed, so that a burst of small tasks is answered in few frames; while a task takes long the standby
+thread sends what has gathered.
 
 When a task blocks in `get`, the tasks behind it are handed back to their owner at once (the one it waits for may be among
 them), and the daemon is told that the worker's CPUs are free.
+
+A cancelled task is interrupted by SIGINT, which the standby thread sends to the main thread; the handler raises
+KeyboardInterrupt only while the code of just that task runs. Actors with concurrent calls are the business of `concurrency`.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import signal
+import threading
 import time
-import traceback
-import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
-from afield.errors import AfieldError, TaskError
-from afield.ids import object_id
+from afield.errors import TaskCancelledError
+from afield.runtime import current
 from afield.runtime import messages as m
-from afield.runtime.context import TaskContext, enter
-from afield.runtime.ownership import FAILED, INLINE, LOCATED, Obligation
-from afield.runtime.process import Process
-from afield.runtime.serialization import Serialized, deserialize, dumps_plain, serialize
-from afield.runtime.submission import Arg
-from afield.runtime.values import INLINE_BYTES, Values
+from afield.runtime.concurrency import Concurrency, make_concurrency
+from afield.runtime.context import ActorExit, TaskContext, enter
+from afield.runtime.invocation import Definition, Invocations
+from afield.runtime.participant import Participant
+from afield.runtime.serialization import deserialize
 from afield.transport.channel import Channel
 from afield.transport.pump import Waiter, uninterruptible
 
@@ -36,54 +41,48 @@ MAX_HOLD_S = 0.0005
 Job = tuple[Channel, m.Push]
 
 
-class Definition:
-    """A function as its owner defined it; unpickled on first use."""
-
-    __slots__ = ("_callable", "blob", "name", "num_returns")
-
-    def __init__(self, message: m.Define) -> None:
-        self.name = message.name
-        self.blob = message.blob
-        self.num_returns = message.num_returns
-        self._callable: Callable[..., Any] | None = None
-
-    def callable(self) -> Callable[..., Any]:
-        """Return the function."""
-        if self._callable is None:
-            self._callable = deserialize(self.blob, f"the function {self.name}()", None)
-        assert self._callable is not None
-        return self._callable
-
-
 class Executor:
     """Runs what is pushed to this worker."""
 
-    def __init__(self, process: Process, values: Values) -> None:
-        self.process = process
-        self.values = values
+    def __init__(self, participant: Participant) -> None:
+        self.participant = participant
+        self.process = process = participant.process
+        self.values = participant.values
+        self.invocations = Invocations(participant)
         self.queue: deque[Job] = deque()
         self.actor: Any = None
         self.actor_id = b""
-        self.devices: list[str] = []
+        self.assignment: m.Assign | None = None
+        self._concurrency: Concurrency | None = None
         self._definitions: dict[tuple[bytes, int], Definition] = {}
         self._idle: Waiter | None = None
         self._actor_spec: m.BecomeActor | None = None
+        self._ending = False
         self._running: Channel | None = None
+        self._running_push: m.Push | None = None
         self._running_name = ""
+        self._interruptible: tuple[Channel, int] | None = None
+        self._interrupt: tuple[Channel, int] | None = None
+        self._consumed: dict[tuple[bytes, int], list[Any]] = {}
         self._last_flush = 0.0
+        self._replies: deque[tuple[Channel, Any]] = deque()
         process.handlers |= {
             m.Define: self._on_define,
             m.Push: self._on_push,
             m.Recall: self._on_recall,
             m.Assign: self._on_assign,
             m.BecomeActor: self._on_become_actor,
+            m.Terminate: lambda channel, message: self._finish_and_end(),
+            m.Cancel: self._on_cancel,
+            m.Consumed: self._on_consumed,
         }
-        self._replies: deque[tuple[Channel, Any]] = deque()
         process.tickers.append(self._queue_replies)
-        values.on_block = self._block
-        values.on_unblock = self._unblock
         process.on_settled = self._send_settled
         process.on_peer_lost.append(self._forget_peer)
+        self.values.on_block = self._block
+        self.values.on_unblock = self._unblock
+        signal.signal(signal.SIGINT, self._on_sigint)
+        current.in_actor = lambda: bool(self.actor_id)
 
     # -- what arrives --------------------------------------------------------------------------------------------
 
@@ -91,7 +90,13 @@ class Executor:
         self._definitions[channel.peer_id, message.index] = Definition(message)
 
     def _on_push(self, channel: Channel, message: m.Push) -> None:
+        if self._concurrency is not None:
+            self._concurrency.start(channel, message)
+            return
         self.queue.append((channel, message))
+        self._wake()
+
+    def _wake(self) -> None:
         if self._idle is not None:
             self._idle.finish()
 
@@ -106,52 +111,67 @@ class Executor:
         channel.send(m.HandBack(sequences[::-1], False))
 
     def _on_assign(self, channel: Channel, message: m.Assign) -> None:
-        self.devices = message.devices
+        self.assignment = message
 
     def _on_become_actor(self, channel: Channel, message: m.BecomeActor) -> None:
         self._actor_spec = message
-        if self._idle is not None:
-            self._idle.finish()
+        self._wake()
+
+    def _finish_and_end(self) -> None:
+        """End after the calls that are here already."""
+        self._ending = True
+        if self._concurrency is not None:
+            self._concurrency.end()
+        self._wake()
+
+    def _on_consumed(self, channel: Channel, message: m.Consumed) -> None:
+        record = self._consumed.get((channel.peer_id, message.sequence))
+        if record is not None:
+            record[0] = message.count
+            if record[1] is not None:
+                record[1].finish()
 
     def _forget_peer(self, peer: bytes) -> None:
         for key in [key for key in self._definitions if key[0] == peer]:
             del self._definitions[key]
         for job in [job for job in self.queue if job[0].peer_id == peer]:
-            try:
+            with contextlib.suppress(ValueError):
                 self.queue.remove(job)
-            except ValueError:
-                pass
 
     # -- the main thread -----------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Run tasks until the cluster ends."""
-        process = self.process
-        pump = process.pump
+        """Run tasks until the cluster, or the actor that lives here, ends."""
         queue = self.queue
-        while not process.dead:
+        while not self.process.dead:
             if not queue:
-                self._flush()
-                idle = self._idle = Waiter()
-                if not queue and self._actor_spec is None:
-                    pump.wait_for(idle)
-                self._idle = None
-                self._last_flush = time.monotonic()
-                if self._actor_spec is not None:
-                    self._construct(self._actor_spec)
-                    self._actor_spec = None
+                self.flush()
+                if self._ending:
+                    return
+                self._wait_for_work()
             try:
                 channel, push = queue.popleft()
             except IndexError:
                 continue
-            self._running = channel
-            self._run_one(channel, push)
-            self._running = None
+            self._running, self._running_push = channel, push
+            self.run_one(channel, push)
+            self._running = self._running_push = None
             if queue and time.monotonic() - self._last_flush > MAX_HOLD_S:
-                self._flush()
+                self.flush()
+
+    def _wait_for_work(self) -> None:
+        idle = self._idle = Waiter()
+        if not self.queue and self._actor_spec is None and not self._ending:
+            self.process.pump.wait_for(idle)
+        self._idle = None
+        self._last_flush = time.monotonic()
+        if self._actor_spec is not None:
+            become, self._actor_spec = self._actor_spec, None
+            self._construct(become)
 
     @uninterruptible
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Send the replies that have gathered."""
         process = self.process
         with process.pump.lock:
             process.after_events()
@@ -159,38 +179,76 @@ class Executor:
                 process.loop.flush()
         self._last_flush = time.monotonic()
 
-    def _run_one(self, channel: Channel, push: m.Push) -> None:
-        definition = self._definitions[channel.peer_id, push.function]
+    def definition(self, channel: Channel, push: m.Push) -> Definition:
+        """Return what a push names."""
+        return self._definitions[channel.peer_id, push.function]
+
+    def function(self, definition: Definition) -> Callable[..., Any]:
+        """Return the function, or the actor's method, of a definition."""
+        if not self.actor_id:
+            return definition.callable()
+        if definition.name.startswith("__afield_"):
+            return _ready if definition.name == "__afield_ready__" else _exit
+        method: Callable[..., Any] = getattr(self.actor, definition.name)
+        return method
+
+    def run_one(self, channel: Channel, push: m.Push) -> None:
+        """Run one push on this thread and answer it."""
+        definition = self.definition(channel, push)
         context = TaskContext(push.task_id, definition.name)
         enter(context)
         in_user_code = False
-        self._running_name = definition.name
+        job = (channel, push.sequence)
+        main = self._running is channel
+        if main:
+            self._running_name = definition.name
         try:
-            function = getattr(self.actor, definition.name) if self.actor_id else definition.callable()
+            function = self.function(definition)
             if push.arguments or push.location is not None:
-                args, kwargs, views = self._arguments(push, context)
-                in_user_code = True
-                holder = [function(*args, **kwargs)]
-                del args, kwargs
-                in_user_code = False
-                if views:
-                    self._keep_views(views, context)
+                args, kwargs, views = self.invocations.arguments(push, context)
             else:
-                in_user_code = True
-                holder = [function()]
-                in_user_code = False
-            if definition.num_returns == 1:
-                result = self._encode(holder, push, 0, channel.peer_id, definition.name)
-                reply: Any = m.Reply(push.sequence, result.kind, result.data, result.location, result.contained)
-            else:
-                reply = m.ReplyMany(push.sequence, self._encode_many(holder, push, channel.peer_id, definition))
+                args, kwargs, views = (), {}, []
+            in_user_code = True
+            if main:
+                self._interruptible = job
+            holder = [function(*args, **kwargs)]
+            del args, kwargs
+            if definition.num_returns == m.STREAMING:
+                count = self._stream(holder, channel, push, definition)
+                holder = [count]
+            self._interruptible = None
+            in_user_code = False
+            if views:
+                self.invocations.keep_views(views, context)
+            reply = self.invocations.reply(holder, push, channel.peer_id, definition)
         except BaseException as error:
-            reply = self._failure(push.sequence, definition, error, in_user_code)
+            self._interruptible = None
+            reply = self.failure(channel, push, definition, error, in_user_code)
         enter(None)
-        if context.obligation is not None and context.obligation.remaining:
-            context.obligation.token = (channel, reply)
-        else:
-            self._replies.append((channel, reply))
+        self.answer(channel, reply, context)
+
+    def failure(
+        self, channel: Channel, push: m.Push, definition: Definition, error: BaseException, in_user_code: bool
+    ) -> Any:
+        """Make the reply of a task that raised."""
+        if isinstance(error, ActorExit):
+            self._say_goodbye("it ended itself")
+            return self.invocations.reply([None] * max(1, definition.num_returns), push, channel.peer_id, definition)
+        if isinstance(error, (KeyboardInterrupt, TaskCancelledError)) and self._interrupt == (channel, push.sequence):
+            self._interrupt = None
+            error = TaskCancelledError(f"{definition.name}() was cancelled while it ran")
+            in_user_code = False
+        return self.invocations.failure(push.sequence, definition, error, in_user_code)
+
+    def answer(self, channel: Channel, reply: Any, context: TaskContext) -> None:
+        """Queue a reply; it waits until the refs that the task keeps are registered with their owners."""
+        obligation = context.obligation
+        if obligation is not None:
+            with self.process.pump.lock:
+                if obligation.remaining:
+                    obligation.token = (channel, reply)
+                    return
+        self._replies.append((channel, reply))
 
     def _queue_replies(self, now: float) -> None:
         """Move replies to their channels; the caller holds the lock."""
@@ -199,116 +257,98 @@ class Executor:
             channel, reply = replies.popleft()
             channel.send(reply)
 
+    def _send_settled(self, token: Any) -> None:
+        channel, reply = token
+        self._queue_replies(0.0)
+        channel.send(reply)
+
     def running_name(self) -> str:
         """Return the name of the task that runs, for the prefix of its output; an actor's output carries its class."""
         return "" if self.actor_id else self._running_name
 
-    def _send_settled(self, token: Any) -> None:
-        channel, reply = token
-        channel.send(reply)
+    # -- streams -------------------------------------------------------------------------------------------------
 
-    # -- arguments -----------------------------------------------------------------------------------------------
+    def _stream(self, holder: list[Any], channel: Channel, push: m.Push, definition: Definition) -> int:
+        """Send the items of a generator as it makes them; return their number."""
+        items: Iterator[Any] = iter(holder.pop())
+        for index in itertools.count():
+            if definition.backpressure:
+                self._wait_for_consumer(channel, push, index - definition.backpressure)
+            try:
+                holder.append(next(items))
+            except StopIteration:
+                self._consumed.pop((channel.peer_id, push.sequence), None)
+                return index
+            self.send_item(holder, index, channel, push, definition)
+        raise AssertionError
 
-    def _arguments(self, push: m.Push, context: TaskContext) -> tuple[Any, dict[str, Any], list[Any]]:
-        """Rebuild the arguments; the views are those of stored values, which the submitter pins until the reply."""
-        views: list[Any] = []
-        on_ref = self._on_ref(context)
-        data: Any = push.arguments
-        if push.location is not None:
-            data = self._mapped(push.task_id + b"\xff\xff\xff\xfe", b"", push.location, views)
-        args, kwargs = deserialize(data, "the arguments", on_ref)
-        del data
-        if push.dependencies:
-            values = [self._dependency(dependency, on_ref, views) for dependency in push.dependencies]
-            args = [values[arg.index] if type(arg) is Arg else arg for arg in args]
-            kwargs = {key: values[arg.index] if type(arg) is Arg else arg for key, arg in kwargs.items()}
-        return args, kwargs, views
-
-    def _on_ref(self, context: TaskContext) -> Callable[[bytes, bytes], None]:
-        def on_ref(oid: bytes, owner: bytes) -> None:
-            if context.obligation is None:
-                context.obligation = Obligation()
-            self.process.locked(self.process.table.receive, oid, owner, context.obligation)
-
-        return on_ref
-
-    def _mapped(self, oid: bytes, owner: bytes, location: m.Location, views: list[Any]) -> memoryview:
-        view = self.values.store.view(location.offset, location.size, self.process.handle_dropped)
-        views.append((weakref.ref(view), oid, owner))
-        return view.data
-
-    def _dependency(self, dependency: m.Dependency, on_ref: Callable[[bytes, bytes], None], views: list[Any]) -> Any:
-        if dependency.kind != LOCATED:
-            return deserialize(dependency.data, "an argument", on_ref)
-        assert dependency.location is not None
-        data = self._mapped(dependency.object_id, dependency.owner, dependency.location, views)
-
-        def resolve(offset: int, size: int) -> memoryview:
-            return self._mapped(dependency.object_id, dependency.owner, m.Location(0, offset, size), views)
-
-        return deserialize(data, "an argument", on_ref, resolve)
-
-    def _keep_views(self, views: list[Any], context: TaskContext) -> None:
-        """Views of arguments that outlive the task become handles of their objects."""
-        for reference, oid, owner in views:
-            view = reference()
-            if view is not None:
-                self._on_ref(context)(oid, owner)
-                view.hold = oid
-
-    # -- results -------------------------------------------------------------------------------------------------
-
-    def _encode(self, holder: list[Any], push: m.Push, index: int, owner: bytes, name: str) -> m.Result:
-        data = dumps_plain(holder[0])
-        if data is not None and len(data) <= INLINE_BYTES:
-            return m.Result(INLINE, data)
-        if data is not None:
-            serialized = Serialized(data, [], [])
+    def send_item(self, holder: list[Any], index: int, channel: Channel, push: m.Push, definition: Definition) -> None:
+        """Send one item; the first of a burst leaves at once."""
+        self._replies.append((channel, self.invocations.item(holder, push, index, channel.peer_id, definition)))
+        if time.monotonic() - self._last_flush > MAX_HOLD_S:
+            self.flush()
         else:
-            serialized = serialize(holder[0], f"the result of {name}()")
-        contained = None
-        if serialized.refs:
-            contained = self.process.locked(self.process.table.hand_on, owner, push.sequence, serialized.refs)
-        if serialized.size > INLINE_BYTES:
-            location = self.values.write_object(object_id(push.task_id, index), owner, serialized, holder)
-            return m.Result(LOCATED, b"", location, contained)
-        return m.Result(INLINE, serialized.pack(), None, contained)
+            self.process.pump.wake_standby()
 
-    def _encode_many(self, holder: list[Any], push: m.Push, owner: bytes, definition: Definition) -> list[m.Result]:
-        value = holder.pop()
-        expected = definition.num_returns
-        if not isinstance(value, (tuple, list)) or len(value) != expected:
-            found = f"{len(value)} values" if isinstance(value, (tuple, list)) else f"a {type(value).__name__}"
-            raise ValueError(
-                f"{definition.name}() has num_returns={expected} and must return {expected} values, not {found}"
-            )
-        items = list(value)
-        del value
-        items.reverse()
-        return [self._encode([items.pop()], push, index, owner, definition.name) for index in range(expected)]
+    def _wait_for_consumer(self, channel: Channel, push: m.Push, needed: int) -> None:
+        """Wait until the consumer has taken more than `needed` items."""
+        record = self._consumed.setdefault((channel.peer_id, push.sequence), [0, None])
+        while record[0] < needed + 1 and needed >= 0 and not channel.closed:
+            waiter = Waiter()
+            record[1] = waiter
+            if record[0] < needed + 1:
+                self.flush()
+                self.process.pump.wait_for(waiter, 1.0)  # looks again for a consumer that is gone
+            record[1] = None
 
-    def _failure(self, sequence: int, definition: Definition, error: BaseException, in_user_code: bool) -> Any:
-        text = "".join(traceback.format_exception(type(error), error, _user_frames(error)))
-        wrapped: BaseException = error
-        if in_user_code or not isinstance(error, AfieldError):
-            wrapped = TaskError.from_exception(definition.name, error, text)
-        try:
-            data = serialize(wrapped, "the error").pack()
-        except Exception:
-            data = serialize(TaskError(definition.name, None, f"{type(error).__name__}", text), "the error").pack()
-        if definition.num_returns == 1:
-            return m.Reply(sequence, FAILED, data)
-        return m.ReplyMany(sequence, [m.Result(FAILED, data)] * definition.num_returns)
+    # -- cancelling ----------------------------------------------------------------------------------------------
+
+    def _on_cancel(self, channel: Channel, message: m.Cancel) -> None:
+        self._interrupt = (channel, message.sequence)
+        if message.recursive:
+            self._cancel_children(channel, message.sequence)
+        if self._concurrency is not None and self._concurrency.cancel(channel, message.sequence):
+            return
+        for job in list(self.queue):
+            if job[0] is channel and job[1].sequence == message.sequence:
+                with contextlib.suppress(ValueError):  # the main thread took it at this moment
+                    self.queue.remove(job)
+                    definition = self.definition(*job)
+                    error = TaskCancelledError(f"{definition.name}() was cancelled before it started")
+                    channel.send(self.invocations.failure(message.sequence, definition, error, False))
+                    return
+        if self._interruptible == self._interrupt:
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    def _cancel_children(self, channel: Channel, sequence: int) -> None:
+        running = self._running_push
+        if running is not None and self._running is channel and running.sequence == sequence:
+            task_id: bytes | None = running.task_id
+        else:
+            task_id = self.invocations.task_id_of(channel, sequence)
+        if task_id is not None:
+            self.participant.cancellation.cancel_children(task_id)
+
+    def _on_sigint(self, number: int, frame: FrameType | None) -> None:
+        """Interrupt the task that is to be cancelled, and nothing else."""
+        if self._interrupt is None or self._interruptible != self._interrupt:
+            return
+        if self.process.pump.in_transition(frame):
+            # Try again from the standby thread as soon as the transition is over.
+            threading.Timer(0.002, signal.pthread_kill, (threading.main_thread().ident or 0, signal.SIGINT)).start()
+            return
+        raise KeyboardInterrupt
 
     # -- blocking ------------------------------------------------------------------------------------------------
 
     def _block(self) -> None:
         running = self._running
-        if self.actor_id or running is None:
+        if self.actor_id or running is None or threading.current_thread() is not threading.main_thread():
             return
         self.process.locked(self._announce_block, running)
 
     def _announce_block(self, running: Channel) -> None:
+        self._queue_replies(0.0)
         jobs = list(self.queue)
         self.queue.clear()
         running.send(m.HandBack([push.sequence for _, push in jobs], True))
@@ -316,7 +356,7 @@ class Executor:
 
     def _unblock(self) -> None:
         running = self._running
-        if self.actor_id or running is None:
+        if self.actor_id or running is None or threading.current_thread() is not threading.main_thread():
             return
         self.process.locked(running.send, m.Unblocked())
         self.process.locked(self.process.daemon.send, m.Blocked(False))
@@ -326,32 +366,38 @@ class Executor:
     def _construct(self, become: m.BecomeActor) -> None:
         spec = become.spec
         self.actor_id = spec.actor_id
-        context = TaskContext(spec.actor_id)
+        context = TaskContext(spec.actor_id, f"{spec.class_name}.__init__")
         enter(context)
         error = b""
         try:
             cls = deserialize(spec.blob, f"the class {spec.class_name}", None)
             push = m.Push(0, spec.actor_id, 0, spec.arguments, spec.location, spec.dependencies)
-            args, kwargs, views = self._arguments(push, context) if spec.arguments or spec.location else ((), {}, [])
+            if spec.arguments or spec.location is not None:
+                args, kwargs, views = self.invocations.arguments(push, context)
+            else:
+                args, kwargs, views = (), {}, []
             self.actor = cls(*args, **kwargs)
             del args, kwargs
-            self._keep_views(views, context)
+            self.invocations.keep_views(views, context)
+            self._concurrency = make_concurrency(self, cls, spec.options)
         except BaseException as raised:
-            text = "".join(traceback.format_exception(type(raised), raised, _user_frames(raised)))
-            wrapped = TaskError.from_exception(f"{spec.class_name}.__init__", raised, text)
-            error = serialize(wrapped, "the error").pack()
+            error = self.invocations.constructor_failure(spec.class_name, raised)
         finally:
             enter(None)
-        born = m.ActorBorn(spec.actor_id, error)
-        if context.obligation is not None and context.obligation.remaining:
-            context.obligation.token = (self.process.daemon, born)
-        else:
-            self.process.locked(self.process.daemon.send, born)
+        self.answer(self.process.daemon, m.ActorBorn(spec.actor_id, error), context)
+        self.flush()
+        if self._concurrency is not None and not error:
+            self._concurrency.serve()
+            self._ending = True
+
+    def _say_goodbye(self, reason: str) -> None:
+        """Tell the daemon that this actor ends by its own will."""
+        self.process.locked(self.process.daemon.send, m.KillActor(self.actor_id, True, reason, True))
 
 
-def _user_frames(error: BaseException) -> Any:
-    """Return the traceback without the frames of this module, which say nothing to the user."""
-    frames = error.__traceback__
-    while frames is not None and frames.tb_frame.f_code.co_filename == __file__ and frames.tb_next is not None:
-        frames = frames.tb_next
-    return frames
+def _ready() -> bool:
+    return True
+
+
+def _exit() -> None:
+    raise ActorExit

@@ -5,8 +5,8 @@ within milliseconds and shares these pages. It is the parent of all processes of
 how each of them ended; it reports that to the daemon. It ends when the daemon ends, when the driver ends (the lifeline
 pipe), or when it is told to, and takes every child with it, whatever they are doing.
 
-The daemon talks to it over a socket pair: `("fork", worker id, environment)` there, `("forked", worker id, pid)` with the
-read end of the worker's output pipe, and `("exited", pid, status)` back.
+The daemon talks to it over a socket pair: `("fork", worker id, variables, environment)` there, `("forked", worker id, pid)` with the
+read ends of the worker's output and error pipes, and `("exited", pid, status)` back.
 """
 
 from __future__ import annotations
@@ -52,11 +52,18 @@ class ForkServerConfig(msgspec.Struct):
     resources: dict[str, float]
     memory: int
     namespace: str
+    node_id: str
+    environment: str  # the job's, in hexadecimal
     driver: str
+    lock_fd: int
+    record_call_sites: bool
 
     def session_config(self) -> SessionConfig:
         """Return the part that every process needs."""
-        return SessionConfig(self.session, bytes.fromhex(self.token), self.slab_fd, self.capacity, self.store_wait_s)
+        token = bytes.fromhex(self.token)
+        config = SessionConfig(self.session, token, self.slab_fd, self.capacity, self.store_wait_s)
+        config.record_call_sites = self.record_call_sites
+        return config
 
 
 def name_process(name: str) -> None:
@@ -113,16 +120,25 @@ class ForkServer:
             return False
         if not data:
             return False
-        what, worker_id, environment = msgspec.msgpack.decode(data)
+        what, worker_id, variables, environment = msgspec.msgpack.decode(data)
         if what != "fork":
             return False
-        read_end, write_end = os.pipe2(os.O_CLOEXEC)
-        pid = self._fork(lambda: self._run_worker(worker_id, environment, write_end))
-        os.close(write_end)
+        out_read, out = os.pipe2(os.O_CLOEXEC)
+        err_read, err = os.pipe2(os.O_CLOEXEC)
+
+        def become_worker() -> None:
+            os.close(out_read)
+            os.close(err_read)
+            self._run_worker(worker_id, variables, environment, out, err)
+
+        pid = self._fork(become_worker)
+        os.close(out)
+        os.close(err)
         message = msgspec.msgpack.encode(("forked", worker_id, pid))
         with contextlib.suppress(OSError):
-            socket.send_fds(self.sock, [message], [read_end])
-        os.close(read_end)
+            socket.send_fds(self.sock, [message], [out_read, err_read])
+        os.close(out_read)
+        os.close(err_read)
         return True
 
     def _reap(self) -> bool:
@@ -169,15 +185,18 @@ class ForkServer:
         name_process("afield-node")
         NodeDaemon(self.config, self._daemon_sock).run()
 
-    def _run_worker(self, worker_id: bytes, environment: dict[str, str], output: int) -> None:
+    def _run_worker(
+        self, worker_id: bytes, variables: dict[str, str], environment: bytes, out: int, err: int
+    ) -> None:
         from afield.runtime.worker import run_worker
 
         self._daemon_sock.close()
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        os.close(output)
+        os.dup2(out, 1)
+        os.dup2(err, 2)
+        os.close(out)
+        os.close(err)
         name_process("afield-worker")
-        run_worker(self.config, worker_id, environment)
+        run_worker(self.config, worker_id, variables, environment)
 
     def _end(self) -> None:
         for pid in self.children:
@@ -196,6 +215,7 @@ def main(raw: bytes) -> None:
     """Run the fork server; `raw` is its configuration as JSON."""
     config = msgspec.json.decode(raw, type=ForkServerConfig)
     name_process("afield-fork")
+    os.set_inheritable(config.lock_fd, False)  # held as long as a process of the session lives, and no program it starts
     with contextlib.suppress(OSError):
         os.chdir(config.working_directory)
     sys.argv = config.arguments

@@ -7,8 +7,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
 
 from afield.runtime import current
-from afield.runtime.options import TASK_OPTIONS, shape_of, validate
+from afield.runtime.options import TASK_OPTIONS, retry_on, returns_of, shape_of, validate
+from afield.runtime.runtime_context import inherited_environment
 from afield.runtime.serialization import serialize
+from afield.runtime.strategies import placement_of, settle
 from afield.runtime.submission import Function
 
 if TYPE_CHECKING:
@@ -29,14 +31,13 @@ class RemoteFunction(Generic[P, R]):
 
     def __init__(self, function: Callable[P, R], options: dict[str, Any]) -> None:
         validate(options, TASK_OPTIONS, f"@remote on {function.__name__}()")
-        self._set(function, options)
+        self._set(function, settle(options))
 
     def _set(self, function: Callable[P, R], options: dict[str, Any]) -> None:
         self._function = function
         self._options = options
-        num_returns = options.get("num_returns")
         retries = options.get("max_retries")
-        self._num_returns: int = 1 if num_returns is None else num_returns
+        self._num_returns = returns_of(options, function)
         self._retries: int = DEFAULT_MAX_RETRIES if retries is None else retries
         self._name: str = options.get("name") or function.__qualname__.replace("<locals>.", "")
         self._shape = shape_of(options, default_cpus=1)
@@ -56,7 +57,9 @@ class RemoteFunction(Generic[P, R]):
         return RemoteFunction(self._function, self._options | options)
 
     def remote(self, *args: Any, **kwargs: Any) -> Any:
-        """Submit a call; return its `ObjectRef`, or a list of them if `num_returns` is not 1, without waiting.
+        """Submit a call; return its outcome's `ObjectRef` without waiting.
+
+        With `num_returns=N` that is a list of N refs; a generator function returns an `ObjectRefGenerator`.
 
         Raises:
             SerializationError: an argument cannot be pickled.
@@ -64,22 +67,20 @@ class RemoteFunction(Generic[P, R]):
         participant = current.participant or current.ensure()
         if self._session is not participant:
             self._bind(participant)
-        refs = participant.submitter.submit(
-            self._pushed,
-            self._lane,
-            args,
-            kwargs,
-            self._num_returns,
-            self._retries,
-        )
-        return refs[0] if self._num_returns == 1 else refs if refs else None
+        return participant.submitter.submit(self._pushed, self._lane, args, kwargs, self._retries)
 
     def _bind(self, participant: Participant) -> None:
         serialized = serialize(self._function, f"the function {self._name}()")
         for ref in serialized.refs:  # captured by the function: they live as long as it may be called
-            participant.process.pin_for_ever(ref)
-        self._pushed = Function(self._name, serialized.pack(), self._num_returns)
-        self._lane = participant.submitter.lane(self._shape)
+            participant.process.pin_for_ever(ref, f"captured by the function {self._name}()")
+        self._pushed = Function(
+            self._name,
+            serialized.pack(),
+            self._num_returns,
+            backpressure=self._options.get("_generator_backpressure_num_objects") or 0,
+            retry_on=retry_on(self._options),
+        )
+        self._lane = participant.submitter.lane(self._shape, placement_of(self._options, inherited_environment()))
         self._session = participant
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -10,6 +10,9 @@ from typing import Any
 
 import msgspec
 
+#: `num_returns` of a task that yields its outputs one by one.
+STREAMING = -1
+
 # Kinds of a value on its way: what `data` / `location` of a `Result` mean.
 INLINE, LOCATED, FAILED = 0, 1, 2
 
@@ -22,13 +25,20 @@ class Location(msgspec.Struct, array_like=True, gc=False, frozen=True):
     size: int
 
 
+class Contained(msgspec.Struct, array_like=True, gc=False):
+    """The refs inside a result. The sender keeps its hold on them until it is told `Took(token)`."""
+
+    token: int
+    refs: list[tuple[bytes, bytes]]  # (object id, owner)
+
+
 class Result(msgspec.Struct, array_like=True, gc=False):
     """One output: `data` for INLINE (serialised value) and FAILED (serialised error), `location` for LOCATED."""
 
     kind: int
     data: bytes
     location: Location | None = None
-    contained: list[tuple[bytes, bytes]] | None = None  # (object id, owner) of each ref inside the value
+    contained: Contained | None = None
 
 
 class Dependency(msgspec.Struct, array_like=True, gc=False):
@@ -50,7 +60,9 @@ class Define(msgspec.Struct, array_like=True, tag=1):
     index: int
     name: str
     blob: bytes  # cloudpickled function; empty for an actor's method
-    num_returns: int
+    num_returns: int  # STREAMING for a generator
+    backpressure: int  # items a generator may be ahead of its consumer; 0 for any number
+    group: str  # the actor's concurrency group to run in; empty for the default
 
 
 class Push(msgspec.Struct, array_like=True, tag=2, gc=False):
@@ -71,7 +83,7 @@ class Reply(msgspec.Struct, array_like=True, tag=3, gc=False):
     kind: int
     data: bytes
     location: Location | None = None
-    contained: list[tuple[bytes, bytes]] | None = None
+    contained: Contained | None = None
 
 
 class ReplyMany(msgspec.Struct, array_like=True, tag=4, gc=False):
@@ -138,9 +150,42 @@ class Value(msgspec.Struct, array_like=True, tag=12, gc=False):
 
 
 class Took(msgspec.Struct, array_like=True, tag=13, gc=False):
-    """The refs inside the result of push `sequence` are registered with their owners."""
+    """The refs inside the result that was sent with this token are registered with their owners."""
 
     sequence: int
+
+
+class Item(msgspec.Struct, array_like=True, tag=14, gc=False):
+    """Item number `index` of the stream of push `sequence`; its `Reply` follows the last one, with their number."""
+
+    sequence: int
+    index: int
+    kind: int
+    data: bytes
+    location: Location | None = None
+    contained: Contained | None = None
+
+
+class Consumed(msgspec.Struct, array_like=True, tag=15, gc=False):
+    """The consumer of the stream of push `sequence` has taken `count` items."""
+
+    sequence: int
+    count: int
+
+
+class Cancel(msgspec.Struct, array_like=True, tag=16, gc=False):
+    """Do not start push `sequence`, or interrupt it; with `recursive`, also what it has submitted."""
+
+    sequence: int
+    recursive: bool
+
+
+class CancelObject(msgspec.Struct, array_like=True, tag=17, gc=False):
+    """A borrower asks the owner to cancel the task that makes the object."""
+
+    object_id: bytes
+    force: bool
+    recursive: bool
 
 
 # -- process <-> node daemon --------------------------------------------------------------------------------------
@@ -154,12 +199,20 @@ class Register(msgspec.Struct, array_like=True, tag=20):
     log_to_driver: bool = False
 
 
+class Placement(msgspec.Struct, array_like=True, frozen=True):
+    """What workers need besides resources: a runtime environment in its canonical form, and the node they must be on."""
+
+    environment: bytes = b""  # empty for that of the job's start
+    node: str = ""  # hexadecimal; empty for any
+
+
 class Demand(msgspec.Struct, array_like=True, tag=21):
     """The owner wants `count` more leases of shape `key`; replaces the number it sent before."""
 
     key: int
     shape: dict[str, int]
     count: int
+    placement: Placement | None = None
 
 
 class Grant(msgspec.Struct, array_like=True, tag=22):
@@ -200,11 +253,27 @@ class ProcessDied(msgspec.Struct, array_like=True, tag=27):
     reason: str
 
 
+class ActorFacts(msgspec.Struct, array_like=True):
+    """Which actor a lease is for, and how often it was restarted."""
+
+    actor_id: bytes
+    class_name: str
+    name: str
+    restarts: int
+
+
 class Assign(msgspec.Struct, array_like=True, tag=28):
-    """The worker's devices for its present lease."""
+    """What the worker's present lease is: its resources, its devices (UUIDs, and their numbers on the node), its actor."""
 
     lease_id: int
     devices: list[str]
+    device_numbers: list[int]
+    shape: dict[str, int]  # in units of 1e-4
+    actor: ActorFacts | None = None
+
+
+class Retire(msgspec.Struct, array_like=True, tag=29):
+    """Daemon to an idle worker: end, unless somebody depends on you. The worker sends it back if somebody does."""
 
 
 class StoreLease(msgspec.Struct, array_like=True, tag=30):
@@ -263,6 +332,7 @@ class CreateActor(msgspec.Struct, array_like=True, tag=40):
     location: Location | None
     dependencies: list[Dependency] | None
     options: dict[str, Any]
+    placement: Placement | None = None
 
 
 class BecomeActor(msgspec.Struct, array_like=True, tag=41):
@@ -270,6 +340,7 @@ class BecomeActor(msgspec.Struct, array_like=True, tag=41):
 
     spec: CreateActor
     owner: bytes
+    restarts: int
 
 
 class ActorBorn(msgspec.Struct, array_like=True, tag=42):
@@ -295,11 +366,22 @@ class ActorState(msgspec.Struct, array_like=True, tag=44):
 
 
 class KillActor(msgspec.Struct, array_like=True, tag=45):
-    """End the actor's process."""
+    """End the actor's process: at once, or (`gracefully`) after the calls that it has."""
 
     actor_id: bytes
     no_restart: bool
     reason: str
+    gracefully: bool = False
+
+
+class KillWorker(msgspec.Struct, array_like=True, tag=47):
+    """The owner of a lease ends its worker's process, to cancel what runs there."""
+
+    lease_id: int
+
+
+class Terminate(msgspec.Struct, array_like=True, tag=46):
+    """Daemon to worker: end when the queue is empty."""
 
 
 class Query(msgspec.Struct, array_like=True, tag=50):
@@ -319,12 +401,19 @@ class Answer(msgspec.Struct, array_like=True, tag=51):
 
 
 class Log(msgspec.Struct, array_like=True, tag=52):
-    """Lines that a worker wrote."""
+    """Lines that a worker wrote to `stream` ("out" or "err"); `size` comes back in a `Printed`."""
 
     name: str
     pid: int
     stream: str
     lines: list[str]
+    size: int = 0
+
+
+class Printed(msgspec.Struct, array_like=True, tag=54):
+    """The driver has put out `size` bytes of `Log` messages."""
+
+    size: int
 
 
 class Shutdown(msgspec.Struct, array_like=True, tag=53):
@@ -345,6 +434,10 @@ Message = (
     | Subscribe
     | Value
     | Took
+    | Item
+    | Consumed
+    | Cancel
+    | CancelObject
     | Register
     | Demand
     | Grant
@@ -354,6 +447,7 @@ Message = (
     | Blocked
     | ProcessDied
     | Assign
+    | Retire
     | StoreLease
     | StoreGrant
     | GiveBack
@@ -366,9 +460,12 @@ Message = (
     | WatchActor
     | ActorState
     | KillActor
+    | Terminate
+    | KillWorker
     | Query
     | Answer
     | Log
+    | Printed
     | Shutdown
 )
 

@@ -40,6 +40,7 @@ __all__ = [
     "PENDING",
     "Entry",
     "FreeStored",
+    "LifeEnded",
     "Obligation",
     "OwnershipTable",
     "Send",
@@ -56,6 +57,12 @@ class Send(msgspec.Struct, frozen=True, gc=False):
 
 class FreeStored(msgspec.Struct, frozen=True, gc=False):
     """Effect: free the stored value of an object that we own."""
+
+    object_id: bytes
+
+
+class LifeEnded(msgspec.Struct, frozen=True, gc=False):
+    """Effect: nothing holds the object that stands for an actor of ours any more."""
 
     object_id: bytes
 
@@ -82,6 +89,7 @@ class Entry(msgspec.Struct, eq=False, gc=False):
     subscribers: set[bytes] | None = None
     waiters: list[Callable[[], None]] | None = None
     subscribed: bool = False
+    life: bool = False  # stands for an actor: the actor ends with it
     created_at: str = ""
 
 
@@ -127,6 +135,10 @@ class OwnershipTable:
         """A value was put: it is there, has one handle, and holds the refs inside it."""
         self.entries[object_id] = Entry(state=kind, value=value, handles=1, contained=self._pin_all(contained))
 
+    def begin_life(self, object_id: bytes) -> None:
+        """An actor was created: the object that stands for it has one handle."""
+        self.entries[object_id] = Entry(state=INLINE, value=b"", handles=1, life=True)
+
     def drop(self, object_id: bytes) -> None:
         """One handle is gone."""
         entry = self.entries.get(object_id)
@@ -162,6 +174,8 @@ class OwnershipTable:
             del self.entries[object_id]
             if entry.state == LOCATED:
                 self.effects.append(FreeStored(object_id))
+            elif entry.life:
+                self.effects.append(LifeEnded(object_id))
         else:
             return
         for inner in entry.contained or ():
@@ -196,7 +210,8 @@ class OwnershipTable:
         if contained:
             entry.contained = list(contained)
         self._announce(object_id, entry)
-        if not entry.handles:
+        # Whoever waited may have been the last to hold it, and has let go of it by now.
+        if not entry.handles and object_id in self.entries:
             self._maybe_collect(object_id, entry)
 
     def _announce(self, object_id: bytes, entry: Entry) -> None:
@@ -332,6 +347,8 @@ class OwnershipTable:
         lent = self._lent_to.get(peer)
         if lent is not None:
             lent.discard(object_id)
+            if not lent:
+                del self._lent_to[peer]
         if entry is not None and entry.borrowers and peer in entry.borrowers:
             entry.borrowers.discard(peer)
             if entry.subscribers:
@@ -352,9 +369,10 @@ class OwnershipTable:
 
     def hand_on(self, receiver: bytes, sequence: int, object_ids: list[bytes]) -> list[tuple[bytes, bytes]]:
         """We return a value that contains these refs: pin them until `Took`, and name their owners."""
-        for object_id in object_ids:
-            self.pin(object_id)
-        self._transit[receiver, sequence] = object_ids
+        if receiver not in self._dead:  # nobody would say `Took`
+            for object_id in object_ids:
+                self.pin(object_id)
+            self._transit[receiver, sequence] = object_ids
         return [(object_id, self.entries[object_id].owner or self.process_id) for object_id in object_ids]
 
     def on_took(self, peer: bytes, sequence: int) -> None:

@@ -2,17 +2,45 @@
 
 from __future__ import annotations
 
+from afield.ids import TASK_ID_BYTES
 from afield.runtime.actor_calls import ActorCalls
+from afield.runtime.arguments import Arguments
+from afield.runtime.cancellation import Cancellation
+from afield.runtime.memory import describe
 from afield.runtime.process import Process, SessionConfig
+from afield.runtime.streams import Streams
 from afield.runtime.submission import Submitter
 from afield.runtime.values import Values
 
 
 class Participant:
-    """A driver's or worker's process, its values, its task submission and its actor calls."""
+    """A driver's or worker's process, its values, the tasks it submits and the actors it calls."""
 
     def __init__(self, config: SessionConfig, process_id: bytes, kind: str, *, log_to_driver: bool = False) -> None:
         self.process = Process(config, process_id, kind, log_to_driver=log_to_driver)
         self.values = Values(self.process)
-        self.submitter = Submitter(self.process, self.values)
+        self.streams = Streams(self.process.table)
+        self.arguments = arguments = Arguments(self.process, self.values)
+        self.submitter = Submitter(self.process, arguments, self.streams)
         self.actors = ActorCalls(self.process, self.submitter)
+        self.cancellation = Cancellation(self.process, self.submitter, self.actors, self.streams)
+        self.process.on_life_ended = self._on_life_ended
+        self.process.questions |= {"stats": lambda _: self.counters(), "memory": lambda _: describe(self)}
+
+    def counters(self) -> dict[str, float]:
+        """Return what this process has counted."""
+        store = self.values.store
+        return {
+            "tasks_submitted": self.submitter.tasks_submitted,
+            "tasks_retried": self.submitter.tasks_retried,
+            "bytes_copied_in": store.bytes_copied_in,
+            "bytes_shared": store.bytes_shared,
+            "bytes_born": store.bytes_born,
+        }
+
+    def _on_life_ended(self, life: bytes) -> None:
+        """Nothing holds the object any more that stands for an actor, or for the consumer of a stream."""
+        if self.streams.get(life[:TASK_ID_BYTES]) is not None:
+            self.cancellation.drop_stream(life)
+        else:
+            self.actors.end(life)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -20,10 +20,12 @@ from afield.errors import (
     RuntimeDiedError,
 )
 from afield.runtime import messages as m
+from afield.runtime.memory import RecordingTable
 from afield.runtime.ownership import (
     FAILED,
     PENDING,
     FreeStored,
+    LifeEnded,
     OwnershipTable,
     Send,
     Settled,
@@ -45,7 +47,7 @@ _T = TypeVar("_T")
 class SessionConfig:
     """What every process of a session must know."""
 
-    __slots__ = ("capacity", "session", "slab_fd", "store_wait_s", "token")
+    __slots__ = ("capacity", "record_call_sites", "session", "slab_fd", "store_wait_s", "token")
 
     def __init__(self, session: str, token: bytes, slab_fd: int, capacity: int, store_wait_s: float) -> None:
         self.session = session
@@ -53,6 +55,7 @@ class SessionConfig:
         self.slab_fd = slab_fd
         self.capacity = capacity
         self.store_wait_s = store_wait_s
+        self.record_call_sites = False
 
     def address(self, process_id: bytes) -> str:
         """Return the socket name of a process; the daemon's id is empty."""
@@ -74,15 +77,21 @@ class Process:
         self.process_id = process_id
         self.loop = Loop()
         self.pump = Pump(self.loop, self.after_events, self._due_in)
-        self.table = OwnershipTable(process_id, self._owner_died_error)
+        table = RecordingTable if config.record_call_sites else OwnershipTable
+        self.table = table(process_id, self._owner_died_error)
         self.channels: dict[bytes, Channel] = {}
         self.handlers: dict[type, Callable[[Channel, Any], None]] = {}
         #: Handles one frame; `submission` puts its own in, which is quick about replies.
         self.on_batch: Callable[[Channel, list[Any]], None] = self._on_batch
+        self.on_life_ended: Callable[[bytes], None] = lambda object_id: None
         self.on_settled: Callable[[Any], None] = lambda token: None
         self.on_peer_lost: list[Callable[[bytes], None]] = []
         self.on_process_died: list[Callable[[bytes, str], None]] = []
         self.tickers: list[Callable[[float], float | None]] = []
+        #: What this process answers when the daemon asks all (`node.census`): name of the question -> answer.
+        self.questions: dict[str, Callable[[Any], Any]] = {}
+        #: Refs of ours that are pinned until we end, and why, with how often.
+        self.kept_for_ever: Counter[tuple[bytes, str]] = Counter()
         self.dead = ""  # why nothing works any more, once it does not
         #: Objects whose handles are gone, left by `__del__` for the next transition.
         self.dropped: deque[bytes] = deque()
@@ -185,6 +194,7 @@ class Process:
             m.ProcessDied: self._on_process_died,
             m.Answer: self._on_answer,
             m.Held: self._on_held,
+            m.Query: self._on_query,
         }
 
     def _on_batch(self, channel: Channel, batch: list[Any]) -> None:
@@ -201,6 +211,13 @@ class Process:
     def _on_held(self, channel: Channel, message: m.Held) -> None:
         held = [object_id for object_id in message.object_ids if object_id in self.table.entries]
         channel.send(m.Held(message.question, held))
+
+    def _on_query(self, channel: Channel, message: m.Query) -> None:
+        answer = self.questions.get(message.what)
+        if answer is None:
+            channel.send(m.Answer(message.request, None, f"this process does not know {message.what!r}"))
+        else:
+            channel.send(m.Answer(message.request, answer(message.argument)))
 
     # -- the shell of the table ----------------------------------------------------------------------------------
 
@@ -221,7 +238,7 @@ class Process:
                     self._next_due = due
 
     def _due_in(self) -> float | None:
-        if self.dropped or self.loop.dirty:
+        if self.dropped or self.loop.dirty or self.pump.callbacks:
             return 0
         if self._next_due is None:
             return None
@@ -243,6 +260,8 @@ class Process:
                     freed.append(effect.object_id)
                 elif kind is Settled:
                     self.on_settled(effect.token)
+                elif kind is LifeEnded:
+                    self.on_life_ended(effect.object_id)
         if freed and not self.dead:
             self.daemon.send(m.Free(freed))
 
@@ -271,9 +290,14 @@ class Process:
         """A ref was unpickled that nobody carries."""
         self.locked(self.table.receive, object_id, owner)
 
-    def pin_for_ever(self, object_id: bytes) -> None:
-        """A ref was pickled that nobody carries."""
-        self.locked(self.table.pin, object_id)
+    def pin_for_ever(self, object_id: bytes, why: str = "pickled outside of afield") -> None:
+        """Keep an object until this process ends: a ref was pickled that nobody carries, or that a function captured."""
+
+        def pin() -> None:
+            self.table.pin(object_id)
+            self.kept_for_ever[object_id, why] += 1
+
+        self.locked(pin)
 
     def _owner_died_error(self, owner: bytes) -> bytes:
         if owner == self.process_id:

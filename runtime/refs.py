@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Generator
+from concurrent.futures import Future
 from typing import Any
 
 import msgspec
@@ -32,6 +34,13 @@ class ObjectRef(msgspec.Struct, gc=False, eq=False, repr_omit_defaults=True):
     def task_id(self) -> bytes:
         """Return the id of the task that creates the object."""
         return self.id[:16]
+
+    def future(self) -> Future[Any]:
+        """Return a `concurrent.futures.Future` of the value."""
+        return current.require(f"{self!r} belongs to a runtime that was shut down").values.future(self)
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        return current.require(f"{self!r} belongs to a runtime that was shut down").values.result(self).__await__()
 
     def __repr__(self) -> str:
         return f"ObjectRef({self.id.hex()})"

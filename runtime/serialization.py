@@ -86,6 +86,9 @@ class Serialized:
     def write(self, target: memoryview, born: Sequence[int | None] | None = None) -> int:
         """Write the packed form into `target` and return its length; `born[i]` is the slab offset of a buffer that stays."""
         count = len(self.buffers)
+        if not count:
+            target[: len(self.pickled)] = self.pickled
+            return len(self.pickled)
         start = _HEADER.size + _PLACE.size * count
         _HEADER.pack_into(target, 0, PACKED, count, len(self.pickled))
         position = start + len(self.pickled)

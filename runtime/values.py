@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
 
 from afield.errors import GetTimeoutError, ObjectLostError, ObjectStoreFullError, RuntimeDiedError
 from afield.gpu_store.client import HostStoreClient
@@ -18,6 +21,9 @@ from afield.runtime.refs import ObjectRef
 from afield.runtime.serialization import Serialized, deserialize, dumps_plain, serialize
 from afield.transport.channel import Channel
 from afield.transport.pump import Waiter
+
+if TYPE_CHECKING:
+    from afield.runtime.streams import ObjectRefGenerator
 
 #: Values up to this size travel inside messages; larger ones stay in the store.
 INLINE_BYTES = 100 * 1024
@@ -141,6 +147,44 @@ class Values:
             assert self.on_unblock is not None
             self.on_unblock()
 
+    def future(self, ref: ObjectRef) -> Future[Any]:
+        """Return a future that is completed with the value; its callbacks run on whatever thread completes it."""
+        future: Future[Any] = Future()
+        future.set_running_or_notify_cancel()
+
+        def complete() -> None:
+            try:
+                value = self.value_of(ref, self.table.entries[ref.id])
+            except BaseException as error:
+                future.set_exception(error)
+            else:
+                future.set_result(value)
+
+        if self.process.locked(self.table.when_done, ref.id, lambda: self.pump.callbacks.append(complete)):
+            complete()
+        return future
+
+    async def result(self, ref: ObjectRef) -> Any:
+        """Wait for the value on the running event loop, without blocking it."""
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[None] = loop.create_future()
+
+        def wake() -> None:
+            if not done.done():
+                done.set_result(None)
+
+        def notify() -> None:
+            with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(wake)
+
+        if not self.process.locked(self.table.when_done, ref.id, notify):
+            try:
+                await done
+            finally:
+                if not done.done() or done.cancelled():
+                    self.process.locked(self.table.stop_waiting, ref.id, notify)
+        return self.value_of(ref, self.table.entries[ref.id])
+
     def value_of(self, ref: ObjectRef, entry: Entry) -> Any:
         """Rebuild the value of a finished entry, or raise the error that it is."""
         object_id = ref.id
@@ -173,9 +217,8 @@ class Values:
 
         return resolve
 
-    def wait(self, refs: Sequence[ObjectRef], num_returns: int, deadline: float | None) -> tuple[list[Any], list[Any]]:
+    def wait(self, refs: Sequence[ObjectRef | ObjectRefGenerator], num_returns: int, deadline: float | None) -> tuple[list[Any], list[Any]]:
         """Return (ready, not ready), both in the order given, once `num_returns` are ready or the time is over."""
-        entries = self.table.entries
         waiter = Waiter()
         missing = [num_returns]
 
@@ -187,9 +230,9 @@ class Values:
         def subscribe() -> list[bytes]:
             pending = []
             for ref in refs:
-                if ref.id not in entries or self.table.when_done(ref.id, one_done):
+                if self._is_ready(ref, one_done):
                     missing[0] -= 1
-                else:
+                elif isinstance(ref, ObjectRef):
                     pending.append(ref.id)
             if missing[0] <= 0:
                 waiter.done = True
@@ -201,11 +244,20 @@ class Values:
                 self.blocking_wait(waiter, deadline)
         finally:
             self.process.locked(self._stop_waiting_all, pending, one_done)
-        done = [ref for ref in refs if ref.id not in entries or entries[ref.id].state != PENDING][:num_returns]
+        done = [ref for ref in refs if self._is_ready(ref, None)][:num_returns]
         if len(done) == len(refs):
             return done, []
-        chosen = {ref.id for ref in done}
-        return done, [ref for ref in refs if ref.id not in chosen]
+        chosen = {id(ref) for ref in done}
+        return done, [ref for ref in refs if id(ref) not in chosen]
+
+    def _is_ready(self, ref: ObjectRef | ObjectRefGenerator, notify: Callable[[], None] | None) -> bool:
+        """Tell whether a ref, or the next one of a generator, is ready; `notify` is called later if it is not."""
+        if not isinstance(ref, ObjectRef):
+            return ref.next_ready() if notify is None else ref.when_ready(notify)
+        entry = self.table.entries.get(ref.id)
+        if entry is None or entry.state != PENDING:
+            return True
+        return notify is not None and self.table.when_done(ref.id, notify)
 
     def _stop_waiting_all(self, object_ids: list[bytes], notify: Callable[[], None]) -> None:
         for object_id in object_ids:

@@ -2,61 +2,52 @@
 
 from __future__ import annotations
 
-import io
+import faulthandler
 import os
 import random
-import signal
 import sys
-from typing import Any
 
 import numpy as np
 
 from afield.runtime import current
+from afield.runtime import messages as m
 from afield.runtime.context import reset_root
+from afield.runtime.environment import Environment
 from afield.runtime.executor import Executor
 from afield.runtime.forkserver import ForkServerConfig
+from afield.runtime.output import WorkerStream
 from afield.runtime.participant import Participant
-
-#: Starts a line of output and ends the name of the task that wrote it; the daemon turns it into a prefix.
-NAME_MARK = "\x1e"
-
-
-class _Output(io.TextIOWrapper):
-    """A worker's stdout or stderr: marks each line with the name of what runs, and sends whole lines."""
-
-    executor: Any = None
-    _at_line_start = True
-
-    def write(self, text: str) -> int:
-        name = self.executor.running_name() if self.executor is not None else ""
-        for line in text.splitlines(keepends=True):
-            if self._at_line_start and name:
-                super().write(NAME_MARK + name + NAME_MARK)
-            super().write(line)
-            self._at_line_start = line.endswith("\n")
-        return len(text)
+from afield.runtime.runtime_context import Facts, install
+from afield.transport.channel import Channel
 
 
-def _open_output(fd: int) -> _Output:
-    return _Output(io.FileIO(fd, "w", closefd=False), encoding="utf-8", errors="replace", line_buffering=True)
-
-
-def run_worker(config: ForkServerConfig, worker_id: bytes, environment: dict[str, str]) -> None:
-    """Serve the cluster until the daemon goes away."""
-    os.environ.update(environment)
+def run_worker(config: ForkServerConfig, worker_id: bytes, variables: dict[str, str], encoded: bytes) -> None:
+    """Serve the cluster until the daemon goes away, with these variables and this runtime environment."""
+    environment = Environment.decode(encoded)
+    environment.apply()
+    os.environ.update(variables)
     os.environ["AFIELD_WORKER"] = worker_id.hex()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     reset_root()
     random.seed()
     np.random.seed()
     participant = Participant(config.session_config(), worker_id, "worker")
-    executor = Executor(participant.process, participant.values)
-    out, err = _open_output(1), _open_output(2)
-    out.executor = err.executor = executor
-    sys.stdout, sys.stderr = out, err
+    executor = Executor(participant)
+    install(Facts(config.session, config.node_id, config.namespace, environment, lambda: executor.assignment))
+    participant.process.handlers[m.Retire] = lambda channel, message: _retire(executor, channel)
+    out, err = WorkerStream(1, executor.running_name), WorkerStream(2, executor.running_name)
+    vars(sys).update(stdout=out, __stdout__=out, stderr=err, __stderr__=err)
+    faulthandler.enable(2)  # a crash in C code says where
     current.install(participant)
     participant.process.start()
     try:
         executor.run()
     finally:
         current.install(None)
+
+
+def _retire(executor: Executor, channel: Channel) -> None:
+    """End this idle worker, unless somebody depends on it: no record of an object means that it holds and owes nothing."""
+    if executor.process.table.entries or executor.queue:
+        channel.send(m.Retire())
+    else:
+        os._exit(0)

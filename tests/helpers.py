@@ -80,6 +80,8 @@ def processes(found: Traces) -> dict[int, str]:
 
 def process_named(found: Traces, name: str) -> int:
     """Return the pid of the session's only process with this name: afield-fork, afield-node."""
+    if name == "afield-fork":  # a process that was forked this moment has the same name
+        return found.fork_server
     (pid,) = [pid for pid, comm in processes(found).items() if comm == name]
     return pid
 

@@ -112,6 +112,11 @@ class Channel:
                 batch, self.outbox = self.outbox[:MAX_BATCH], self.outbox[MAX_BATCH:]
             self._write(_frame(self._encode(batch)))
 
+    @property
+    def drained(self) -> bool:
+        """Tell whether the socket has taken everything that was sent."""
+        return self.closed or not (self.outbox or self._unsent)
+
     def handle(self, events: int) -> None:
         """React to what epoll reported for the socket."""
         if events & select.EPOLLOUT:

@@ -19,13 +19,14 @@ looks for them on the main thread's stack, which costs nothing until somebody pr
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import CodeType, FrameType
 from typing import Any, TypeVar
 
@@ -101,6 +102,8 @@ class Pump:
         self._rounds = 0
         self._closed = False
         self._make_way = False
+        #: Left by transitions for the time after them, when no lock is held: they may run code of the user's.
+        self.callbacks: deque[Callable[[], None]] = deque()
         #: A SIGINT came inside a transition; whoever sees it calls `deliver`.
         self.interrupted = False
         #: True while the standby thread blocks in the loop, so that state left for it needs a kick.
@@ -128,6 +131,7 @@ class Pump:
         try:
             while not waiter.done and not self._closed:
                 remaining = self._due_in()
+                left = None
                 if deadline is not None:
                     left = deadline - time.monotonic()
                     if left <= 0:
@@ -140,8 +144,10 @@ class Pump:
                         self._round(remaining)
                     finally:
                         self._leader.release()
+                    if self.callbacks:
+                        self.run_callbacks()
                 else:
-                    self._follow(waiter, remaining)
+                    self._follow(waiter, left)  # what is due is the leader's business
         finally:
             self._foreground -= 1
             if self._followers:
@@ -159,11 +165,22 @@ class Pump:
                 self._round(0)
             finally:
                 self._leader.release()
+            if self.callbacks:
+                self.run_callbacks()
 
-    def _follow(self, waiter: Waiter, remaining: float | None) -> None:
+    def run_callbacks(self) -> None:
+        """Run what transitions have left; the caller holds no lock."""
+        while self.callbacks:
+            try:
+                callback = self.callbacks.popleft()
+            except IndexError:  # another thread took it
+                return
+            callback()
+
+    def _follow(self, waiter: Waiter, left_s: float | None) -> None:
         self._followers.append(waiter)
         # The bound covers the moment between a leader's last look at the followers and our joining them.
-        waiter.park(0.05 if remaining is None else min(0.05, remaining))
+        waiter.park(0.05 if left_s is None else min(0.05, left_s))
         try:
             self._followers.remove(waiter)
         except ValueError:
@@ -200,6 +217,14 @@ class Pump:
             self.interrupted = False
             raise KeyboardInterrupt
 
+    def in_transition(self, frame: FrameType | None) -> bool:
+        """Tell whether a state transition is on the stack."""
+        while frame is not None:
+            if frame.f_code in _uninterruptible:
+                return True
+            frame = frame.f_back
+        return False
+
     def install_sigint(self) -> Callable[[], None]:
         """Defer KeyboardInterrupt out of transitions; return what puts the old handler back.
 
@@ -211,12 +236,10 @@ class Pump:
             return lambda: None
 
         def on_sigint(number: int, frame: FrameType | None) -> None:
-            while frame is not None:
-                if frame.f_code in _uninterruptible:
-                    self.interrupted = True
-                    return
-                frame = frame.f_back
-            raise KeyboardInterrupt
+            if self.in_transition(frame):
+                self.interrupted = True
+            else:
+                raise KeyboardInterrupt
 
         def restore() -> None:
             if signal.getsignal(signal.SIGINT) is on_sigint:
@@ -224,6 +247,15 @@ class Pump:
 
         signal.signal(signal.SIGINT, on_sigint)
         return restore
+
+    @contextlib.contextmanager
+    def driven_elsewhere(self) -> Iterator[None]:
+        """While an event loop of the user's watches `Loop.fileno` and calls `poll`, the standby thread stays away."""
+        self._foreground += 1
+        try:
+            yield
+        finally:
+            self._foreground -= 1
 
     # -- the standby thread --------------------------------------------------------------------------------------
 
@@ -290,6 +322,7 @@ class Pump:
                 self._handle(self.loop.wait(0))
                 if self._dismissed():
                     self.loop.kick()
+                self.run_callbacks()
 
     def _dismissed(self) -> bool:
         return bool(self._foreground or self._make_way or self._closed)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pickle
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from afield.errors import ActorDiedError, ActorUnschedulableError
 from afield.runtime import messages as m
@@ -24,7 +27,7 @@ MAX_DEAD = 10_000
 class Actor:
     """One actor as the directory knows it."""
 
-    __slots__ = ("creator", "error", "kill_reason", "restarts_left", "spec", "state", "watchers", "worker")
+    __slots__ = ("creator", "error", "kill_reason", "restarts", "restarts_left", "spec", "state", "watchers", "worker")
 
     def __init__(self, spec: m.CreateActor, creator: bytes) -> None:
         self.spec = spec
@@ -34,7 +37,16 @@ class Actor:
         self.watchers = {creator}
         self.error = b""
         self.kill_reason = ""
+        self.restarts = 0
         self.restarts_left = int(spec.options.get("max_restarts", 0))
+
+
+class Reserved(msgspec.Struct):
+    """A name and what a handle to its actor needs."""
+
+    actor_id: bytes
+    creator: bytes
+    description: dict[str, Any]
 
 
 class ActorDirectory:
@@ -43,6 +55,7 @@ class ActorDirectory:
     def __init__(self, daemon: NodeDaemon) -> None:
         self._daemon = daemon
         self.actors: dict[bytes, Actor] = {}
+        self._names: dict[tuple[str, str], Reserved] = {}
         self._dead: dict[bytes, bytes] = {}
 
     def is_actor_lease(self, owner: bytes) -> bool:
@@ -53,6 +66,37 @@ class ActorDirectory:
         """A process creates an actor."""
         actor = self.actors[spec.actor_id] = Actor(spec, channel.peer_id)
         self._ask_for_worker(actor)
+
+    # -- names ---------------------------------------------------------------------------------------------------
+
+    def reserve(self, channel: Channel, argument: dict[str, Any]) -> dict[str, Any] | None:
+        """Give a name to an actor that is about to be created; return the description of the one that has it, if any."""
+        key = self._key(argument)
+        taken = self._names.get(key)
+        if taken is not None:
+            return taken.description
+        description = argument["description"]
+        self._names[key] = Reserved(description["actor_id"], channel.peer_id, description)
+        return None
+
+    def _key(self, argument: dict[str, Any]) -> tuple[str, str]:
+        namespace = argument["namespace"]
+        return (self._daemon.config.namespace if namespace is None else namespace, argument["name"])
+
+    def find(self, argument: dict[str, Any]) -> dict[str, Any] | None:
+        """Return the description of the actor with a name."""
+        found = self._names.get(self._key(argument))
+        return None if found is None else found.description
+
+    def names(self, argument: str | None) -> list[dict[str, str]]:
+        """List the names in a namespace, or (None) in all."""
+        return [{"namespace": ns, "name": name} for ns, name in self._names if argument is None or ns == argument]
+
+    def _forget_names(self, gone: Callable[[Reserved], bool]) -> None:
+        for key in [key for key, reserved in self._names.items() if gone(reserved)]:
+            del self._names[key]
+
+    # -- life ----------------------------------------------------------------------------------------------------
 
     def _ask_for_worker(self, actor: Actor) -> None:
         shape = ResourceSet(actor.spec.shape)
@@ -71,7 +115,7 @@ class ActorDirectory:
         worker.actor_id = actor.spec.actor_id
         worker.name = actor.spec.class_name
         actor.worker = worker
-        self._daemon.send(worker.id, m.BecomeActor(actor.spec, actor.creator))
+        self._daemon.send(worker.id, m.BecomeActor(actor.spec, actor.creator, actor.restarts))
 
     def on_born(self, channel: Channel, message: m.ActorBorn) -> None:
         """A constructor returned or raised."""
@@ -112,11 +156,13 @@ class ActorDirectory:
         if message.no_restart:
             actor.restarts_left = 0
         actor.kill_reason = message.reason
-        if actor.worker is not None:
-            self._daemon.workers.kill(actor.worker)
-            if message.no_restart:
-                self._end(actor, self._death(actor, message.reason))
-        elif message.no_restart:
+        worker = actor.worker
+        if message.gracefully and worker is not None and actor.state == "alive":
+            self._daemon.send(worker.id, m.Terminate())
+            actor.worker = None  # it ends by itself
+        elif worker is not None and not message.no_restart:
+            self._daemon.workers.kill(worker)
+        if message.no_restart:
             self._end(actor, self._death(actor, message.reason))
 
     def _death(self, actor: Actor, reason: str) -> bytes:
@@ -130,6 +176,7 @@ class ActorDirectory:
         self._announce(actor)
         actor_id = actor.spec.actor_id
         del self.actors[actor_id]
+        self._forget_names(lambda reserved: reserved.actor_id == actor_id)
         self._dead[actor_id] = error
         if len(self._dead) > MAX_DEAD:
             del self._dead[next(iter(self._dead))]
@@ -146,6 +193,7 @@ class ActorDirectory:
         actor.worker, actor.kill_reason = None, ""
         if actor.restarts_left:
             actor.restarts_left -= 1 if actor.restarts_left > 0 else 0
+            actor.restarts += 1
             actor.state, actor.error = "restarting", self._death(actor, reason)
             self._announce(actor)
             self._ask_for_worker(actor)
@@ -154,6 +202,7 @@ class ActorDirectory:
 
     def on_process_died(self, process_id: bytes) -> None:
         """The creator of an actor is gone: so is the actor, unless it is detached."""
+        self._forget_names(lambda reserved: reserved.creator == process_id and reserved.actor_id not in self.actors)
         for actor in list(self.actors.values()):
             actor.watchers.discard(process_id)
             if actor.creator == process_id and not actor.spec.options.get("detached"):

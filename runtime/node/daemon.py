@@ -7,18 +7,24 @@ directory; nothing here is on the path of a task that already has a lease.
 from __future__ import annotations
 
 import os
+import pickle
 import socket
 import time
 from collections.abc import Callable
 from typing import Any
 
+from afield.errors import ActorUnschedulableError
 from afield.gpu_store.residency import Effect, Granted, HostStoreCore
+from afield.ids import TASK_ID_BYTES
 from afield.runtime import messages as m
+from afield.runtime.environment import Environment
 from afield.runtime.forkserver import ForkServerConfig
 from afield.runtime.node.actors import ActorDirectory
+from afield.runtime.node.census import Census
+from afield.runtime.node.output import OutputRelay
 from afield.runtime.node.workers import Worker, WorkerPool
 from afield.scheduler.devices import Device
-from afield.scheduler.leases import LeaseManager
+from afield.scheduler.leases import Grant, LeaseManager
 from afield.scheduler.resources import ResourceSet
 from afield.transport.auth import Handshake
 from afield.transport.channel import Channel, listen, same_user
@@ -34,8 +40,10 @@ class NodeDaemon:
     def __init__(self, config: ForkServerConfig, fork_sock: socket.socket) -> None:
         self.config = config
         self.session = config.session_config()
+        self.node_id = bytes.fromhex(config.node_id)
         self.loop = Loop()
         self.channels: dict[bytes, Channel] = {}
+        self.clients: dict[bytes, Channel] = {}  # tools that only ask
         self.drivers: dict[bytes, bool] = {}  # id -> wants logs
         self.pids: dict[bytes, int] = {}
         self.primary = bytes.fromhex(config.driver)
@@ -43,8 +51,12 @@ class NodeDaemon:
         devices = [Device(**device) for device in config.devices]
         resources = ResourceSet.from_options(num_cpus=config.num_cpus, memory=config.memory, resources=config.resources)
         self.leases = LeaseManager(resources, devices)
+        self.output = OutputRelay(self)
         self.workers = WorkerPool(self, fork_sock)
         self.actors = ActorDirectory(self)
+        self.census = Census(self)
+        self._placements: dict[bytes, dict[int, m.Placement]] = {}  # owner -> key of its demand -> what workers need
+        self._device_numbers = {device.uuid: device.index for device in devices}
         self._orphans: set[bytes] = set()
         self._question = 0
         self._asked: set[bytes] = set()
@@ -63,11 +75,15 @@ class NodeDaemon:
             m.Seal: lambda c, x: self._store_effects(self.store.seal(c.peer_id, x.object_id, x.owner, x.pieces)),
             m.Free: self._on_free,
             m.Held: self._on_held,
-            m.CreateActor: self.actors.on_create,
+            m.CreateActor: self._on_create_actor,
+            m.Retire: self.workers.on_retire_refused,
             m.ActorBorn: self.actors.on_born,
             m.WatchActor: self.actors.on_watch,
             m.KillActor: self.actors.on_kill,
+            m.KillWorker: lambda c, x: self.workers.kill_leased(x.lease_id),
             m.Query: self._on_query,
+            m.Answer: self.census.on_answer,
+            m.Printed: self.output.on_printed,
             m.Shutdown: self._on_shutdown,
         }
 
@@ -78,15 +94,16 @@ class NodeDaemon:
             self.loop.step(self._timeout())
             now = time.monotonic()
             self._store_effects(self.store.expire(now))
+            self.census.expire(now)
             if self._orphans and now >= self._next_orphan_check:
                 self._ask_for_orphans(now)
             self.schedule()
             self.loop.flush()
-        self.workers.drain_output()
-        self.loop.flush()
+        self.output.finish()
 
     def _timeout(self) -> float | None:
-        deadlines = [d for d in (self.store.next_deadline(), self.leases.next_deadline()) if d is not None]
+        clocks = (self.store, self.leases, self.census)
+        deadlines = [due for due in (clock.next_deadline() for clock in clocks) if due is not None]
         if self._orphans:
             deadlines.append(self._next_orphan_check)
         return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
@@ -107,7 +124,7 @@ class NodeDaemon:
             if not same_user(sock):
                 sock.close()
                 continue
-            handshake = Handshake(self.session.token, b"\0" * 8, os.urandom(32), server=True)
+            handshake = Handshake(self.session.token, self.node_id, os.urandom(32), server=True)
             Channel(self.loop, sock, handshake, m.decode, self._on_messages, self._lost)
 
     def _on_messages(self, channel: Channel, batch: list[Any]) -> None:
@@ -115,9 +132,11 @@ class NodeDaemon:
             self._handlers[type(message)](channel, message)
 
     def _on_register(self, channel: Channel, message: m.Register) -> None:
+        if message.kind == "client":
+            self.clients[channel.peer_id] = channel
+            return
         self.pids[channel.peer_id] = message.pid
-        if message.kind != "client":
-            self.channels[channel.peer_id] = channel
+        self.channels[channel.peer_id] = channel
         if message.kind == "driver":
             self.drivers[channel.peer_id] = message.log_to_driver
         elif message.kind == "worker":
@@ -132,6 +151,7 @@ class NodeDaemon:
     def _lost(self, channel: Channel) -> None:
         process_id = channel.peer_id
         if self.channels.get(process_id) is not channel:
+            self.clients.pop(process_id, None)
             return
         del self.channels[process_id]
         if process_id in self.drivers:
@@ -142,13 +162,16 @@ class NodeDaemon:
         """Settle everything that a process leaves behind."""
         self.channels.pop(process_id, None)
         self.drivers.pop(process_id, None)
+        self.output.driver_left(process_id)
+        self.census.process_died(process_id)
         self.pids.pop(process_id, None)
         if process_id == self.primary:
             self.stop()
             return
+        self._placements.pop(process_id, None)
         self._store_effects(self.store.client_died(process_id))
         for lease_id in self.leases.owner_died(process_id):
-            self.workers.end_lease_of_dead_owner(lease_id)
+            self.workers.kill_leased(lease_id)
         self.actors.on_process_died(process_id)
         for channel in self.channels.values():
             channel.send(m.ProcessDied(process_id, reason))
@@ -180,8 +203,47 @@ class NodeDaemon:
     # -- leases --------------------------------------------------------------------------------------------------
 
     def _on_demand(self, channel: Channel, message: m.Demand) -> None:
+        if message.placement is not None:
+            reason = self._misplaced(message.placement)
+            if reason and message.count:
+                channel.send(m.Infeasible(message.key, reason))
+                return
+            self._placements.setdefault(channel.peer_id, {})[message.key] = message.placement
         for refusal in self.leases.demand(channel.peer_id, ResourceSet(message.shape), message.count, message.key):
             channel.send(m.Infeasible(refusal.key, refusal.reason))
+
+    def _on_create_actor(self, channel: Channel, spec: m.CreateActor) -> None:
+        reason = self._misplaced(spec.placement) if spec.placement is not None else ""
+        if reason:
+            error = pickle.dumps(ActorUnschedulableError(f"{spec.class_name}: {reason}"), 5)
+            channel.send(m.ActorState(spec.actor_id, "dead", b"", error))
+        else:
+            self.actors.on_create(channel, spec)
+
+    def _misplaced(self, placement: m.Placement) -> str:
+        """Return why this node cannot be or provide what is needed, or ""."""
+        if placement.node and placement.node != self.config.node_id:
+            return (
+                f"asked for the node {placement.node}, which is not part of this cluster (its only node is "
+                f"{self.config.node_id}); take the id from afield.get_runtime_context().get_node_id(), or pass soft=True"
+            )
+        return Environment.decode(placement.environment).problem()
+
+    def environment_of(self, grant: Grant) -> bytes:
+        """Return the environment that the worker for a grant must have."""
+        if self.actors.is_actor_lease(grant.owner):
+            actor = self.actors.actors.get(grant.owner[-TASK_ID_BYTES:])
+            placement = actor.spec.placement if actor is not None else None
+        else:
+            placement = self._placements.get(grant.owner, {}).get(grant.key)
+        return placement.environment if placement is not None else b""
+
+    def not_started(self, worker: Worker, grant: Grant, reason: str) -> None:
+        """No worker for a grant could be started: those who wait for it must not wait for ever."""
+        if self.actors.is_actor_lease(grant.owner):
+            self.actors.on_granted(grant, worker)  # and it has died: the directory decides about a restart
+        else:
+            self.send(grant.owner, m.Infeasible(grant.key, f"{reason}; what it printed says why"))
 
     def _on_return_lease(self, channel: Channel, message: m.ReturnLease) -> None:
         self.leases.release(message.lease_id)
@@ -204,7 +266,7 @@ class NodeDaemon:
         """A worker is ready for its lease."""
         grant = worker.grant
         assert grant is not None
-        self.send(worker.id, m.Assign(grant.lease_id, list(grant.device_uuids)))
+        self.send(worker.id, self._assignment(grant))
         if self.actors.is_actor_lease(grant.owner):
             self.actors.on_granted(grant, worker)
         elif grant.owner in self.channels:
@@ -212,6 +274,16 @@ class NodeDaemon:
         else:
             self.leases.release(grant.lease_id)
             self.workers.on_lease_returned(grant.lease_id)
+
+    def _assignment(self, grant: Grant) -> m.Assign:
+        facts = None
+        if self.actors.is_actor_lease(grant.owner):
+            actor = self.actors.actors.get(grant.owner[-TASK_ID_BYTES:])
+            if actor is not None:
+                spec = actor.spec
+                facts = m.ActorFacts(spec.actor_id, spec.class_name, spec.options.get("name") or "", actor.restarts)
+        numbers = [self._device_numbers[uuid] for uuid in grant.device_uuids]
+        return m.Assign(grant.lease_id, list(grant.device_uuids), numbers, grant.shape.units(), facts)
 
     # -- the store -----------------------------------------------------------------------------------------------
 
@@ -248,18 +320,18 @@ class NodeDaemon:
             },
             "processes": lambda argument: [process.hex() for process in self.channels],
             "workers": lambda argument: self.workers.describe(),
+            "census": lambda argument: self.census.processes(),
+            "reserve_actor_name": lambda argument: self.actors.reserve(channel, argument),
+            "find_actor": lambda argument: self.actors.find(argument),
+            "actor_names": lambda argument: self.actors.names(argument),
         }
         make = answers.get(message.what)
-        if make is None:
+        if message.what in self.census.questions:
+            self.census.ask(channel, message)
+        elif make is None:
             channel.send(m.Answer(message.request, None, f"the node daemon does not know {message.what!r}"))
         else:
             channel.send(m.Answer(message.request, make(message.argument)))
-
-    def log(self, name: str, pid: int, stream: str, lines: list[str]) -> None:
-        """Pass a worker's output on to the drivers that want it."""
-        for driver, wanted in self.drivers.items():
-            if wanted:
-                self.send(driver, m.Log(name, pid, stream, lines))
 
     def _on_shutdown(self, channel: Channel, message: m.Shutdown) -> None:
         if channel.peer_id == self.primary:

@@ -1,7 +1,11 @@
-"""The worker pool: forks workers, matches them with grants, reads their output, notices their end.
+"""The worker pool: forks workers, matches them with grants, notices their end.
 
 A worker is bound to the devices of its first lease before anything can initialise a device library, and keeps this binding
-for life; it is used again for later leases of the same devices, so that device start-up is paid once.
+for life; it is used again for later leases of the same devices, so that device start-up is paid once. In the same way it
+keeps the runtime environment that it was forked for. Idle workers with another environment than the job's are bounded: the
+one that was idle longest is asked to end, and does unless somebody depends on what it owns.
+
+A worker that ends before it has connected is replaced, a few times, and then its lease is given up.
 """
 
 from __future__ import annotations
@@ -9,44 +13,50 @@ from __future__ import annotations
 import os
 import signal
 import socket
-from collections import deque
+from collections import OrderedDict, deque
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from afield.ids import new_process_id
+from afield.runtime import messages as m
 from afield.scheduler.leases import Grant
 from afield.transport.channel import Channel
 
 if TYPE_CHECKING:
     from afield.runtime.node.daemon import NodeDaemon
 
-NAME_MARK = b"\x1e"
-#: A line of a worker's output that is longer is cut into pieces.
-MAX_LINE_BYTES = 1 << 16
 MAX_MESSAGE = 1 << 16
+#: A lease is given up when this many workers for it have ended before they connected.
+START_ATTEMPTS = 3
+
+#: What idle workers are found by: their devices and their environment.
+Pool = tuple[tuple[str, ...], bytes]
 
 
 class Worker:
     """One worker process as the daemon knows it."""
 
-    __slots__ = ("actor_id", "devices", "grant", "id", "name", "output", "partial", "pid", "ready")
+    __slots__ = ("actor_id", "devices", "environment", "grant", "id", "name", "pid", "ready")
 
-    def __init__(self, worker_id: bytes, devices: tuple[str, ...]) -> None:
+    def __init__(self, worker_id: bytes, pool: Pool) -> None:
         self.id = worker_id
-        self.devices = devices
+        self.devices, self.environment = pool
         self.pid = 0
         self.ready = False
         self.grant: Grant | None = None
         self.actor_id = b""
         self.name = "worker"
-        self.output = -1
-        self.partial = b""
 
     @property
     def lease_id(self) -> int:
         """The present lease, or 0."""
         return self.grant.lease_id if self.grant is not None else 0
+
+    @property
+    def pool(self) -> Pool:
+        """The idle workers that this one belongs to when it has no lease."""
+        return self.devices, self.environment
 
 
 class WorkerPool:
@@ -59,38 +69,45 @@ class WorkerPool:
         self.by_id: dict[bytes, Worker] = {}
         self._by_pid: dict[int, Worker] = {}
         self._by_lease: dict[int, Worker] = {}
-        self._idle: dict[tuple[str, ...], deque[Worker]] = {}
-        self._early_exits: dict[int, int] = {}
+        self._idle: dict[Pool, deque[Worker]] = {}
+        #: Idle workers with an environment of their own that may be asked to end, the longest idle first.
+        self._spare: OrderedDict[bytes, Worker] = OrderedDict()
+        self._max_spare = max(1, int(daemon.config.num_cpus))
+        self._default_environment = bytes.fromhex(daemon.config.environment)
+        self._failed_starts: dict[int, int] = {}  # lease -> workers that ended before they connected
         daemon.loop.register(fork_sock.fileno(), self._on_fork_server)
 
     def prestart(self) -> None:
         """Have a worker ready for each CPU before anybody asks."""
         for _ in range(max(1, int(self._daemon.config.num_cpus))):
-            self._fork(())
+            self._fork(((), self._default_environment))
 
     def provide(self, grant: Grant) -> None:
         """Find or make the worker for a grant."""
-        idle = self._idle.get(grant.device_uuids)
-        worker = idle.popleft() if idle else self._starting(grant.device_uuids) or self._fork(grant.device_uuids)
+        pool = (grant.device_uuids, self._daemon.environment_of(grant))
+        idle = self._idle.get(pool)
+        worker = idle.popleft() if idle else self._starting(pool) or self._fork(pool)
+        self._spare.pop(worker.id, None)
         worker.grant = grant
         self._by_lease[grant.lease_id] = worker
         if worker.ready:
             self._daemon.granted(worker)
 
-    def _starting(self, devices: tuple[str, ...]) -> Worker | None:
+    def _starting(self, pool: Pool) -> Worker | None:
         for worker in self.by_id.values():
-            if not worker.ready and worker.grant is None and worker.devices == devices:
+            if not worker.ready and worker.grant is None and worker.pool == pool:
                 return worker
         return None
 
-    def _fork(self, devices: tuple[str, ...]) -> Worker:
-        worker = Worker(new_process_id(), devices)
+    def _fork(self, pool: Pool) -> Worker:
+        worker = Worker(new_process_id(), pool)
         self.by_id[worker.id] = worker
         # An empty list hides the devices: a worker without a lease of a device must not use one by accident.
-        environment = {"CUDA_VISIBLE_DEVICES": ",".join(devices), "AFIELD_VISIBLE_DEVICES": ",".join(devices)}
+        devices = ",".join(worker.devices)
+        variables = {"CUDA_VISIBLE_DEVICES": devices, "AFIELD_VISIBLE_DEVICES": devices}
         self._sock.setblocking(True)
         try:
-            self._sock.send(msgspec.msgpack.encode(("fork", worker.id, environment)))
+            self._sock.send(msgspec.msgpack.encode(("fork", worker.id, variables, worker.environment)))
         except OSError:
             self._daemon.stop()
         finally:
@@ -104,9 +121,32 @@ class WorkerPool:
             return
         worker.ready = True
         if worker.grant is not None:
+            self._failed_starts.pop(worker.grant.lease_id, None)
             self._daemon.granted(worker)
         else:
-            self._idle.setdefault(worker.devices, deque()).append(worker)
+            self._set_idle(worker)
+
+    def _set_idle(self, worker: Worker) -> None:
+        self._idle.setdefault(worker.pool, deque()).append(worker)
+        if worker.environment != self._default_environment:
+            self._spare[worker.id] = worker
+            if len(self._spare) > self._max_spare:
+                _, oldest = self._spare.popitem(last=False)
+                self._remove_idle(oldest)
+                self._daemon.send(oldest.id, m.Retire())
+
+    def _remove_idle(self, worker: Worker) -> None:
+        idle = self._idle.get(worker.pool)
+        if idle and worker in idle:
+            idle.remove(worker)
+            if not idle:
+                del self._idle[worker.pool]
+
+    def on_retire_refused(self, channel: Channel, message: m.Retire) -> None:
+        """Somebody depends on a worker that was asked to end: it stays, and is not asked again before its next lease."""
+        worker = self.by_id.get(channel.peer_id)
+        if worker is not None:
+            self._idle.setdefault(worker.pool, deque()).append(worker)
 
     def on_lease_returned(self, lease_id: int) -> None:
         """A lease is over; its worker may serve another."""
@@ -114,10 +154,10 @@ class WorkerPool:
         if worker is not None and worker.grant is not None and worker.grant.lease_id == lease_id:
             worker.grant = None
             if worker.ready and not worker.actor_id:
-                self._idle.setdefault(worker.devices, deque()).append(worker)
+                self._set_idle(worker)
 
-    def end_lease_of_dead_owner(self, lease_id: int) -> None:
-        """A task's owner is gone: nobody wants its outcome, so its worker ends with it."""
+    def kill_leased(self, lease_id: int) -> None:
+        """End the worker of a lease: its owner is gone, or wants what runs there to end."""
         worker = self._by_lease.get(lease_id)
         if worker is not None:
             self.kill(worker)
@@ -135,7 +175,7 @@ class WorkerPool:
     def _on_fork_server(self, events: int) -> None:
         while True:
             try:
-                data, fds, _, _ = socket.recv_fds(self._sock, MAX_MESSAGE, 1)
+                data, fds, _, _ = socket.recv_fds(self._sock, MAX_MESSAGE, 2)
             except BlockingIOError:
                 return
             except OSError:
@@ -146,82 +186,42 @@ class WorkerPool:
                 return
             what, first, second = msgspec.msgpack.decode(data)
             if what == "forked":
-                self._on_forked(first, second, fds[0])
+                self._on_forked(first, second, fds)
             else:
                 self._on_exit(first, second)
 
-    def _on_forked(self, worker_id: bytes, pid: int, output: int) -> None:
+    def _on_forked(self, worker_id: bytes, pid: int, outputs: list[int]) -> None:
         worker = self.by_id[worker_id]
         worker.pid = pid
-        worker.output = output
-        os.set_blocking(output, False)
         self._by_pid[pid] = worker
-        self._daemon.loop.register(output, lambda events: self._read_output(worker))
+        for stream, fd in zip(("out", "err"), outputs, strict=True):
+            self._daemon.output.open(worker, stream, fd)
 
     def _on_exit(self, pid: int, status: int) -> None:
         worker = self._by_pid.pop(pid, None)
         if worker is None:
             return
-        self._read_output(worker)
-        self._close_output(worker)
+        self._daemon.output.close(worker)
         del self.by_id[worker.id]
-        idle = self._idle.get(worker.devices)
-        if idle and worker in idle:
-            idle.remove(worker)
-        if worker.grant is not None:
-            self._daemon.leases.release(worker.grant.lease_id)
-            self._by_lease.pop(worker.grant.lease_id, None)
+        self._remove_idle(worker)
+        self._spare.pop(worker.id, None)
         reason = describe_exit(pid, status)
+        if worker.grant is not None:
+            self._by_lease.pop(worker.grant.lease_id, None)
+            if worker.ready or not self._replace(worker, worker.grant, reason):
+                self._daemon.leases.release(worker.grant.lease_id)
         self._daemon.actors.on_worker_died(worker, reason)
         self._daemon.process_died(worker.id, reason)
 
-    # -- output --------------------------------------------------------------------------------------------------
-
-    def drain_output(self) -> None:
-        """Pass on what workers wrote before the end."""
-        for worker in list(self.by_id.values()):
-            self._read_output(worker)
-
-    def _read_output(self, worker: Worker) -> None:
-        while worker.output >= 0:
-            try:
-                data = os.read(worker.output, MAX_LINE_BYTES)
-            except BlockingIOError:
-                return
-            except OSError:
-                data = b""
-            if not data:
-                self._close_output(worker)
-                data = b"\n" if worker.partial else b""
-            *lines, worker.partial = (worker.partial + data).split(b"\n")
-            if len(worker.partial) > MAX_LINE_BYTES:
-                lines.append(worker.partial)
-                worker.partial = b""
-            self._pass_on(worker, lines)
-
-    def _close_output(self, worker: Worker) -> None:
-        if worker.output >= 0:
-            self._daemon.loop.unregister(worker.output)
-            os.close(worker.output)
-            worker.output = -1
-
-    def _pass_on(self, worker: Worker, lines: list[bytes]) -> None:
-        name = worker.name
-        group: list[str] = []
-        for line in lines:
-            mark, _, rest = line.partition(NAME_MARK)
-            text = line
-            line_name = worker.name
-            if not mark and rest:
-                named, _, text = rest.partition(NAME_MARK)
-                line_name = named.decode("utf-8", "replace")
-            if line_name != name and group:
-                self._daemon.log(name, worker.pid, "out", group)
-                group = []
-            name = line_name
-            group.append(text.decode("utf-8", "replace"))
-        if group:
-            self._daemon.log(name, worker.pid, "out", group)
+    def _replace(self, worker: Worker, grant: Grant, reason: str) -> bool:
+        """A worker ended before it could take its lease: find another one, or return False once too many have."""
+        failed = self._failed_starts.pop(grant.lease_id, 0) + 1
+        if failed < START_ATTEMPTS:
+            self._failed_starts[grant.lease_id] = failed
+            self.provide(grant)
+            return True
+        self._daemon.not_started(worker, grant, f"no worker for it could start in {failed} attempts; the last: {reason}")
+        return False
 
     def describe(self) -> list[dict[str, object]]:
         """List the workers, for tools."""

@@ -1,0 +1,13 @@
+"""Helpers under the names that users of this field look for: each is a re-export from `afield.libraries`.
+
+Theory of operation. The modules here hold no code of their own, and they are on the level of the libraries: they import
+them, and nothing below imports them.
+"""
+
+from __future__ import annotations
+
+from afield.libraries.actor_pool import ActorPool
+from afield.libraries.joblib_backend import register_joblib
+from afield.libraries.queue import Queue
+
+__all__ = ["ActorPool", "Queue", "register_joblib"]

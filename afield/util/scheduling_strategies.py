@@ -1,0 +1,7 @@
+"""`NodeAffinitySchedulingStrategy`; see `afield.runtime.strategies`."""
+
+from __future__ import annotations
+
+from afield.runtime.strategies import NodeAffinitySchedulingStrategy
+
+__all__ = ["NodeAffinitySchedulingStrategy"]

@@ -1,0 +1,142 @@
+"""Calls that wait for a free lane: what the executor and the process pool have in common.
+
+Theory of operation. A lane is whatever runs one call at a time and answers with its `ObjectRef`: a share of the cluster,
+or an actor. `Lanes.submit` queues a call and returns a future; a call leaves the queue when a lane is free, and its lane
+is free again when its ref has a value or an error. That is the only event, and it comes through `ref.future()`: nothing
+polls, and no thread is kept.
+
+A future is pending until its result is there, because only the worker knows whether a call has started. So `cancel()`
+succeeds until then: a call that waits is forgotten, one that was handed over is cancelled with `afield.cancel` (it never
+starts, or is interrupted). The future is done at once, its lane only when the cluster has let go of the call.
+
+Nothing here calls out while it holds the lock: the callbacks of futures may submit, cancel and close.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import functools
+import itertools
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, InvalidStateError
+from typing import Any, TypeVar
+
+import afield
+
+T = TypeVar("T")
+
+#: Starts a call of (function, positional arguments, keyword arguments); returns its ref.
+Lane = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+
+
+class Lanes:
+    """A queue of calls before a fixed number of lanes. Safe in all threads."""
+
+    def __init__(self, lanes: Iterable[Lane]) -> None:
+        self._lock = threading.Lock()
+        self._free = deque(lanes)
+        self._waiting: deque[tuple[Future[Any], Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = deque()
+        #: The ref of each future that is not done; None until its call is handed over.
+        self._unfinished: dict[Future[Any], Any] = {}
+        self._closed = False
+
+    def submit(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Future[Any]:
+        """Queue a call; an error of handing it over becomes the future's.
+
+        Raises:
+            RuntimeError: `close` was called.
+        """
+        future: Future[Any] = Future()
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("cannot schedule new calls after shutdown")
+            self._unfinished[future] = None
+            self._waiting.append((future, function, args, kwargs))
+        future.add_done_callback(self._on_done)
+        self._hand_over()
+        return future
+
+    def close(self) -> None:
+        """Accept no more calls; those that there are go on."""
+        with self._lock:
+            self._closed = True
+
+    def cancel_all(self) -> None:
+        """Cancel every call that has not finished."""
+        for future in self._all_unfinished():
+            future.cancel()
+
+    def wait(self) -> None:
+        """Wait until no call is unfinished."""
+        concurrent.futures.wait(self._all_unfinished())
+
+    def _all_unfinished(self) -> list[Future[Any]]:
+        with self._lock:
+            return list(self._unfinished)
+
+    def _hand_over(self) -> None:
+        while True:
+            with self._lock:
+                while self._waiting and self._waiting[0][0] not in self._unfinished:
+                    self._waiting.popleft()  # cancelled
+                if not (self._waiting and self._free):
+                    return
+                future, *call = self._waiting.popleft()
+                lane = self._free.popleft()
+            self._start(lane, future, *call)
+
+    def _start(self, lane: Lane, future: Future[Any], function: Any, args: Any, kwargs: Any) -> None:
+        try:
+            ref = lane(function, args, kwargs)
+            outcome = ref.future()
+        except Exception as error:
+            with self._lock:
+                self._free.append(lane)
+            _settle(future, None, error)
+            return
+        with self._lock:
+            cancelled = future not in self._unfinished
+            if not cancelled:
+                self._unfinished[future] = ref
+        if cancelled:
+            afield.cancel(ref)
+        outcome.add_done_callback(functools.partial(self._on_outcome, lane, future))
+
+    def _on_outcome(self, lane: Lane, future: Future[Any], outcome: Future[Any]) -> None:
+        with self._lock:
+            self._free.append(lane)
+        self._hand_over()  # first: the callbacks of `future` are the user's and may take their time
+        error = outcome.exception()
+        _settle(future, None if error else outcome.result(), error)
+
+    def _on_done(self, future: Future[Any]) -> None:
+        with self._lock:
+            ref = self._unfinished.pop(future)
+        if future.cancelled():
+            future.set_running_or_notify_cancel()  # only now do `concurrent.futures.wait` and its like see it
+            if ref is not None:
+                afield.cancel(ref)
+
+
+def _settle(future: Future[Any], result: Any, error: BaseException | None) -> None:
+    try:
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+    except InvalidStateError:
+        pass  # cancelled in the meantime
+
+
+def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Yield the items in lists of `size`; the last may be shorter."""
+    iterator = iter(items)
+    while batch := list(itertools.islice(iterator, size)):
+        yield batch
+
+
+def call_each(function: Callable[..., T], chunk: list[tuple[Any, ...]]) -> list[T]:
+    """Call the function with each tuple of arguments: many short calls in one."""
+    return [function(*args) for args in chunk]

@@ -1,0 +1,197 @@
+"""One invocation's way in and out: arguments from bytes, results to bytes, and what is kept in between."""
+
+from __future__ import annotations
+
+import itertools
+import traceback
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from afield.errors import AfieldError, TaskError
+from afield.ids import ARGUMENTS_INDEX, object_id
+from afield.runtime import messages as m
+from afield.runtime.arguments import Arg
+from afield.runtime.context import TaskContext
+from afield.runtime.ownership import FAILED, INLINE, LOCATED, Obligation
+from afield.runtime.participant import Participant
+from afield.runtime.serialization import Serialized, deserialize, dumps_plain, serialize
+from afield.runtime.values import INLINE_BYTES
+from afield.transport.channel import Channel
+
+
+class Definition:
+    """A function as its owner defined it; unpickled on first use."""
+
+    __slots__ = ("_callable", "backpressure", "blob", "group", "name", "num_returns")
+
+    def __init__(self, message: m.Define) -> None:
+        self.name = message.name
+        self.blob = message.blob
+        self.num_returns = message.num_returns
+        self.backpressure = message.backpressure
+        self.group = message.group
+        self._callable: Callable[..., Any] | None = None
+
+    def callable(self) -> Callable[..., Any]:
+        """Return the function."""
+        if self._callable is None:
+            self._callable = deserialize(self.blob, f"the function {self.name}()", None)
+        assert self._callable is not None
+        return self._callable
+
+
+class Invocations:
+    """Rebuilds arguments and encodes outcomes for all executors of a worker."""
+
+    def __init__(self, participant: Participant) -> None:
+        self.process = participant.process
+        self.values = participant.values
+        self._next_token = itertools.count(1).__next__
+        self._task_ids: dict[tuple[int, int], bytes] = {}
+
+    # -- arguments -----------------------------------------------------------------------------------------------
+
+    def arguments(self, push: m.Push, context: TaskContext) -> tuple[Any, dict[str, Any], list[Any]]:
+        """Rebuild the arguments; the views are those of stored values, which the submitter pins until the reply."""
+        views: list[Any] = []
+        on_ref = self._on_ref(context)
+        data: Any = push.arguments
+        if push.location is not None:
+            # The owner is not told apart here: it is the submitter, whose pin outlives every use but a kept view.
+            data = self._mapped(push.task_id + ARGUMENTS_INDEX, b"", push.location, views)
+        args, kwargs = deserialize(data, "the arguments", on_ref)
+        del data
+        if push.dependencies:
+            values = [self._dependency(dependency, on_ref, views) for dependency in push.dependencies]
+            args = [values[arg.index] if type(arg) is Arg else arg for arg in args]
+            kwargs = {key: values[arg.index] if type(arg) is Arg else arg for key, arg in kwargs.items()}
+        return args, kwargs, views
+
+    def _on_ref(self, context: TaskContext) -> Callable[[bytes, bytes], None]:
+        def on_ref(oid: bytes, owner: bytes) -> None:
+            if context.obligation is None:
+                context.obligation = Obligation()
+            self.process.locked(self.process.table.receive, oid, owner, context.obligation)
+
+        return on_ref
+
+    def _mapped(self, oid: bytes, owner: bytes, location: m.Location, views: list[Any]) -> memoryview:
+        view = self.values.store.view(location.offset, location.size, self.process.handle_dropped)
+        views.append((weakref.ref(view), oid, owner))
+        return view.data
+
+    def _dependency(self, dependency: m.Dependency, on_ref: Callable[[bytes, bytes], None], views: list[Any]) -> Any:
+        if dependency.kind != LOCATED:
+            return deserialize(dependency.data, "an argument", on_ref)
+        assert dependency.location is not None
+        data = self._mapped(dependency.object_id, dependency.owner, dependency.location, views)
+
+        def resolve(offset: int, size: int) -> memoryview:
+            return self._mapped(dependency.object_id, dependency.owner, m.Location(0, offset, size), views)
+
+        return deserialize(data, "an argument", on_ref, resolve)
+
+    def keep_views(self, views: list[Any], context: TaskContext) -> None:
+        """Views of arguments that outlive the task become handles of their objects."""
+        for reference, oid, owner in views:
+            view = reference()
+            if view is not None:
+                self._on_ref(context)(oid, owner)
+                view.hold = oid
+
+    # -- results -------------------------------------------------------------------------------------------------
+
+    def reply(self, holder: list[Any], push: m.Push, owner: bytes, definition: Definition) -> Any:
+        """Make the reply of a task that returned; `holder` has the only reference to the value."""
+        if definition.num_returns == 1 or definition.num_returns == m.STREAMING:
+            result = self._encode(holder, push, 0, owner, definition.name)
+            return m.Reply(push.sequence, result.kind, result.data, result.location, result.contained)
+        return m.ReplyMany(push.sequence, self._encode_many(holder, push, owner, definition))
+
+    def item(self, holder: list[Any], push: m.Push, index: int, owner: bytes, definition: Definition) -> m.Item:
+        """Make the message of one item of a stream; empties `holder`."""
+        result = self._encode(holder, push, index, owner, definition.name)
+        holder.clear()
+        return m.Item(push.sequence, index, result.kind, result.data, result.location, result.contained)
+
+    def _encode(self, holder: list[Any], push: m.Push, index: int, owner: bytes, name: str) -> m.Result:
+        data = dumps_plain(holder[0])
+        if data is not None and len(data) <= INLINE_BYTES:
+            return m.Result(INLINE, data)
+        if data is not None:
+            serialized = Serialized(data, [], [])
+        else:
+            serialized = serialize(holder[0], f"the result of {name}()")
+        contained = None
+        if serialized.refs:
+            token = self._next_token()
+            refs = self.process.locked(self.process.table.hand_on, owner, token, serialized.refs)
+            contained = m.Contained(token, refs)
+        if serialized.size > INLINE_BYTES:
+            location = self.values.write_object(object_id(push.task_id, index), owner, serialized, holder)
+            return m.Result(LOCATED, b"", location, contained)
+        return m.Result(INLINE, serialized.pack(), None, contained)
+
+    def _encode_many(self, holder: list[Any], push: m.Push, owner: bytes, definition: Definition) -> list[m.Result]:
+        value = holder.pop()
+        expected = definition.num_returns
+        if expected == 0:
+            return []
+        if not isinstance(value, (tuple, list)) or len(value) != expected:
+            found = f"{len(value)} values" if isinstance(value, (tuple, list)) else f"a {type(value).__name__}"
+            raise ValueError(
+                f"{definition.name}() has num_returns={expected} and must return {expected} values, not {found}"
+            )
+        items = list(value)
+        del value
+        items.reverse()
+        return [self._encode([items.pop()], push, index, owner, definition.name) for index in range(expected)]
+
+    def failure(self, sequence: int, definition: Definition, error: BaseException, in_user_code: bool) -> Any:
+        """Make the reply of a task that raised; an error of the runtime's own goes on as it is."""
+        text = "".join(traceback.format_exception(type(error), error, _user_frames(error)))
+        wrapped: BaseException = error
+        if in_user_code or not isinstance(error, AfieldError):
+            wrapped = TaskError.from_exception(definition.name, error, text)
+        try:
+            data = serialize(wrapped, "the error").pack()
+        except Exception:
+            data = serialize(TaskError(definition.name, None, type(error).__name__, text), "the error").pack()
+        if definition.num_returns in (1, m.STREAMING):
+            return m.Reply(sequence, FAILED, data)
+        return m.ReplyMany(sequence, [m.Result(FAILED, data)] * definition.num_returns)
+
+    def constructor_failure(self, class_name: str, error: BaseException) -> bytes:
+        """Serialise what an actor's constructor raised."""
+        text = "".join(traceback.format_exception(type(error), error, _user_frames(error)))
+        return serialize(TaskError.from_exception(f"{class_name}.__init__", error, text), "the error").pack()
+
+    # -- who runs what -------------------------------------------------------------------------------------------
+
+    def begin(self, channel: Channel, push: m.Push) -> None:
+        """Remember what runs, so that its children can be cancelled."""
+        self._task_ids[id(channel), push.sequence] = push.task_id
+
+    def end(self, channel: Channel, push: m.Push) -> None:
+        """It runs no longer."""
+        self._task_ids.pop((id(channel), push.sequence), None)
+
+    def task_id_of(self, channel: Channel, sequence: int) -> bytes | None:
+        """Return the task of a push that runs."""
+        return self._task_ids.get((id(channel), sequence))
+
+
+def _user_frames(error: BaseException) -> Any:
+    """Return the traceback without the frames of the runtime on top, which say nothing to the user."""
+    frames = error.__traceback__
+    while frames is not None and frames.tb_next is not None and _is_runtime(frames.tb_frame.f_code.co_filename):
+        frames = frames.tb_next
+    return frames
+
+
+_RUNTIME_FILES = ("executor.py", "concurrency.py", "invocation.py")
+
+
+def _is_runtime(filename: str) -> bool:
+    return filename.rpartition("/")[0] == __file__.rpartition("/")[0] and filename.endswith(_RUNTIME_FILES)

@@ -1,0 +1,129 @@
+"""Questions to every process of the node: the daemon asks all at once and answers when all have, or when time is up.
+
+Theory of operation. A client asks the daemon (`Query`); the daemon asks each driver and worker the same question, collects
+what they say (`Answer`), and answers with everything together. A process that dies meanwhile is not waited for, and one that
+does not answer within `PATIENCE_S`, because its code holds the interpreter, is left out and named. Rounds are bounded.
+
+Counters ("stats") are summed. What a process that is gone had counted when it was last asked stays in the sum.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from afield.runtime import messages as m
+from afield.transport.channel import Channel
+
+if TYPE_CHECKING:
+    from afield.runtime.node.daemon import NodeDaemon
+
+PATIENCE_S = 1.0
+#: Questions under way at the same time; more are refused.
+MAX_ROUNDS = 64
+
+
+class _Round:
+    """One question on its way."""
+
+    __slots__ = ("answers", "asked", "asker", "deadline", "request", "what")
+
+    def __init__(self, asker: Channel, message: m.Query, asked: set[bytes], deadline: float) -> None:
+        self.asker = asker
+        self.request = message.request
+        self.what = message.what
+        self.asked = asked
+        self.answers: dict[bytes, Any] = {}
+        self.deadline = deadline
+
+
+class Census:
+    """Asks all processes."""
+
+    questions = frozenset({"stats", "memory"})
+
+    def __init__(self, daemon: NodeDaemon) -> None:
+        self._daemon = daemon
+        self._rounds: dict[int, _Round] = {}
+        self._next_round = 0
+        self._last_stats: dict[bytes, dict[str, float]] = {}
+        self._departed: Counter[str] = Counter()
+
+    def ask(self, asker: Channel, message: m.Query) -> None:
+        """Begin a round; `asker` gets the answer."""
+        if len(self._rounds) >= MAX_ROUNDS:
+            asker.send(m.Answer(message.request, None, "too many questions at once; ask again"))
+            return
+        self._next_round += 1
+        number = self._next_round
+        asked = set(self._daemon.channels)
+        self._rounds[number] = _Round(asker, message, asked, time.monotonic() + PATIENCE_S)
+        for channel in self._daemon.channels.values():
+            channel.send(m.Query(number, message.what, message.argument))
+        if not asked:
+            self._finish(number)
+
+    def on_answer(self, channel: Channel, message: m.Answer) -> None:
+        """One process has answered."""
+        current = self._rounds.get(message.request)
+        if current is None or channel.peer_id not in current.asked:
+            return  # too late
+        current.asked.discard(channel.peer_id)
+        if not message.error:
+            current.answers[channel.peer_id] = message.value
+        if not current.asked:
+            self._finish(message.request)
+
+    def process_died(self, process_id: bytes) -> None:
+        """A process is gone: nobody waits for it."""
+        self._departed.update(self._last_stats.pop(process_id, {}))
+        for number, current in list(self._rounds.items()):
+            current.asked.discard(process_id)
+            if not current.asked:
+                self._finish(number)
+
+    def expire(self, now: float) -> None:
+        """End the rounds whose time is over."""
+        for number in [number for number, current in self._rounds.items() if current.deadline <= now]:
+            self._finish(number)
+
+    def next_deadline(self) -> float | None:
+        """Return when the first round ends at the latest."""
+        return min((current.deadline for current in self._rounds.values()), default=None)
+
+    def _finish(self, number: int) -> None:
+        current = self._rounds.pop(number)
+        if current.asker.closed:
+            return
+        make = self._stats if current.what == "stats" else self._memory
+        current.asker.send(m.Answer(current.request, make(current)))
+
+    def _stats(self, current: _Round) -> dict[str, float]:
+        self._last_stats.update(
+            (process_id, counters)
+            for process_id, counters in current.answers.items()
+            if process_id in self._daemon.channels
+        )
+        total = Counter(self._departed)
+        for counters in self._last_stats.values():  # of one that did not answer in time, what it said before
+            total.update(counters)
+        return dict(total)
+
+    def _memory(self, current: _Round) -> dict[str, Any]:
+        return {
+            "processes": self.processes(),
+            "tables": list(current.answers.items()),
+            "silent": sorted(current.asked),
+            "store": list(self._daemon.store.objects()),
+        }
+
+    def processes(self) -> list[tuple[bytes, int, str, str]]:
+        """List the processes: id, pid, "driver" or "worker", and a worker's name."""
+        daemon = self._daemon
+        listed = []
+        for process_id in daemon.channels:
+            worker = daemon.workers.by_id.get(process_id)
+            kind, name = ("worker", worker.name) if worker is not None else ("driver", "driver")
+            listed.append((process_id, daemon.pids.get(process_id, 0), kind, name))
+        return listed

@@ -1,0 +1,404 @@
+"""One seed: random programs in simulated processes, random delays, and (with `faults`) deaths.
+
+Theory of operation. One thread takes events off one heap of (time, sequence, event). An event touches one process: a message
+arrives, the program does something, a task starts or returns, a get goes on, a death becomes known. After each one `checkers`
+look at that process. After the given number of steps the programs and the faults stop; everything must come to rest, every
+ref that is left is read once more, all is dropped, and nothing may be left.
+
+Every choice comes from one `random.Random(seed)`, and neither clocks nor the order of hashes have a say, so that a seed
+replays on any machine: a run that failed is run again with a transcript.
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from afield.runtime import messages as m
+from afield.runtime.ownership import FAILED, INLINE, LOCATED, OwnershipTable
+from tests.sim import checkers
+from tests.sim.network import REPEATABLE, RESENDABLE, Network
+from tests.sim.world import Execution, Get, Outcome, Participant, Task, Violation, World
+
+#: A program that has more handles than this drops some.
+MAX_HANDLES = 8
+#: No run lets more processes die: ids have one digit.
+MAX_DEATHS = 4
+#: Settling takes a few events for each object; more is a livelock.
+MAX_SETTLING_EVENTS = 20_000
+
+DUPLICATES = 0.05
+DEATHS = 0.008
+
+Event = tuple[Callable[..., Participant | None], tuple[Any, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What a run did. `digest` is equal for equal runs."""
+
+    events: int
+    messages: int
+    objects: int
+    freed: int
+    excused: int
+    deaths: int
+    digest: int
+
+
+class TimedNetwork(Network):
+    """Delivers each message after a delay, in order within a channel, and some control messages twice."""
+
+    def __init__(self, simulation: Simulation) -> None:
+        super().__init__()
+        self._simulation = simulation
+        self._last: dict[tuple[bytes, bytes], float] = {}
+        self.sent = 0
+
+    def send(self, source: bytes, target: bytes, message: Any) -> None:
+        """Append to the channel and schedule the delivery of its then oldest message."""
+        self._enqueue(source, target, message)
+        simulation = self._simulation
+        if simulation.random.random() < DUPLICATES:
+            if isinstance(message, REPEATABLE):
+                self._enqueue(source, target, message)
+            elif isinstance(message, RESENDABLE):
+                simulation.after(simulation.delay() * 3, simulation.resend, source, target, message)
+
+    def _enqueue(self, source: bytes, target: bytes, message: Any) -> None:
+        super().send(source, target, message)
+        self.sent += 1
+        simulation = self._simulation
+        due = max(self._last.get((source, target), 0.0), simulation.now + simulation.delay())
+        self._last[source, target] = due
+        simulation.at(due, simulation.deliver, source, target)
+
+    def resend(self, source: bytes, target: bytes, message: Any) -> None:
+        """Append a copy."""
+        self._enqueue(source, target, message)
+
+
+class Simulation:
+    """One run.
+
+    Args:
+        seed: of every choice.
+        processes: how many there are at first.
+        faults: whether processes die.
+        table: the core under test.
+        recording: whether to keep a transcript.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        *,
+        processes: int = 3,
+        faults: bool = False,
+        table: type[OwnershipTable] = OwnershipTable,
+        recording: bool = False,
+    ) -> None:
+        self.random = random.Random(seed)
+        self.faults = faults
+        self.now = 0.0
+        self.events = 0
+        self.digest = 0
+        self.running = True
+        self.world = World(table, recording=recording)
+        self.network = TimedNetwork(self)
+        self.world.network = self.network
+        self.world.on_ready = self._on_ready
+        self.world.retarget = self._retarget
+        self._heap: list[tuple[float, int, Event]] = []
+        self._scheduled = 0
+        self._named = 0
+        self._inside: dict[bytes, list[bytes]] = {}  # also of results that are still on their way
+        for _ in range(processes):
+            self._add()
+
+    # -- the heap ------------------------------------------------------------------------------------------------
+
+    def at(self, time: float, action: Callable[..., Participant | None], *args: Any) -> None:
+        """Schedule an event."""
+        self._scheduled += 1
+        heapq.heappush(self._heap, (time, self._scheduled, (action, args)))
+
+    def after(self, delay: float, action: Callable[..., Participant | None], *args: Any) -> None:
+        """Schedule an event relative to now."""
+        self.at(self.now + delay, action, *args)
+
+    def delay(self) -> float:
+        """Return how long a message takes: mostly little, at times so long that much else happens first."""
+        draw = self.random.random()
+        if draw < 0.7:
+            return 0.1 + draw
+        return 1.0 + draw * (5.0 if draw < 0.92 else 40.0)
+
+    def step(self) -> bool:
+        """Execute the next event and check what it did; False if there is none.
+
+        Raises:
+            Violation: an invariant does not hold.
+        """
+        if not self._heap:
+            return False
+        self.now, _, (action, args) = heapq.heappop(self._heap)
+        try:
+            touched = action(*args)
+        except (KeyError, AttributeError, ValueError) as error:
+            raise Violation(f"the core raised {error!r}") from error
+        if touched is not None and touched.name in self.world.processes:
+            self.events += 1
+            self.digest = zlib.crc32(b"%d %s %d" % (self.now * 1e6, touched.name, len(touched.handles)), self.digest)
+            checkers.after_event(self.world, touched)
+        return True
+
+    def run(self, steps: int) -> Summary:
+        """Run `steps` events, let everything come to rest, drop all, and check that nothing is left.
+
+        Raises:
+            Violation: an invariant does not hold.
+        """
+        while self.events < steps and self.step():
+            pass
+        self.running = False
+        self._note(b"--", "the programs stop")
+        self._settle()
+        for process in self.world.processes.values():
+            for object_id in list(process.handles):
+                process.get(object_id)
+        self._settle()
+        self._note(b"--", "everything is dropped")
+        for process in self.world.processes.values():
+            process.let_go()
+        self._settle()
+        checkers.after_all(self.world)
+        world = self.world
+        objects = sum(process._objects for process in world.processes.values())
+        return Summary(
+            self.events,
+            self.network.sent,
+            objects,
+            objects - sum(len(process.owned) for process in world.processes.values()),
+            len(world.excused),
+            len(world.dead),
+            self.digest,
+        )
+
+    def _settle(self) -> None:
+        for process in list(self.world.processes.values()):
+            process.drain()
+        limit = self.events + MAX_SETTLING_EVENTS
+        while self.step():
+            if self.events > limit:
+                raise Violation("the run does not come to rest")
+        for process in self.world.processes.values():
+            process.drain()
+        while self.step():
+            pass
+        checkers.at_rest(self.world)
+
+    def _note(self, who: bytes, text: str) -> None:
+        if self.world.log is not None:
+            self.world.note(who, f"[{self.now:.2f}] {text}")
+
+    # -- events of the network and of tasks ----------------------------------------------------------------------
+
+    def _alive(self, process: Participant) -> bool:
+        return process.name in self.world.processes
+
+    def deliver(self, source: bytes, target: bytes) -> Participant | None:
+        """The oldest message of a channel arrives."""
+        process = self.world.processes.get(target)
+        message = self.network.take(source, target)
+        if process is None or message is None:
+            return None
+        process.deliver(source, message)
+        if isinstance(message, m.Push):
+            self.after(self.delay(), self._begin, process)
+        return process
+
+    def resend(self, source: bytes, target: bytes, message: Any) -> None:
+        """A copy of a message is sent."""
+        if source in self.world.processes and target in self.world.processes:
+            self.network.resend(source, target, message)
+
+    def _begin(self, process: Participant) -> Participant | None:
+        if not self._alive(process):
+            return None
+        process.drain()
+        execution = process.begin()
+        self._note(process.name, f"starts task {execution.push.task_id!r}")
+        while execution.todo:
+            process.unpickle_next(execution)
+        self.after(self.delay() * 2, self._finish, process, execution)
+        return process
+
+    def _finish(self, process: Participant, execution: Execution) -> Participant | None:
+        if not self._alive(process):
+            return None
+        choose = self.random
+        outcomes: list[Outcome] = []
+        for output in process.outputs_of(execution):
+            kind = choose.choices((INLINE, LOCATED, FAILED), (6, 3, 1))[0]
+            at_hand = [object_id for object_id in execution.refs + process.handles if not self._reaches(object_id, output)]
+            inside = self._inside[output] = self._some(at_hand, 2)
+            outcomes.append((kind, inside))
+        keep = [object_id for object_id in execution.refs if choose.random() < 0.3]
+        self._note(process.name, f"task {execution.push.task_id!r} returns {outcomes!r} and keeps {keep!r}")
+        process.finish(execution, outcomes, keep, views=choose.random() < 0.3)
+        if choose.random() < 0.7:
+            process.drain()
+        return process
+
+    def _reaches(self, object_id: bytes, goal: bytes) -> bool:
+        """Say whether `goal` is inside an object: a value that contained itself could not be freed by counting."""
+        stack, seen = [object_id], {object_id}
+        while stack:
+            for inner in self._inside.get(stack.pop(), ()):
+                if inner not in seen:
+                    seen.add(inner)
+                    stack.append(inner)
+        return goal in seen
+
+    def _on_ready(self, get: Get) -> None:
+        self.after(self.delay() * 0.3, self._resume, get)
+
+    def _resume(self, get: Get) -> Participant | None:
+        process = get.participant
+        if not self._alive(process) or get not in process.gets:
+            return None
+        self._note(process.name, f"reads {get.object_id!r}")
+        process.finish_get(get, view=self.random.random() < 0.3)
+        return process
+
+    # -- events of the programs ----------------------------------------------------------------------------------
+
+    def _some(self, object_ids: list[bytes], most: int) -> list[bytes]:
+        count = min(self.random.randint(0, most), len(object_ids))
+        return self.random.sample(object_ids, count)
+
+    def _act(self, process: Participant) -> Participant | None:
+        if not self.running or not self._alive(process):
+            return None
+        self.after(self.random.uniform(0.2, 2.0), self._act, process)
+        if self.faults and self.random.random() < DEATHS and self._kill(process):
+            return None
+        if self.random.random() < 0.8:
+            process.drain()
+        while len(process.handles) > MAX_HANDLES:
+            self._drop(process)
+        action = self.random.choices(*_ACTIONS)[0]
+        action(self, process)
+        return process
+
+    def _put(self, process: Participant) -> None:
+        inside = self._some(process.handles, 2)
+        object_id = process.put(inside, stored=self.random.random() < 0.4)
+        self._inside[object_id] = inside
+        self._note(process.name, f"puts {object_id!r} with {inside!r} inside")
+
+    def _submit(self, process: Participant) -> None:
+        target = self._target(process)
+        if target is None:
+            return
+        dependencies, nested = self._some(process.handles, 2), self._some(process.handles, 2)
+        returns = self.random.choice((1, 1, 2))
+        stored = self.random.random() < 0.2
+        self._note(process.name, f"submits to {target!r} with {dependencies!r} and, nested, {nested!r}")
+        process.submit(target, dependencies, nested, returns=returns, stored=stored, body=returns)
+
+    def _target(self, process: Participant) -> bytes | None:
+        names = [*self.world.processes, *self.world.dead]
+        others = [name for name in names if name != process.name and name not in process.known_dead]
+        return self.random.choice(others) if others else None
+
+    def _retarget(self, process: Participant, task: Task) -> bytes | None:
+        return self._target(process) if self.random.random() < 0.5 else None
+
+    def _get(self, process: Participant) -> None:
+        if process.handles:
+            get = process.get(self.random.choice(process.handles))
+            self._note(process.name, f"gets {get.object_id!r}")
+
+    def _give_up(self, process: Participant) -> None:
+        if process.gets:
+            get = self.random.choice(process.gets)
+            self._note(process.name, f"gives up the get of {get.object_id!r}")
+            process.give_up(get)
+
+    def _drop(self, process: Participant) -> None:
+        if process.handles:
+            object_id = self.random.choice(process.handles)
+            self._note(process.name, f"drops {object_id!r}")
+            process.drop(object_id)
+
+    def _drop_view(self, process: Participant) -> None:
+        if process.views:
+            object_id = process.views.pop(self.random.randrange(len(process.views)))
+            self._note(process.name, f"drops an array in {object_id!r}")
+            process.dropped.append(object_id)
+
+    def _pickle(self, process: Participant) -> None:
+        if process.handles:
+            object_id = self.random.choice(process.handles)
+            self._note(process.name, f"pickles {object_id!r} out of band")
+            process.pickle(object_id)
+
+    def _unpickle(self, process: Participant) -> None:
+        if self.world.pickles:
+            object_id, _ = self.random.choice(self.world.pickles)
+            self._note(process.name, f"unpickles {object_id!r} from out of band")
+            process.unpickle(object_id)
+
+    def _begin_life(self, process: Participant) -> None:
+        self._note(process.name, f"creates an actor, whose life is {process.begin_life()!r}")
+
+    # -- life and death ------------------------------------------------------------------------------------------
+
+    def _add(self) -> None:
+        process = self.world.add(b"p%d" % self._named)
+        self._named += 1
+        self.after(self.random.random(), self._act, process)
+        for dead in self.world.dead:
+            self.after(self.delay(), self._hear, process, dead)
+
+    def _kill(self, process: Participant) -> bool:
+        world = self.world
+        if len(world.dead) == MAX_DEATHS or len(world.processes) == 1:
+            return False
+        self._note(process.name, "dies")
+        world.kill(process.name)
+        for other in world.processes.values():
+            channel = self.network.channels.get((process.name, other.name), ())
+            self.network.lose(process.name, other.name, self.random.randint(0, len(channel)))
+            self.after(self.delay(), self._hear, other, process.name)
+        if len(world.processes) == 1 or self.random.random() < 0.7:
+            self._add()
+        return True
+
+    def _hear(self, process: Participant, dead: bytes) -> Participant | None:
+        if not self._alive(process):
+            return None
+        process.peer_died(dead)
+        return process
+
+
+_ACTIONS: tuple[tuple[Callable[[Simulation, Participant], None], ...], tuple[int, ...]] = (
+    (
+        Simulation._put,
+        Simulation._submit,
+        Simulation._get,
+        Simulation._drop,
+        Simulation._drop_view,
+        Simulation._give_up,
+        Simulation._pickle,
+        Simulation._unpickle,
+        Simulation._begin_life,
+    ),
+    (20, 35, 25, 25, 4, 3, 1, 1, 2),
+)

@@ -1,0 +1,185 @@
+"""The joblib backend and the Dask scheduler by behaviour, and without their partners."""
+
+from __future__ import annotations
+
+import operator
+import os
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import dask
+import dask.array as da
+import joblib
+import numpy as np
+import pytest
+
+import afield
+from afield.libraries.joblib_backend import SHARED_BYTES
+from afield.util.dask import dask_get
+from afield.util.joblib import register_joblib
+
+pytestmark = pytest.mark.usefixtures("shared_runtime")
+
+
+# -- joblib -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def backend() -> Iterator[None]:
+    register_joblib()
+    with joblib.parallel_config("afield", n_jobs=2):
+        yield
+
+
+@pytest.mark.usefixtures("backend")
+def test_parallel_runs_elsewhere_and_keeps_the_order() -> None:
+    results = joblib.Parallel()(joblib.delayed(lambda x: (x, os.getpid()))(x) for x in range(20))
+    assert [x for x, _ in results] == list(range(20))
+    assert os.getpid() not in {pid for _, pid in results}
+
+
+@pytest.mark.usefixtures("backend")
+def test_parallel_shares_large_arrays() -> None:
+    large = np.arange(SHARED_BYTES // 8, dtype=np.int64)
+    small = np.arange(10)
+
+    def look(pair: dict[str, Any]) -> tuple[int, bool, int]:
+        return int(pair["large"].sum()), pair["large"].flags.writeable, int(pair["small"].sum())
+
+    before = afield.stats()["bytes_copied_in"]
+    results = joblib.Parallel(batch_size=1)(joblib.delayed(look)({"large": large, "small": small}) for _ in range(8))
+    assert results == [(int(large.sum()), False, 45)] * 8
+    copied = afield.stats()["bytes_copied_in"] - before
+    assert copied < 2 * large.nbytes
+
+
+@pytest.mark.usefixtures("backend")
+def test_parallel_passes_errors_on_and_can_be_used_again() -> None:
+    with joblib.Parallel() as parallel:
+        with pytest.raises(ZeroDivisionError):
+            parallel(joblib.delayed(divmod)(1, x) for x in (1, 0, 1))
+        assert parallel(joblib.delayed(abs)(-x) for x in range(3)) == [0, 1, 2]
+
+
+@pytest.mark.usefixtures("backend")
+def test_parallel_yields_as_they_come() -> None:
+    results = joblib.Parallel(return_as="generator", batch_size=1)(joblib.delayed(abs)(-x) for x in range(6))
+    assert list(results) == list(range(6))
+
+
+@pytest.mark.usefixtures("backend")
+def test_parallel_times_out() -> None:
+    with pytest.raises(TimeoutError):
+        joblib.Parallel(timeout=0.1)(joblib.delayed(time.sleep)(20) for _ in range(2))
+
+
+def test_number_of_jobs() -> None:
+    register_joblib()
+    for n_jobs, expected in [(1, 1), (3, 3), (-1, 2), (-2, 1), (-9, 1)]:
+        with joblib.parallel_config("afield", n_jobs=n_jobs):
+            assert joblib.effective_n_jobs() == expected
+    with joblib.parallel_config("afield", n_jobs=0):
+        with pytest.raises(ValueError):
+            joblib.Parallel()(joblib.delayed(abs)(1) for _ in range(2))
+
+
+def test_task_options_of_the_backend() -> None:
+    register_joblib()
+    with joblib.parallel_config("afield", n_jobs=2, num_gpus=1, num_cpus=0):
+        assert joblib.Parallel()(joblib.delayed(lambda: len(afield.get_gpu_ids()))() for _ in range(3)) == [1, 1, 1]
+    with joblib.parallel_config("afield", n_jobs=2, num_gpu=1):
+        with pytest.raises(afield.InvalidOptionError):
+            joblib.Parallel()(joblib.delayed(abs)(1) for _ in range(2))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("backend")
+def test_scikit_learn() -> None:
+    from sklearn.datasets import load_iris
+    from sklearn.model_selection import cross_val_score
+    from sklearn.tree import DecisionTreeClassifier
+
+    features, labels = load_iris(return_X_y=True)
+    tree = DecisionTreeClassifier(random_state=0)
+    with joblib.parallel_config("sequential"):
+        expected = cross_val_score(tree, features, labels)
+    assert np.array_equal(cross_val_score(tree, features, labels, n_jobs=2), expected)
+
+
+# -- Dask ---------------------------------------------------------------------------------------------------------
+
+
+def test_dask_graphs_old_and_new() -> None:
+    graph = {
+        "one": 1,
+        "two": (operator.add, "one", "one"),
+        "alias": "two",
+        ("tuple", 0): (sum, ["one", "two", (operator.neg, "alias")]),
+        "unused": (operator.truediv, 1, 0),
+    }
+    assert dask_get(graph, "two") == 2
+    assert dask_get(graph, ["alias", ["one", [("tuple", 0)]]]) == (2, (1, (1,)))
+    assert dask_get(graph, []) == ()
+    assert dask_get(graph, "two", num_workers=4, unknown="ignored") == 2
+
+
+def test_dask_delayed_and_arrays() -> None:
+    @dask.delayed
+    def pid_and(x: Any) -> tuple[int, Any]:
+        return os.getpid(), x
+
+    (pid, (other, value)) = pid_and(pid_and("value")).compute(scheduler=dask_get)
+    assert value == "value"
+    assert os.getpid() not in {pid, other}
+    array = da.arange(10_000, chunks=1000).reshape(100, 100)
+    whole = np.arange(10_000).reshape(100, 100)
+    total, product = dask.compute(array.sum(), array @ array.T, scheduler=dask_get)
+    assert total == whole.sum()
+    assert np.array_equal(product, whole @ whole.T)
+
+
+@pytest.mark.slow
+def test_dask_dataframes() -> None:
+    import dask.dataframe as dd
+    import pandas as pd
+
+    frame = pd.DataFrame({"key": [i % 3 for i in range(90)], "value": range(90)})
+    with dask.config.set(scheduler=dask_get):
+        sums = dd.from_pandas(frame, npartitions=4).groupby("key").value.sum().compute()
+    assert sums.to_dict() == frame.groupby("key").value.sum().to_dict()
+
+
+def test_dask_values_in_between_stay_with_the_runtime() -> None:
+    """A chain of megabytes of which the driver sees only the last number."""
+    graph: dict[Any, Any] = {0: (np.ones, 1 << 18)}
+    for i in range(1, 6):
+        graph[i] = (np.add, i - 1, 1)
+    graph["sum"] = (np.sum, 5)
+    before = afield.stats()
+    assert dask_get(graph, "sum") == 6 * (1 << 18)
+    after = afield.stats()
+    for counter in "bytes_copied_in", "bytes_shared":
+        assert after[counter] - before[counter] < 1 << 20
+
+
+def test_dask_errors() -> None:
+    graph = {"bad": (operator.truediv, 1, 0), "next": (operator.neg, "bad"), "orphan": (abs, "one"), "one": 1}
+    with pytest.raises(ZeroDivisionError) as caught:
+        dask_get(graph, ["next", "one"])
+    assert isinstance(caught.value, afield.TaskError)
+    with pytest.raises(ValueError, match="no key 'nowhere'"):
+        dask_get(graph, ["one", "nowhere"])
+
+
+# -- without them -------------------------------------------------------------------------------------------------
+
+
+def test_a_missing_partner_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "joblib", None)
+    with pytest.raises(ImportError, match="pip install joblib"):
+        register_joblib()
+    monkeypatch.setitem(sys.modules, "dask._task_spec", None)
+    with pytest.raises(ImportError, match="pip install 'dask"):
+        dask_get({"x": 1}, "x")

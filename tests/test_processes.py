@@ -1,0 +1,604 @@
+"""Real processes: however one of them ends, the others settle it, and nothing of a dead driver's session is left."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+import afield
+from afield.runtime import api
+from tests.helpers import (
+    HANG_S,
+    Traces,
+    assert_gone,
+    leftovers,
+    mappings,
+    no_leaks,
+    open_files,
+    poll,
+    process_named,
+    processes,
+    program,
+    segments,
+    sockets,
+    traces,
+)
+
+PATIENCE_S = 30.0
+
+#: A driver with work on the way: a task that runs long, an actor, values in the store, a task in the queue.
+BUSY = """
+afield.init(num_cpus=2)
+
+@afield.remote
+def long(path):
+    open(path, "w").close()
+    time.sleep(300)
+
+@afield.remote
+class Keeper:
+    def keep(self, value):
+        self.value = value
+
+kept = afield.put(np.ones(1 << 20))
+keeper = Keeper.remote()
+afield.get(keeper.keep.remote(kept))
+started = sys.argv[0] if False else os.environ["STARTED"]
+refs = [long.remote(started) for _ in range(4)]
+while not os.path.exists(started):
+    time.sleep(0.002)
+report_traces()
+"""
+
+
+def busy(end: str, tmp_path: Path) -> Any:
+    """Run a driver with work on the way, and then `end`."""
+    return program(BUSY + end, STARTED=str(tmp_path / "started"))
+
+
+# -- how a session shows itself -----------------------------------------------------------------------------------
+
+
+def test_the_traces_of_a_session_are_found(no_runtime: None) -> None:
+    """The other tests look for what is left with the same functions; these must be able to find it."""
+    afield.init(num_cpus=2)
+    session = traces()
+    afield.get(afield.remote(lambda: None).remote())
+    assert sorted(processes(session).values())[:2] == ["afield-fork", "afield-node"]
+    assert list(processes(session).values()).count("afield-worker") >= 2
+    assert any(name.endswith("-node") for name in sockets(session))
+    assert f"{os.getpid()} (mapped)" in segments(session)
+    assert mappings(session, os.getpid())
+    assert os.path.isdir(session.directory)
+    assert len(leftovers(session)) >= 8
+    afield.shutdown()
+    assert not processes(session) and not sockets(session) and not os.path.exists(session.directory)
+
+
+def test_the_directory_is_ours_alone(runtime: afield.ClusterInfo) -> None:
+    directory = traces().directory
+    assert os.stat(directory).st_mode & 0o777 == 0o700
+    assert os.stat(os.path.join(directory, "token")).st_mode & 0o777 == 0o600
+
+
+def test_files_go_where_the_user_says(no_runtime: None, tmp_path: Path) -> None:
+    afield.init(num_cpus=1, spill_dir=str(tmp_path))
+    assert len(list(tmp_path.iterdir())) == 1
+    afield.shutdown()
+    assert not list(tmp_path.iterdir())
+
+
+# -- the driver ends ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("end", "status"),
+    [
+        ("", 0),
+        ("afield.shutdown()", 0),
+        ("raise ValueError('the driver failed')", 1),
+        ("sys.exit(5)", 5),
+        ("os._exit(6)", 6),
+        ("os.kill(os.getpid(), signal.SIGTERM)", -signal.SIGTERM),
+        ("os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL),
+        ("threading.Thread(target=os.abort).start(); time.sleep(60)", -signal.SIGABRT),
+    ],
+    ids=["exit", "shutdown", "exception", "sys.exit", "os._exit", "SIGTERM", "SIGKILL", "abort"],
+)
+def test_nothing_is_left_of_a_driver_that_ended(end: str, status: int, tmp_path: Path) -> None:
+    quiet = "import resource; resource.setrlimit(resource.RLIMIT_CORE, (0, 0)); "
+    with busy(quiet + end, tmp_path) as driver:
+        session = driver.read_traces()
+        assert driver.end()[0] == status
+        assert_gone(session)
+
+
+def test_nothing_is_left_of_a_driver_that_is_killed_while_it_waits(tmp_path: Path) -> None:
+    with busy("afield.get(refs)", tmp_path) as driver:
+        session = driver.read_traces()
+        assert len(processes(session)) >= 5
+        os.kill(driver.pid, signal.SIGKILL)
+        driver.end()
+        assert_gone(session)
+
+
+def test_nothing_is_left_when_a_forked_child_outlives_the_driver(tmp_path: Path) -> None:
+    """A child by `os.fork` holds copies of the driver's descriptors; they must not keep the session alive."""
+    end = """
+if os.fork() == 0:
+    os.close(0), os.close(1), os.close(2)
+    time.sleep(20)
+    os._exit(0)
+report()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    with busy(end, tmp_path) as driver:
+        session = driver.read_traces()
+        driver.read()
+        driver.end()
+        # The child still maps the shared memory, as it would any other memory of its parent.
+        assert_gone(session, memory=False)
+
+
+def test_a_program_of_the_driver_does_not_keep_the_session_alive(tmp_path: Path) -> None:
+    end = """
+import subprocess
+child = subprocess.Popen(["sleep", "20"], close_fds=False, stdin=-3, stdout=-3, stderr=-3)
+report(child=child.pid)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    with busy(end, tmp_path) as driver:
+        session = driver.read_traces()
+        child = driver.read()["child"]
+        try:
+            driver.end()
+            assert_gone(session)
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
+def test_an_unhandled_ctrl_c_ends_the_driver(tmp_path: Path) -> None:
+    with busy("afield.get(refs)", tmp_path) as driver:
+        session = driver.read_traces()
+        time.sleep(0.05)
+        os.kill(driver.pid, signal.SIGINT)
+        status, _, error = driver.end()
+        assert status == -signal.SIGINT and "KeyboardInterrupt" in error
+        assert_gone(session)
+
+
+# -- Ctrl-C -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "wait",
+    ["afield.get(ref)", "afield.get([ref])", "afield.wait([ref])", "afield.get(ref, timeout=50)", "time.sleep(50)"],
+)
+def test_the_runtime_is_usable_after_ctrl_c(wait: str) -> None:
+    source = f"""
+    afield.init(num_cpus=2)
+    ref = afield.remote(lambda: time.sleep(100)).remote()
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+    started = time.monotonic()
+    try:
+        {wait}
+    except KeyboardInterrupt:
+        report(after=time.monotonic() - started)
+    report(value=afield.get(afield.remote(lambda: 42).remote(), timeout=30))
+    pending = afield.wait([ref], timeout=0)[1] == [ref]
+    report(pending=pending)
+    """
+    with program(source) as driver:
+        assert driver.read()["after"] < 5
+        assert driver.read()["value"] == 42
+        assert driver.read()["pending"]
+        assert driver.end()[0] == 0
+
+
+def test_ctrl_c_at_any_moment_leaves_the_state_whole() -> None:
+    """Interrupts hit submissions, puts and gets; afterwards all that was not interrupted is right and the store is empty."""
+    source = """
+    afield.init(num_cpus=2)
+    add = afield.remote(lambda x, y: x + y)
+    big = afield.remote(lambda: np.ones(50_000))
+    stop = threading.Event()
+
+    def interrupt():
+        while not stop.wait(0.004):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    hits, rounds, deadline = 0, 0, time.monotonic() + 2
+    thread.start()
+    while time.monotonic() < deadline:
+        try:
+            refs = [add.remote(afield.put(i), i) for i in range(20)]
+            assert afield.get(refs) == [2 * i for i in range(20)]
+            assert afield.get(big.remote()).sum() == 50_000
+            rounds += 1
+        except KeyboardInterrupt:
+            hits += 1
+        refs = None
+    while True:
+        try:
+            stop.set()
+            thread.join()
+            break
+        except KeyboardInterrupt:
+            pass
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    refs = None
+    value = afield.get(add.remote(1, 2), timeout=30)
+    books = poll(lambda: afield.runtime.api.query("store")["sealed"] == 0)
+    report(hits=hits, value=value, empty=books, entries=len(afield.runtime.current.process.table.entries))
+    """
+    with program(source) as driver:
+        facts = driver.read()
+        status, _, error = driver.end()
+    assert facts["hits"] > 20 and facts["value"] == 3, facts
+    assert facts["empty"], facts
+    assert status == 0, error
+
+
+def test_workers_do_not_see_the_drivers_ctrl_c() -> None:
+    """The terminal sends SIGINT to the whole foreground group; tasks go on."""
+    source = """
+    afield.init(num_cpus=1)
+    ref = afield.remote(lambda: [time.sleep(0.5), "done"][1]).remote()
+    time.sleep(0.1)
+    try:
+        os.killpg(os.getpgrp(), signal.SIGINT)
+        time.sleep(10)
+    except KeyboardInterrupt:
+        pass
+    report(value=afield.get(ref, timeout=30))
+    """
+    with program("    os.setpgid(0, 0)\n" + source) as driver:
+        assert driver.read()["value"] == "done"
+        assert driver.end()[0] == 0
+
+
+# -- the runtime's own processes are killed -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("victim", ["afield-node", "afield-fork"])
+def test_the_node_s_end_is_an_error_and_leaves_nothing(no_runtime: None, victim: str) -> None:
+    afield.init(num_cpus=2)
+    session = traces()
+
+    class Local:
+        def work(self) -> None:
+            time.sleep(300)
+
+    actor = afield.remote(Local).remote()
+    pending = [afield.remote(lambda: time.sleep(300)).remote(), actor.work.remote()]
+    done = afield.put(np_ones())
+    threading.Timer(0.2, os.kill, (process_named(session, victim), signal.SIGKILL)).start()
+    for ref in pending:
+        with pytest.raises(afield.RuntimeDiedError, match=r"shutdown\(\) and afield\.init\(\)"):
+            afield.get(ref, timeout=PATIENCE_S)
+    uses: list[Any] = [
+        lambda: afield.remote(lambda: 1).remote(),
+        lambda: actor.work.remote(),
+        lambda: afield.put(1),
+        lambda: afield.cluster_resources(),
+        lambda: afield.empty(1 << 24),
+    ]
+    for use in uses:
+        with pytest.raises(afield.RuntimeDiedError):
+            use()
+    assert afield.get(done).sum() == 1 << 20  # what is mapped here can still be read
+    poll(lambda: not processes(session), 5)
+    assert not processes(session)
+    afield.shutdown()
+    assert_gone(session, memory=False)
+    afield.init(num_cpus=1)
+    assert afield.get(afield.remote(lambda: 1).remote(), timeout=PATIENCE_S) == 1
+
+
+def np_ones() -> Any:
+    """Return an array of 8 MiB."""
+    import numpy as np
+
+    return np.ones(1 << 20)
+
+
+@pytest.mark.parametrize("victim", ["afield-node", "afield-fork"])
+def test_a_driver_ends_well_after_the_nodes_end(victim: str, tmp_path: Path) -> None:
+    end = f"""
+os.kill(process_named(traces(), "{victim}"), signal.SIGKILL)
+try:
+    afield.get(refs)
+except afield.RuntimeDiedError:
+    report()
+"""
+    with busy(end, tmp_path) as driver:
+        session = driver.read_traces()
+        driver.read()
+        status, _, error = driver.end()
+        assert status == 0, error
+        assert_gone(session)
+
+
+def test_an_idle_worker_that_is_killed_is_replaced(runtime: afield.ClusterInfo) -> None:
+    square = afield.remote(lambda x: x * x)
+    for _ in range(3):
+        for pid, name in processes(traces()).items():
+            if name == "afield-worker":
+                os.kill(pid, signal.SIGKILL)
+        assert afield.get([square.remote(i) for i in range(50)], timeout=HANG_S) == [i * i for i in range(50)]
+
+
+def test_a_worker_killed_while_it_works_has_its_tasks_run_again(runtime: afield.ClusterInfo, tmp_path: Path) -> None:
+    @afield.remote
+    def work(i: int) -> int:
+        if i % 50 == 7:
+            with open(tmp_path / str(i), "a") as file:
+                file.write(f"{os.getpid()}\n")
+                file.flush()
+            if (tmp_path / str(i)).read_text().count("\n") == 1:
+                time.sleep(60)
+        return i
+
+    refs = [work.remote(i) for i in range(200)]
+    for i in (7, 57, 107, 157):
+        path = tmp_path / str(i)
+        assert poll(lambda path=path: path.exists() and path.read_text().endswith("\n"), PATIENCE_S)
+        os.kill(int(path.read_text().split()[0]), signal.SIGKILL)
+    assert afield.get(refs, timeout=HANG_S) == list(range(200))
+    assert afield.stats()["tasks_retried"] >= 4
+
+
+def test_a_parent_whose_child_task_s_worker_dies(runtime: afield.ClusterInfo, tmp_path: Path) -> None:
+    @afield.remote(max_retries=0)
+    def child() -> None:
+        os._exit(1)
+
+    @afield.remote
+    def parent() -> str:
+        try:
+            afield.get(child.remote())
+        except afield.WorkerCrashedError as error:
+            return str(error)
+        return ""
+
+    assert "child() died" in afield.get(parent.remote(), timeout=HANG_S)
+
+
+def test_children_of_a_killed_parent_end_with_it(runtime: afield.ClusterInfo, tmp_path: Path) -> None:
+    @afield.remote
+    def child() -> None:
+        (tmp_path / "child").write_text(str(os.getpid()))
+        time.sleep(300)
+
+    @afield.remote(max_retries=0)
+    def parent() -> None:
+        (tmp_path / "parent").write_text(str(os.getpid()))
+        afield.get(child.remote())
+
+    ref = parent.remote()
+    assert poll(lambda: (tmp_path / "child").exists() and (tmp_path / "child").read_text(), PATIENCE_S)
+    os.kill(int((tmp_path / "parent").read_text()), signal.SIGKILL)
+    with pytest.raises(afield.WorkerCrashedError, match="SIGKILL"):
+        afield.get(ref, timeout=PATIENCE_S)
+    pid = int((tmp_path / "child").read_text())
+    assert poll(lambda: pid not in processes(traces()), 5)
+    assert poll(lambda: afield.available_resources()["CPU"] == 2, PATIENCE_S)
+
+
+def test_a_stopped_worker_ends_with_its_session(no_runtime: None, tmp_path: Path) -> None:
+    afield.init(num_cpus=1)
+    session = traces()
+
+    @afield.remote
+    def stop() -> None:
+        (tmp_path / "pid").write_text(str(os.getpid()))
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    stop.remote()
+    assert poll((tmp_path / "pid").exists)
+    afield.shutdown()
+    assert_gone(session, memory=False)
+
+
+def test_processes_that_a_task_left_behind_do_not_hold_shutdown_up(no_runtime: None) -> None:
+    afield.init(num_cpus=1)
+    session = traces()
+
+    @afield.remote
+    def spawn() -> int:
+        import subprocess
+
+        return subprocess.Popen(["sleep", "20"], close_fds=False).pid
+
+    pid = afield.get(spawn.remote())
+    started = time.monotonic()
+    afield.shutdown()
+    assert time.monotonic() - started < 3
+    if psutil.pid_exists(pid):  # a program of the user's own; not ours to end, but it holds nothing of ours
+        os.kill(pid, signal.SIGKILL)
+    assert_gone(session, memory=False)
+
+
+# -- leaks, threads, forks, idleness ------------------------------------------------------------------------------
+
+
+def test_ten_sessions_in_one_process_leak_nothing(no_runtime: None) -> None:
+    def round_trip() -> Traces:
+        afield.init(num_cpus=1)
+        session = traces()
+        assert afield.get(afield.remote(lambda x: x).remote(np_ones())).sum() == 1 << 20
+        afield.shutdown()
+        return session
+
+    with no_leaks():
+        round_trip()
+    files, threads = open_files(), threading.active_count()
+    with no_leaks():
+        sessions = [round_trip() for _ in range(10)]
+    assert len(open_files()) <= len(files)
+    assert threading.active_count() <= threads
+    for session in sessions:
+        assert_gone(session)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_many_connections_leak_no_descriptors(runtime: afield.ClusterInfo) -> None:
+    class Local:
+        def work(self) -> int:
+            return os.getpid()
+
+    def generation() -> None:
+        actors = [afield.remote(Local).remote() for _ in range(4)]
+        afield.get([actor.work.remote() for actor in actors], timeout=PATIENCE_S)
+        for actor in actors:
+            afield.kill(actor)
+
+    generation()
+    node = psutil.Process(process_named(traces(), "afield-node"))
+    poll(lambda: len(api.query("workers")) <= 3)
+    mine, of_node = len(open_files()), node.num_fds()
+    for _ in range(4):
+        generation()
+    assert poll(lambda: len(open_files()) <= mine and node.num_fds() <= of_node), (open_files(), node.num_fds())
+
+
+def test_a_forked_child_does_not_disturb_its_parent() -> None:
+    source = """
+    afield.init(num_cpus=2)
+    square = afield.remote(lambda x: x * x)
+    ref = afield.put(np.ones(1 << 20))
+    afield.get(square.remote(1))
+    pid = os.fork()
+    if pid == 0:
+        was_initialized = afield.is_initialized()
+        del ref
+        afield.shutdown()
+        os._exit(3 if was_initialized else 0)
+    status = os.waitpid(pid, 0)[1]
+    pid = os.fork()
+    if pid == 0:
+        sys.exit(0)  # with all the handlers that run at the end of an interpreter
+    os.waitpid(pid, 0)
+    report(status=status, values=afield.get([square.remote(i) for i in range(100)], timeout=30)[-1])
+    report(total=float(afield.get(ref).sum()))
+    """
+    with program(source) as driver:
+        assert driver.read() == {"status": 0, "values": 99 * 99}
+        assert driver.read() == {"total": float(1 << 20)}
+        assert driver.end()[0] == 0
+
+
+def test_a_forked_child_may_have_a_runtime_of_its_own() -> None:
+    source = """
+    afield.init(num_cpus=1)
+    afield.get(afield.remote(lambda: 1).remote())
+    pid = os.fork()
+    if pid == 0:
+        afield.init(num_cpus=1)
+        value = afield.get(afield.remote(lambda: 7).remote(), timeout=30)
+        afield.shutdown()
+        os._exit(value)
+    report(status=os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+    report(value=afield.get(afield.remote(lambda: 2).remote(), timeout=30))
+    """
+    with program(source) as driver:
+        assert driver.read() == {"status": 7}
+        assert driver.read() == {"value": 2}
+        assert driver.end()[0] == 0
+
+
+def test_sixteen_threads_submit_at_once(runtime: afield.ClusterInfo) -> None:
+    add = afield.remote(lambda x, y: x + y)
+
+    class Local:
+        def __init__(self) -> None:
+            self.seen: list[Any] = []
+
+        def note(self, who: int, i: int) -> int:
+            self.seen.append((who, i))
+            return i
+
+        def read(self) -> list[Any]:
+            return self.seen
+
+    actor = afield.remote(Local).remote()
+    failures: list[BaseException] = []
+
+    def work(who: int) -> None:
+        try:
+            for i in range(5):
+                refs = [add.remote(who, afield.put(j)) for j in range(20)]
+                assert afield.get(refs, timeout=HANG_S) == [who + j for j in range(20)]
+                assert afield.get(actor.note.remote(who, i), timeout=HANG_S) == i
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(who,)) for who in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(HANG_S)
+    assert not failures and not any(thread.is_alive() for thread in threads)
+    seen = afield.get(actor.read.remote())
+    for who in range(16):
+        assert [i for w, i in seen if w == who] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.slow
+def test_idle_processes_use_no_cpu(runtime: afield.ClusterInfo) -> None:
+    class Local:
+        def work(self) -> None:
+            pass
+
+    actor = afield.remote(Local).remote()
+    afield.get([actor.work.remote(), afield.remote(lambda: None).remote()])
+    ref = afield.remote(lambda: time.sleep(30)).remote()  # one worker sleeps inside a task
+    with pytest.raises(afield.GetTimeoutError):
+        afield.get(ref, timeout=0.5)  # until leases are back and threads asleep
+    family = [psutil.Process(pid) for pid in (os.getpid(), *processes(traces()))]
+
+    def used() -> list[float]:
+        return [sum(process.cpu_times()[:2]) for process in family]
+
+    before = used()
+    time.sleep(1)
+    extra = {process.pid: after - b for process, b, after in zip(family, before, used(), strict=True)}
+    assert sum(extra.values()) < 0.1, extra
+
+
+def test_a_program_that_computes_is_still_answered(runtime: afield.ClusterInfo) -> None:
+    """The driver owns what others wait for; it answers while its own code runs and calls nothing of afield."""
+
+    class Reader:
+        def read(self, boxed: list[Any]) -> Any:
+            value = afield.get(boxed[0])
+            self.value = value
+            return value
+
+        def has_read(self) -> Any:
+            return self.value
+
+    release = threading.Event()
+
+    @afield.remote
+    def late() -> int:
+        time.sleep(0.1)
+        return 5
+
+    reader = afield.remote(Reader).remote()
+    reader.read.remote([late.remote()])
+    second = afield.remote(Reader).remote()
+    deadline = time.monotonic() + 0.5
+    while time.monotonic() < deadline:
+        sum(range(1000))
+    release.set()
+    assert afield.get(reader.has_read.remote(), timeout=0.5) == 5
+    assert second is not None
