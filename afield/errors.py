@@ -18,7 +18,26 @@ from typing import Any
 
 
 class AfieldError(Exception):
-    """Base of all errors that afield raises."""
+    """Base of all errors that afield raises: `str` is one line, `repr` also tells the cause; both survive pickle."""
+
+    def __repr__(self) -> str:
+        shown = f"{type(self).__name__}({', '.join(map(repr, self.args))})"
+        return shown if self.__cause__ is None else f"{shown}\ncaused by {self.__cause__!r}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        cause: Any = self.__cause__
+        if cause is not None and not _survives(cause):
+            cause = _Parts(cause) if _survives(_Parts(cause)) else None
+        return _rebuild_error, (type(self), self.args, vars(self), cause)
+
+
+def _rebuild_error(
+    kind: type[AfieldError], args: tuple[Any, ...], state: dict[str, Any], cause: BaseException | None
+) -> AfieldError:
+    error = kind(*args)
+    vars(error).update(state)
+    error.__cause__ = cause
+    return error
 
 
 class UsageError(AfieldError):

@@ -58,6 +58,11 @@ def _submit(graph: dict[Any, Any], wanted: Iterable[Any]) -> dict[Any, Any]:
     missing.difference_update(graph)
     if missing:
         raise ValueError(f"the graph has no key {missing.pop()!r}, which is wanted or depended on")
+
+    @functools.cache
+    def task(name: str) -> Any:
+        return afield.remote(_run).options(name=name)
+
     refs: dict[Any, Any] = {}
     priorities = order(graph)
     for key in sorted(graph, key=priorities.__getitem__):
@@ -68,17 +73,12 @@ def _submit(graph: dict[Any, Any], wanted: Iterable[Any]) -> dict[Any, Any]:
             refs[key] = afield.put(node.value)
         else:
             names = list(node.dependencies)
-            refs[key] = _task(key_split(key)).remote(node, names, *(refs[name] for name in names))
+            refs[key] = task(key_split(key)).remote(node, names, *(refs[name] for name in names))
     return {key: refs[key] for key in wanted}
 
 
 def _run(node: Any, names: list[Any], *values: Any) -> Any:
     return node(dict(zip(names, values, strict=True)))
-
-
-@functools.lru_cache(maxsize=256)
-def _task(name: str) -> Any:
-    return afield.remote(_run).options(name=name)
 
 
 def _leaves(keys: Any) -> Iterator[Any]:

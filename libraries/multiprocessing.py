@@ -296,10 +296,12 @@ class Pool:
             ValueError: the pool is closed, or `chunksize` is less than 1.
         """
         self._check_running()
+        if chunksize is not None:
+            _check_chunksize(chunksize)
         items = [tuple(args) for args in iterable]
         if chunksize is None:
             chunksize = max(1, math.ceil(len(items) / (CHUNKS_PER_PROCESS * len(self._processes))))
-        futures = [self._submit_chunk(func, chunk) for chunk in batched(items, _checked(chunksize))]
+        futures = [self._submit_chunk(func, chunk) for chunk in batched(items, chunksize)]
         return AsyncResult(futures, _flatten, callback, error_callback)
 
     def imap(self, func: Callable[[Any], Any], iterable: Iterable[Any], chunksize: int = 1) -> ImapIterator:
@@ -318,7 +320,8 @@ class Pool:
 
     def _imap(self, func: Callable[[Any], Any], iterable: Iterable[Any], chunksize: int, ordered: bool) -> ImapIterator:
         self._check_running()
-        chunks = batched(((item,) for item in iterable), _checked(chunksize))
+        _check_chunksize(chunksize)
+        chunks = batched(((item,) for item in iterable), chunksize)
         ahead = AHEAD_PER_PROCESS * len(self._processes)
         return ImapIterator(functools.partial(self._submit_chunk, func), chunks, ahead, ordered)
 
@@ -368,10 +371,9 @@ class Pool:
         self.terminate()
 
 
-def _checked(chunksize: int) -> int:
+def _check_chunksize(chunksize: int) -> None:
     if chunksize < 1:
         raise ValueError(f"chunksize={chunksize!r} must be at least 1")
-    return chunksize
 
 
 def _flatten(chunks: list[list[Any]]) -> list[Any]:

@@ -104,6 +104,7 @@ class _Lines(Display):
         self._description = description
         self._total = total
         self._ready = 0
+        self._printed = -1
         self._started = self._last = time.monotonic()
 
     def advance(self) -> None:
@@ -112,10 +113,11 @@ class _Lines(Display):
             self._print()
 
     def finish(self) -> None:
-        self._print()
+        if self._printed != self._ready:
+            self._print()
 
     def _print(self) -> None:
-        self._last = time.monotonic()
+        self._last, self._printed = time.monotonic(), self._ready
         of = "" if self._total is None else f" of {self._total}"
         try:
             print(f"{self._description}: {self._ready}{of} in {self._last - self._started:.0f} s", file=sys.stderr)

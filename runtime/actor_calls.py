@@ -170,6 +170,8 @@ class ActorCalls:
         caller = self.callers.get(message.actor_id)
         if caller is None or caller.state == "dead":
             return
+        if message.state != "alive" and caller.channel is not None:
+            caller.channel.drain()  # what it answered before counts
         if message.state == "alive":
             self._alive(caller, message.worker)
         elif message.state == "restarting":

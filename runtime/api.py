@@ -161,6 +161,7 @@ def _install_driver(participant: Participant) -> None:
     )
     post = _printer.post
     process.handlers[m.Log] = lambda channel, message: post(message)
+    process.expecting = participant.expecting
     current.install(participant)
     _restore_sigint = process.pump.install_sigint()
 
@@ -223,7 +224,9 @@ def is_initialized() -> bool:
 def remote(*args: Any, **options: Any) -> Any:
     """Make a function a remote function, or a class an actor class; with or without options.
 
-    Options of both: `num_cpus` (1 for a task, 0 for an actor), `num_gpus`, `memory`, `gpu_memory`, `resources`, `name`.
+    Options of both: `num_cpus` (1 for a task, 0 for an actor), `num_gpus`, `memory`, `gpu_memory` (bytes), `resources`,
+    `name`, `runtime_env` (a dict with `env_vars`, `working_dir`, `py_modules`), `scheduling_strategy` ("DEFAULT", "SPREAD",
+    a `NodeAffinitySchedulingStrategy`).
     Of functions: `num_returns`, `max_retries` (3; how often a task is run again whose worker died). Of classes:
     `max_restarts`, `max_task_retries`.
 
@@ -320,23 +323,27 @@ def wait(
         TypeError: not a list of refs.
         ValueError: duplicates, or `num_returns` out of range.
     """
-    _check_distinct(refs)
+    ids = _distinct(refs)
     if type(num_returns) is not int or num_returns < 1:
         raise ValueError(f"num_returns={num_returns!r} must be a whole number of at least 1")
     if num_returns > len(refs):
         raise ValueError(f"num_returns={num_returns} is more than the {len(refs)} refs given")
     values = (current.participant or current.ensure()).values
     deadline = None if timeout is None else time.monotonic() + timeout
-    return values.wait(refs, num_returns, deadline)
+    return values.wait(refs, ids, num_returns, deadline)
 
 
-def _check_distinct(refs: object) -> None:
-    if isinstance(refs, ObjectRef):
+def _distinct(refs: object) -> list[bytes]:
+    """Check the argument of `wait`, as cheaply as the usual case allows: it is called in loops over long lists."""
+    if isinstance(refs, (ObjectRef, ObjectRefGenerator)):
         raise TypeError("wait() takes a list of ObjectRefs, not a single one; use wait([ref])")
-    if not isinstance(refs, (list, tuple)) or not all(isinstance(r, (ObjectRef, ObjectRefGenerator)) for r in refs):
-        raise TypeError("wait() takes a list of ObjectRefs")
-    if len(set(refs)) != len(refs):
+    try:
+        ids = [ref.id for ref in refs]  # type: ignore[attr-defined]
+    except (AttributeError, TypeError):
+        raise TypeError("wait() takes a list of ObjectRefs") from None
+    if len(set(ids)) != len(ids):
         raise ValueError("wait() takes a list of different refs; this one has duplicates")
+    return ids
 
 
 def kill(actor: ActorHandle, *, no_restart: bool = True) -> None:

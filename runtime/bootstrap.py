@@ -115,6 +115,7 @@ class Session:
         with open(os.path.join(self.directory, "node.log"), "wb") as log:
             process = subprocess.Popen(
                 [sys.executable, "-c", _FORK_SERVER],
+                env=_environment(),
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
@@ -159,6 +160,18 @@ class Session:
             self._process.kill()
             self._process.wait()
         shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def _environment() -> dict[str, str]:
+    """Return the environment of the session's processes.
+
+    Workers run side by side, one for each CPU: a linear algebra library that starts a thread for each CPU in each of them
+    makes all of them slower. What the user has set stays.
+    """
+    environment = dict(os.environ)
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        environment.setdefault(name, "1")
+    return environment
 
 
 def _write_token(directory: str, token: bytes) -> None:

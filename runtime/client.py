@@ -61,6 +61,7 @@ class Client:
         """
         self._answers.clear()
         self._channel.send(m.Query(1, what, argument))
+        self._loop.flush()
         deadline = time.monotonic() + self._timeout_s
         while not self._answers:
             if self._channel.closed:

@@ -118,6 +118,14 @@ def _names(names: tuple[str, ...]) -> str:
     return ", ".join(repr(name) for name in names)
 
 
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _variables(value: Any) -> tuple[tuple[str, str], ...]:
     if value is None:
         return ()
@@ -128,6 +136,8 @@ def _variables(value: Any) -> tuple[tuple[str, str], ...]:
             raise InvalidOptionError(f"runtime_env: env_vars has {name!r}, which cannot be a variable's name")
         if not isinstance(text, str) or "\0" in text:
             raise InvalidOptionError(f"runtime_env: env_vars[{name!r}]={text!r}: expected a text; write {str(text)!r}")
+        if not _is_text(name + text):
+            raise InvalidOptionError(f"runtime_env: env_vars[{name!r}]={text!r} cannot be written as UTF-8")
         if name in RESERVED_VARIABLES:
             raise InvalidOptionError(
                 f"runtime_env: env_vars may not set {name}, which follows from the worker's lease; "
@@ -139,7 +149,10 @@ def _variables(value: Any) -> tuple[tuple[str, str], ...]:
 def _path(value: Any, key: str) -> str:
     if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
         raise InvalidOptionError(f"runtime_env: {key}: expected a path, not {value!r}")
-    return os.path.abspath(os.path.expanduser(os.fsdecode(value)))
+    path = os.path.abspath(os.path.expanduser(os.fsdecode(value)))
+    if not _is_text(path):
+        raise InvalidOptionError(f"runtime_env: {key}: the path {path!r} cannot be written as UTF-8")
+    return path
 
 
 def _working_dir(value: Any) -> str:

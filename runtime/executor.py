@@ -58,6 +58,7 @@ class Executor:
         self._idle: Waiter | None = None
         self._actor_spec: m.BecomeActor | None = None
         self._ending = False
+        self._goodbye = ""
         self._running: Channel | None = None
         self._running_push: m.Push | None = None
         self._running_name = ""
@@ -82,6 +83,7 @@ class Executor:
         self.values.on_block = self._block
         self.values.on_unblock = self._unblock
         signal.signal(signal.SIGINT, self._on_sigint)
+        process.pump.may_interrupt = self._may_interrupt
         current.in_actor = lambda: bool(self.actor_id)
 
     # -- what arrives --------------------------------------------------------------------------------------------
@@ -197,6 +199,7 @@ class Executor:
         definition = self.definition(channel, push)
         context = TaskContext(push.task_id, definition.name)
         enter(context)
+        self.process.pump.interrupted = False
         in_user_code = False
         job = (channel, push.sequence)
         main = self._running is channel
@@ -232,7 +235,7 @@ class Executor:
     ) -> Any:
         """Make the reply of a task that raised."""
         if isinstance(error, ActorExit):
-            self._say_goodbye("it ended itself")
+            self._goodbye = "it ended itself"
             return self.invocations.reply([None] * max(1, definition.num_returns), push, channel.peer_id, definition)
         if isinstance(error, (KeyboardInterrupt, TaskCancelledError)) and self._interrupt == (channel, push.sequence):
             self._interrupt = None
@@ -249,6 +252,8 @@ class Executor:
                     obligation.token = (channel, reply)
                     return
         self._replies.append((channel, reply))
+        if self._goodbye:
+            self._say_goodbye()
 
     def _queue_replies(self, now: float) -> None:
         """Move replies to their channels; the caller holds the lock."""
@@ -329,15 +334,16 @@ class Executor:
         if task_id is not None:
             self.participant.cancellation.cancel_children(task_id)
 
+    def _may_interrupt(self) -> bool:
+        return self._interrupt is not None and self._interruptible == self._interrupt
+
     def _on_sigint(self, number: int, frame: FrameType | None) -> None:
         """Interrupt the task that is to be cancelled, and nothing else."""
-        if self._interrupt is None or self._interruptible != self._interrupt:
-            return
-        if self.process.pump.in_transition(frame):
-            # Try again from the standby thread as soon as the transition is over.
-            threading.Timer(0.002, signal.pthread_kill, (threading.main_thread().ident or 0, signal.SIGINT)).start()
-            return
-        raise KeyboardInterrupt
+        if self._may_interrupt():
+            if self.process.pump.in_transition(frame):
+                self.process.pump.interrupted = True
+            else:
+                raise KeyboardInterrupt
 
     # -- blocking ------------------------------------------------------------------------------------------------
 
@@ -358,8 +364,11 @@ class Executor:
         running = self._running
         if self.actor_id or running is None or threading.current_thread() is not threading.main_thread():
             return
-        self.process.locked(running.send, m.Unblocked())
-        self.process.locked(self.process.daemon.send, m.Blocked(False))
+        self.process.locked(self._announce_unblock, running)
+
+    def _announce_unblock(self, running: Channel) -> None:
+        running.send(m.Unblocked())
+        self.process.daemon.send(m.Blocked(False))
 
     # -- actors --------------------------------------------------------------------------------------------------
 
@@ -390,8 +399,10 @@ class Executor:
             self._concurrency.serve()
             self._ending = True
 
-    def _say_goodbye(self, reason: str) -> None:
-        """Tell the daemon that this actor ends by its own will."""
+    def _say_goodbye(self) -> None:
+        """Tell the daemon that this actor ends by its own will, after its caller has its answer."""
+        reason, self._goodbye = self._goodbye, ""
+        self.flush()
         self.process.locked(self.process.daemon.send, m.KillActor(self.actor_id, True, reason, True))
 
 

@@ -5,8 +5,8 @@ within milliseconds and shares these pages. It is the parent of all processes of
 how each of them ended; it reports that to the daemon. It ends when the daemon ends, when the driver ends (the lifeline
 pipe), or when it is told to, and takes every child with it, whatever they are doing.
 
-The daemon talks to it over a socket pair: `("fork", worker id, variables, environment)` there, `("forked", worker id, pid)` with the
-read ends of the worker's output and error pipes, and `("exited", pid, status)` back.
+The daemon talks to it over a socket pair: `("fork", worker id, variables, environment)` there, `("forked", worker id, pid)`
+with the read ends of the worker's output and error pipes, and `("exited", pid, status)` back.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """What is in memory and why: each process describes its table, and the pieces are put together.
 
-Theory of operation. An owner knows what holds its objects: handles and zero-copy views in its process, pins, borrowers. Pins are
-plain counts, so that they cost nothing; what they are for is found out only when somebody asks, by walking the pending
-tasks, the values that contain refs, and the refs that were pinned for ever. What is left over is a hold of the moment (a ref
-on its way). A borrower's table tells why it borrows. The daemon adds what lies in the store: an object there that no table
+Theory of operation. An owner knows what holds its objects: handles and zero-copy views in its process, pins, borrowers. Pins
+are plain counts, so that they cost nothing; what they are for is found out only when somebody asks, by walking the pending
+tasks, the values that contain refs, and the refs that were pinned for ever. What is left over is a hold of the moment (a
+ref on its way). A borrower's table tells why it borrows. The daemon adds what lies in the store: an object there that no table
 explains is an orphan.
 
 A process describes at most `MAX_ROWS` objects, the largest first come first: a question must not stop a process for long.

@@ -3,14 +3,16 @@
 Theory of operation. A worker has one pipe for stdout and one for stderr, so that also what C code and child processes write
 arrives. Python's own streams (`WorkerStream`) write records that say which task and which thread speaks:
 
-    OPEN name SEPARATOR thread SEPARATOR text CLOSE
+    OPEN name SEPARATOR thread SEPARATOR task SEPARATOR text CLOSE
 
-Each record is one `write` of at most `PIPE_BUF` bytes, which the kernel never mixes with another writer's: no lock is needed,
-nothing waits in a buffer that a crash would lose, and the lines of threads that print at the same time stay whole. Whatever
-stands between records is raw output of the process. Text cannot contain the marks; they are taken out of it.
+A record is written when its line is complete, or `flush` is called, or the worker next looks at its messages (so what a task
+printed has left before its reply does). Each is one `write` of at most `PIPE_BUF` bytes, which the kernel never mixes with
+another writer's, and each thread has its own line. What stands between records is raw output of the process. Text cannot
+contain the marks; they are taken out of it.
 
-`LineParser` is the daemon's side: it joins the pieces of each thread to lines. It keeps no more than `MAX_OPEN_LINES` unfinished
-lines of `MAX_LINE_BYTES`; a progress bar that goes back with carriage returns keeps its last state only.
+`LineParser` is the daemon's side: it joins the pieces of each thread to lines; what a task left without a newline ends where the
+next task of that thread speaks. It keeps no more than `MAX_OPEN_LINES` unfinished lines of `MAX_LINE_BYTES`; a progress bar
+that goes back with carriage returns keeps its last state only.
 
 From here lines go through `node.output` (bounds, drivers) to `printing` (folding, prefixes) in the driver.
 """
@@ -24,9 +26,9 @@ import select
 import threading
 from collections.abc import Callable
 
-_OPEN, _SEPARATOR, _CLOSE = b"\x1e", b"\x1f", b"\x1d"
-_MARKS = _OPEN + _SEPARATOR + _CLOSE
-_RECORD = re.compile(rb"\x1e([^\x1d-\x1f\n]*)\x1f([0-9]+)\x1f([^\x1d\x1e]*)(?:\x1d|(?=\x1e))")
+_OPEN, _CLOSE = b"\x1e", b"\x1d"
+_MARKS = b"\x1d\x1e\x1f"
+_RECORD = re.compile(rb"\x1e([^\x1d-\x1f\n]*)\x1f([0-9]+)\x1f([0-9a-f]*)\x1f([^\x1d\x1e]*)(?:\x1d|(?=\x1e))")
 #: A record is written in one piece.
 MAX_RECORD_BYTES = select.PIPE_BUF
 #: Longer names of tasks are cut.
@@ -43,27 +45,65 @@ class WorkerStream(io.TextIOWrapper):
 
     Args:
         fd: the descriptor, 1 or 2.
-        speaker: returns the name of the task that runs, or "" for the worker's own.
+        speaker: returns the name of the task that runs ("" for the worker's own) and its id (b"" outside of tasks).
+
+    Lives as long as the process.
     """
 
-    def __init__(self, fd: int, speaker: Callable[[], str]) -> None:
+    def __init__(self, fd: int, speaker: Callable[[], tuple[str, bytes]]) -> None:
         super().__init__(io.FileIO(fd, "w", closefd=False), "utf-8", "backslashreplace", write_through=True)
         self._fd = fd
         self._speaker = speaker
+        #: Beginnings of lines: thread -> who began it, text.
+        self.held: dict[int, tuple[tuple[str, bytes], str]] = {}
+        self._lock = threading.RLock()
+        os.register_at_fork(after_in_child=self._forget)
+
+    def _forget(self) -> None:
+        """A copy of this process has none of its threads, and must not repeat what they have written."""
+        self._lock = threading.RLock()
+        self.held.clear()
 
     def write(self, text: str) -> int:
-        """Write at once; what ends in the middle of a line is continued by the same thread's next text."""
+        """Write whole lines at once; what ends in the middle of a line waits for its end, or for `flush`."""
+        count = len(text)
         if not isinstance(text, str):
             raise TypeError(f"write() takes text, not {type(text).__name__}")
         if self.closed:
             raise ValueError("I/O operation on closed file.")
+        speaker = self._speaker()
+        thread = threading.get_ident()
+        with self._lock:
+            held = self.held.pop(thread, None)
+            if held is not None:
+                if held[0] == speaker:
+                    text = held[1] + text
+                else:
+                    self._put_out(thread, *held)
+            end = text.rfind("\n") + 1 if len(text) < MAX_RECORD_BYTES else len(text)
+            if end:
+                self._put_out(thread, speaker, text[:end])
+            if end < len(text):
+                self.held[thread] = speaker, text[end:]
+        return count
+
+    def flush(self) -> None:
+        """Write also the beginnings of lines."""
+        if not self.held:
+            return
+        with self._lock:
+            while self.held:
+                thread, held = self.held.popitem()
+                self._put_out(thread, *held)
+
+    def _put_out(self, thread: int, speaker: tuple[str, bytes], text: str) -> None:
+        name, task_id = speaker
         data = text.encode("utf-8", "backslashreplace").translate(None, _MARKS)
-        name = self._speaker().encode("utf-8", "replace")[:MAX_NAME_BYTES].translate(None, _MARKS + b"\n")
-        head = b"".join((_OPEN, name, _SEPARATOR, b"%d" % threading.get_native_id(), _SEPARATOR))
+        shown = name.encode("utf-8", "replace")[:MAX_NAME_BYTES].translate(None, _MARKS + b"\n")
+        head = b"\x1e%b\x1f%d\x1f%b\x1f" % (shown, thread, task_id.hex().encode())
         room = MAX_RECORD_BYTES - len(head) - 1
         for start in range(0, len(data), room):
             self._write_record(head + data[start : start + room] + _CLOSE)
-        return len(text)
 
     def _write_record(self, record: bytes) -> None:
         while True:
@@ -83,7 +123,7 @@ class LineParser:
 
     def __init__(self) -> None:
         self._rest = b""
-        self._open: dict[int, tuple[bytes, bytes]] = {}  # thread -> name at the line's start, its text so far
+        self._open: dict[int, tuple[bytes, bytes, bytes]] = {}  # thread -> (task, its name, text so far), if a line is open
 
     def feed(self, data: bytes) -> list[tuple[str, str]]:
         """Take what was read; return the lines that are complete now."""
@@ -94,13 +134,13 @@ class LineParser:
         while position < len(data):
             start = data.find(_OPEN, position)
             if start < 0:
-                self._take(lines, b"", _RAW, data[position:])
+                self._take(lines, _RAW, b"", b"", data[position:])
                 break
             if start > position:
-                self._take(lines, b"", _RAW, data[position:start])
+                self._take(lines, _RAW, b"", b"", data[position:start])
             record = _RECORD.match(data, start)
             if record is not None:
-                self._take(lines, record[1], int(record[2]), record[3])
+                self._take(lines, int(record[2]), record[3], record[1], record[4])
                 position = record.end()
             elif len(data) - start < MAX_RECORD_BYTES:
                 self._rest = data[start:]  # its end is on the way
@@ -113,29 +153,34 @@ class LineParser:
         """The pipe is at its end: return what was left without a newline."""
         lines: list[tuple[bytes, bytes]] = []
         if self._rest:
-            self._take(lines, b"", _RAW, self._rest.translate(None, _MARKS))
+            self._take(lines, _RAW, b"", b"", self._rest.translate(None, _MARKS))
             self._rest = b""
-        lines += self._open.values()
+        lines += [(name, text) for _, name, text in self._open.values()]
         self._open.clear()
         return [(name.decode("utf-8", "replace"), _shown(line)) for name, line in lines]
 
-    def _take(self, lines: list[tuple[bytes, bytes]], name: bytes, thread: int, data: bytes) -> None:
+    def _take(self, lines: list[tuple[bytes, bytes]], thread: int, task: bytes, name: bytes, data: bytes) -> None:
         opened = self._open.pop(thread, None)
-        if opened is not None:
-            name, data = opened[0] if opened[1] else name, opened[1] + data
+        if opened is not None and opened[0] == task:
+            data = opened[2] + data
+        elif opened is not None:
+            lines.append(opened[1:])
         *whole, rest = data.split(b"\n")
         lines += [(name, line) for line in whole]
+        if not rest:
+            return
         if b"\r" in rest:
             rest = rest[rest.rfind(b"\r", 0, len(rest) - 1) + 1 :]
         if len(rest) > MAX_LINE_BYTES:
             lines.append((name, rest))
-            rest = b""
-        if rest:
-            if len(self._open) >= MAX_OPEN_LINES:
-                lines.append(self._open.pop(next(iter(self._open))))
-            self._open[thread] = (name, rest)
+            return
+        if len(self._open) >= MAX_OPEN_LINES:
+            lines.append(self._open.pop(next(iter(self._open)))[1:])
+        self._open[thread] = (task, name, rest)
 
 
 def _shown(line: bytes) -> str:
     """Return the line as a terminal would show it in the end: what a carriage return went back over is gone."""
-    return line.rstrip(b"\r").rpartition(b"\r")[2].decode("utf-8", "replace")
+    if b"\r" in line:
+        line = line.rstrip(b"\r").rpartition(b"\r")[2]
+    return line.decode("utf-8", "replace")

@@ -76,7 +76,7 @@ class Process:
         self.config = config
         self.process_id = process_id
         self.loop = Loop()
-        self.pump = Pump(self.loop, self.after_events, self._due_in)
+        self.pump = Pump(self.loop, self.after_events, self._due_in, lambda: self.expecting())
         table = RecordingTable if config.record_call_sites else OwnershipTable
         self.table = table(process_id, self._owner_died_error)
         self.channels: dict[bytes, Channel] = {}
@@ -92,6 +92,8 @@ class Process:
         self.questions: dict[str, Callable[[Any], Any]] = {}
         #: Refs of ours that are pinned until we end, and why, with how often.
         self.kept_for_ever: Counter[tuple[bytes, str]] = Counter()
+        #: Tells whether answers are likely to come soon; see `Pump`.
+        self.expecting: Callable[[], bool] = lambda: True
         self.dead = ""  # why nothing works any more, once it does not
         #: Objects whose handles are gone, left by `__del__` for the next transition.
         self.dropped: deque[bytes] = deque()
@@ -203,6 +205,9 @@ class Process:
             handlers[type(message)](channel, message)
 
     def _on_process_died(self, channel: Channel, message: m.ProcessDied) -> None:
+        lost = self.channels.get(message.process)
+        if lost is not None:
+            lost.drain()
         self.channels.pop(message.process, None)
         self.table.on_peer_died(message.process)
         for notify in self.on_process_died:

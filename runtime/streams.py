@@ -137,6 +137,11 @@ class ObjectRefGenerator:
         self._life = ObjectRef(task_id + STREAM_INDEX)
         self._end = ObjectRef(task_id + STREAM_END_INDEX)
 
+    @property
+    def id(self) -> bytes:
+        """Return what names the generator among refs, for `wait`."""
+        return self._life.id
+
     def completed(self) -> ObjectRef:
         """Return a ref that is ready when the task has ended: None, or its error."""
         return self._end

@@ -217,8 +217,44 @@ class Values:
 
         return resolve
 
-    def wait(self, refs: Sequence[ObjectRef | ObjectRefGenerator], num_returns: int, deadline: float | None) -> tuple[list[Any], list[Any]]:
+    def wait(
+        self, refs: Sequence[ObjectRef | ObjectRefGenerator], ids: list[bytes], num_returns: int, deadline: float | None
+    ) -> tuple[list[Any], list[Any]]:
         """Return (ready, not ready), both in the order given, once `num_returns` are ready or the time is over."""
+        ready = self._first_ready(refs, ids, num_returns)
+        if len(ready) < num_returns:
+            self._wait_for(refs, num_returns, deadline)
+            ready = self._first_ready(refs, ids, num_returns)
+        rest: list[Any] = []
+        start = 0
+        for index in ready:
+            rest += refs[start:index]
+            start = index + 1
+        rest += refs[start:]
+        return [refs[index] for index in ready], rest
+
+    def _first_ready(
+        self, refs: Sequence[ObjectRef | ObjectRefGenerator], ids: list[bytes], limit: int
+    ) -> list[int]:
+        """Return the positions of the first `limit` refs that are ready."""
+        entries = self.table.entries
+        ready: list[int] = []
+        for index, object_id in enumerate(ids):
+            entry = entries.get(object_id)
+            if entry is None or entry.life:
+                if entry is not None and not self._is_ready(refs[index], None):
+                    continue
+            elif entry.state == PENDING:
+                continue
+            ready.append(index)
+            if len(ready) == limit:
+                break
+        return ready
+
+    def _wait_for(
+        self, refs: Sequence[ObjectRef | ObjectRefGenerator], num_returns: int, deadline: float | None
+    ) -> None:
+        """Block until `num_returns` of the refs are ready or the time is over."""
         waiter = Waiter()
         missing = [num_returns]
 
@@ -244,11 +280,6 @@ class Values:
                 self.blocking_wait(waiter, deadline)
         finally:
             self.process.locked(self._stop_waiting_all, pending, one_done)
-        done = [ref for ref in refs if self._is_ready(ref, None)][:num_returns]
-        if len(done) == len(refs):
-            return done, []
-        chosen = {id(ref) for ref in done}
-        return done, [ref for ref in refs if id(ref) not in chosen]
 
     def _is_ready(self, ref: ObjectRef | ObjectRefGenerator, notify: Callable[[], None] | None) -> bool:
         """Tell whether a ref, or the next one of a generator, is ready; `notify` is called later if it is not."""

@@ -11,7 +11,7 @@ import numpy as np
 
 from afield.runtime import current
 from afield.runtime import messages as m
-from afield.runtime.context import reset_root
+from afield.runtime.context import reset_root, running
 from afield.runtime.environment import Environment
 from afield.runtime.executor import Executor
 from afield.runtime.forkserver import ForkServerConfig
@@ -34,7 +34,19 @@ def run_worker(config: ForkServerConfig, worker_id: bytes, variables: dict[str, 
     executor = Executor(participant)
     install(Facts(config.session, config.node_id, config.namespace, environment, lambda: executor.assignment))
     participant.process.handlers[m.Retire] = lambda channel, message: _retire(executor, channel)
-    out, err = WorkerStream(1, executor.running_name), WorkerStream(2, executor.running_name)
+
+    def speaker() -> tuple[str, bytes]:
+        task = running()
+        return executor.running_name(), b"" if task is None else task.task_id
+
+    out, err = WorkerStream(1, speaker), WorkerStream(2, speaker)
+
+    def flush(now: float) -> None:
+        if out.held or err.held:
+            out.flush()
+            err.flush()
+
+    participant.process.tickers.append(flush)
     vars(sys).update(stdout=out, __stdout__=out, stderr=err, __stderr__=err)
     faulthandler.enable(2)  # a crash in C code says where
     current.install(participant)

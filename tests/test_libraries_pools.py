@@ -92,20 +92,20 @@ def test_actor_pool_submits_and_gets() -> None:
 
 def test_actor_pool_keeps_others_busy_while_the_first_is_slow(tmp_path: Path) -> None:
     """Getting in order waits for the first, and hands out work to whoever is free meanwhile."""
+
+    @afield.remote(num_cpus=0)
+    def open_gate(path: Path) -> None:
+        path.touch()
+
     pool = ActorPool([new_actor(), new_actor()])
-    slow, last = tmp_path / "slow", tmp_path / "last"
-    pool.submit(wait_for, slow)
+    gate = tmp_path / "gate"
+    pool.submit(wait_for, gate)
     pool.submit(double, 1)
-    pool.submit(lambda actor, value: actor.double.remote(value), 2)
-    pool.submit(lambda actor, path: open_gate.remote(path, actor.double.remote(0)), slow)
-    pool.submit(double, 3)
-    last.touch()
-    assert [pool.get_next(PATIENCE_S / 2) for _ in range(5)] == ["slow", 2, 4, None, 6]
-
-
-@afield.remote(num_cpus=0)
-def open_gate(path: Path, _: Any) -> None:
-    path.touch()
+    pool.submit(double, 2)
+    pool.submit(
+        lambda actor, path: open_gate.remote(path), gate
+    )  # comes to its turn although nobody got what is before it
+    assert [pool.get_next(PATIENCE_S / 2) for _ in range(4)] == ["gate", 2, 4, None]
 
 
 def test_actor_pool_times_out(tmp_path: Path) -> None:
@@ -266,7 +266,7 @@ def test_pool_initializer_and_several_calls_in_one_process() -> None:
 
 def test_pool_initializer_that_fails_fails_the_calls() -> None:
     with Pool(1, divmod, (1, 0)) as pool:
-        with pytest.raises(afield.ActorDiedError, match="ZeroDivisionError"):
+        with pytest.raises((ZeroDivisionError, afield.ActorDiedError), match="ZeroDivisionError"):
             pool.apply_async(abs, (-1,)).get(PATIENCE_S)
 
 

@@ -27,6 +27,8 @@ from afield.transport.loop import Loop
 MAX_FRAME_BYTES = 256 << 20
 #: Before the handshake is done nothing larger is accepted.
 MAX_HANDSHAKE_BYTES = 256
+#: The buffer of `drain`.
+DRAIN_BYTES = 1 << 16
 #: One encode never takes more messages, which bounds the frame and the time until the first byte leaves.
 MAX_BATCH = 1024
 
@@ -127,6 +129,16 @@ class Channel:
         if events & ~select.EPOLLOUT and not self.closed:
             self._receive()
 
+    def drain(self) -> None:
+        """Handle what the peer sent before it died, now that another channel told of its death first."""
+        # The loop's buffer is in use: we are called from the handling of another channel's messages.
+        buffer, self._loop.buffer = self._loop.buffer, memoryview(bytearray(DRAIN_BYTES))
+        try:
+            while not self.closed and self.ready and self._receive():
+                pass
+        finally:
+            self._loop.buffer = buffer
+
     def close(self) -> None:
         """Close without calling `on_closed`; what is queued is dropped."""
         if not self.closed:
@@ -153,24 +165,26 @@ class Channel:
             self._unsent = memoryview(data)[sent:]
             self._loop.modify(self.sock.fileno(), select.EPOLLIN | select.EPOLLOUT)
 
-    def _receive(self) -> None:
+    def _receive(self) -> bool:
+        """Read once and handle what is complete; return whether there was anything."""
         buffer = self._loop.buffer
         try:
             count = self.sock.recv_into(buffer)
         except BlockingIOError:
-            return
+            return False
         except OSError:
             count = 0
         if not count:
             self._lost()
-            return
+            return False
         if not self._partial:
             self._parse(buffer[:count])
-            return
+            return True
         self._partial += buffer[:count]
         if len(self._partial) >= self._needed:
             whole, self._partial = self._partial, bytearray()
             self._parse(memoryview(whole))
+        return True
 
     def _parse(self, data: memoryview) -> None:
         position, end = 0, len(data)
@@ -235,9 +249,13 @@ def connect(name: str) -> socket.socket:
 def listen(name: str) -> socket.socket:
     """Return a non-blocking listening socket with the abstract name `name`."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    sock.bind("\0" + name)
-    sock.listen(512)
-    sock.setblocking(False)
+    try:
+        sock.bind("\0" + name)
+        sock.listen(512)
+        sock.setblocking(False)
+    except BaseException:
+        sock.close()
+        raise
     return sock
 
 

@@ -88,14 +88,23 @@ class Pump:
     Args:
         loop: the loop of the process.
         after_events: called under the lock after each round of handlers, before flushing.
+        expecting: tells whether messages are likely to come soon; otherwise the standby thread lets some time pass before
+            it leads, because sending it away again costs the next call a little.
         due_in: seconds until `after_events` has to be called again even if nothing happens; None for never.
     """
 
-    def __init__(self, loop: Loop, after_events: Callable[[], None], due_in: Callable[[], float | None]) -> None:
+    def __init__(
+        self,
+        loop: Loop,
+        after_events: Callable[[], None],
+        due_in: Callable[[], float | None],
+        expecting: Callable[[], bool],
+    ) -> None:
         self.loop = loop
         self.lock = threading.RLock()
         self._after_events = after_events
         self._due_in = due_in
+        self._expecting = expecting
         self._leader = threading.Lock()
         self._followers: deque[Waiter] = deque()
         self._foreground = 0
@@ -106,6 +115,8 @@ class Pump:
         self.callbacks: deque[Callable[[], None]] = deque()
         #: A SIGINT came inside a transition; whoever sees it calls `deliver`.
         self.interrupted = False
+        #: A worker says here whether the task that is to be interrupted still runs.
+        self.may_interrupt: Callable[[], bool] = lambda: True
         #: True while the standby thread blocks in the loop, so that state left for it needs a kick.
         self.standby_leads = False
         self._standby_kicked = False
@@ -130,6 +141,8 @@ class Pump:
         self._foreground += 1
         try:
             while not waiter.done and not self._closed:
+                if self.interrupted:
+                    self.deliver()
                 remaining = self._due_in()
                 left = None
                 if deadline is not None:
@@ -215,7 +228,8 @@ class Pump:
         """Raise the KeyboardInterrupt that was held back, in the main thread."""
         if self.interrupted and threading.current_thread() is threading.main_thread():
             self.interrupted = False
-            raise KeyboardInterrupt
+            if self.may_interrupt():
+                raise KeyboardInterrupt
 
     def in_transition(self, frame: FrameType | None) -> bool:
         """Tell whether a state transition is on the stack."""
@@ -287,15 +301,15 @@ class Pump:
         while not self._closed:
             if self._rounds != seen_rounds:
                 quiet = 0
-            elif self._foreground == 0:
+            elif self._foreground == 0 and (quiet > IDLE_TICKS or self._expecting() or self._due_in() == 0):
                 self._lead_in_background()
                 quiet = 0
             else:
                 quiet += 1
-                if self._due_in() == 0:
+                if self._foreground and self._due_in() == 0:
                     self.loop.kick()  # another thread left something while the leader blocks
             seen_rounds = self._rounds
-            if quiet > IDLE_TICKS:
+            if quiet > IDLE_TICKS and self._foreground:
                 quiet = 0
                 self._standby_sleeps = True
                 if self._foreground:  # otherwise it left between our look and the flag, and will not call

@@ -243,6 +243,7 @@ class NodeDaemon:
         if self.actors.is_actor_lease(grant.owner):
             self.actors.on_granted(grant, worker)  # and it has died: the directory decides about a restart
         else:
+            self.leases.demand(grant.owner, grant.shape, 0, grant.key)
             self.send(grant.owner, m.Infeasible(grant.key, f"{reason}; what it printed says why"))
 
     def _on_return_lease(self, channel: Channel, message: m.ReturnLease) -> None:

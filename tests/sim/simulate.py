@@ -21,16 +21,16 @@ from typing import Any
 from afield.runtime import messages as m
 from afield.runtime.ownership import FAILED, INLINE, LOCATED, OwnershipTable
 from tests.sim import checkers
-from tests.sim.network import REPEATABLE, RESENDABLE, Network
+from tests.sim.network import REPEATABLE, RESENDABLE, Network, Pair
 from tests.sim.world import Execution, Get, Outcome, Participant, Task, Violation, World
 
-#: A program that has more handles than this drops some.
-MAX_HANDLES = 8
 #: No run lets more processes die: ids have one digit.
 MAX_DEATHS = 4
 #: Settling takes a few events for each object; more is a livelock.
 MAX_SETTLING_EVENTS = 20_000
 
+#: A direction between two processes is this much slower or faster than others, so that short cuts win races.
+SLOWNESS = (0.1, 0.5, 1.0, 10.0)
 DUPLICATES = 0.05
 DEATHS = 0.008
 
@@ -56,7 +56,8 @@ class TimedNetwork(Network):
     def __init__(self, simulation: Simulation) -> None:
         super().__init__()
         self._simulation = simulation
-        self._last: dict[tuple[bytes, bytes], float] = {}
+        self._last: dict[Pair, float] = {}
+        self._slowness: dict[Pair, float] = {}
         self.sent = 0
 
     def send(self, source: bytes, target: bytes, message: Any) -> None:
@@ -73,8 +74,11 @@ class TimedNetwork(Network):
         super().send(source, target, message)
         self.sent += 1
         simulation = self._simulation
-        due = max(self._last.get((source, target), 0.0), simulation.now + simulation.delay())
-        self._last[source, target] = due
+        pair = (source, target)
+        if pair not in self._slowness:
+            self._slowness[pair] = simulation.random.choice(SLOWNESS)
+        due = max(self._last.get(pair, 0.0), simulation.now + simulation.delay() * self._slowness[pair])
+        self._last[pair] = due
         simulation.at(due, simulation.deliver, source, target)
 
     def resend(self, source: bytes, target: bytes, message: Any) -> None:
@@ -117,6 +121,12 @@ class Simulation:
         self._scheduled = 0
         self._named = 0
         self._inside: dict[bytes, list[bytes]] = {}  # also of results that are still on their way
+        # Each seed has habits of its own: what is rare in the average program is common in some.
+        choose = self.random.choice
+        self._forgetful = choose((0.2, 0.6, 0.95))
+        self._most_handles = choose((1, 2, 4, 8))
+        self._inside_most = choose((1, 1, 2))
+        self._weights = [weight * choose((0.2, 1.0, 3.0)) for weight in _WEIGHTS]
         for _ in range(processes):
             self._add()
 
@@ -235,6 +245,8 @@ class Simulation:
         self._note(process.name, f"starts task {execution.push.task_id!r}")
         while execution.todo:
             process.unpickle_next(execution)
+        if execution.refs and self.running and self.random.random() < 0.4:
+            self._submit_with(process, [], self._some(execution.refs, 2))
         self.after(self.delay() * 2, self._finish, process, execution)
         return process
 
@@ -246,7 +258,7 @@ class Simulation:
         for output in process.outputs_of(execution):
             kind = choose.choices((INLINE, LOCATED, FAILED), (6, 3, 1))[0]
             at_hand = [object_id for object_id in execution.refs + process.handles if not self._reaches(object_id, output)]
-            inside = self._inside[output] = self._some(at_hand, 2)
+            inside = self._inside[output] = self._some(at_hand, self._inside_most)
             outcomes.append((kind, inside))
         keep = [object_id for object_id in execution.refs if choose.random() < 0.3]
         self._note(process.name, f"task {execution.push.task_id!r} returns {outcomes!r} and keeps {keep!r}")
@@ -274,12 +286,13 @@ class Simulation:
             return None
         self._note(process.name, f"reads {get.object_id!r}")
         process.finish_get(get, view=self.random.random() < 0.3)
+        self._let_go(process, {get.object_id})
         return process
 
     # -- events of the programs ----------------------------------------------------------------------------------
 
     def _some(self, object_ids: list[bytes], most: int) -> list[bytes]:
-        count = min(self.random.randint(0, most), len(object_ids))
+        count = min(max(0, self.random.randint(-1, most)), len(object_ids))
         return self.random.sample(object_ids, count)
 
     def _act(self, process: Participant) -> Participant | None:
@@ -290,27 +303,40 @@ class Simulation:
             return None
         if self.random.random() < 0.8:
             process.drain()
-        while len(process.handles) > MAX_HANDLES:
+        while len(process.handles) > self._most_handles:
             self._drop(process)
-        action = self.random.choices(*_ACTIONS)[0]
-        action(self, process)
+        self.random.choices(_ACTIONS, self._weights)[0](self, process)
         return process
 
     def _put(self, process: Participant) -> None:
-        inside = self._some(process.handles, 2)
+        inside = self._some(process.handles, self._inside_most)
         object_id = process.put(inside, stored=self.random.random() < 0.4)
         self._inside[object_id] = inside
         self._note(process.name, f"puts {object_id!r} with {inside!r} inside")
+        self._let_go(process, set(inside))
 
     def _submit(self, process: Participant) -> None:
+        self._submit_with(process, self._some(process.handles, 2), self._some(process.handles, 2))
+
+    def _submit_with(self, process: Participant, dependencies: list[bytes], nested: list[bytes]) -> None:
         target = self._target(process)
         if target is None:
             return
-        dependencies, nested = self._some(process.handles, 2), self._some(process.handles, 2)
         returns = self.random.choice((1, 1, 2))
         stored = self.random.random() < 0.2
         self._note(process.name, f"submits to {target!r} with {dependencies!r} and, nested, {nested!r}")
         process.submit(target, dependencies, nested, returns=returns, stored=stored, body=returns)
+        if self.random.random() < self._forgetful / 2:
+            self._note(process.name, f"submits to {target!r} with the same arguments again")
+            process.submit(target, dependencies, nested, body=1)
+        self._let_go(process, {*dependencies, *nested})
+
+    def _let_go(self, process: Participant, object_ids: set[bytes]) -> None:
+        """At times a program that passed something on has no more use for it."""
+        if self.random.random() < self._forgetful:
+            for object_id in [object_id for object_id in process.handles if object_id in object_ids]:
+                self._note(process.name, f"drops {object_id!r}")
+                process.drop(object_id)
 
     def _target(self, process: Participant) -> bytes | None:
         names = [*self.world.processes, *self.world.dead]
@@ -388,17 +414,15 @@ class Simulation:
         return process
 
 
-_ACTIONS: tuple[tuple[Callable[[Simulation, Participant], None], ...], tuple[int, ...]] = (
-    (
-        Simulation._put,
-        Simulation._submit,
-        Simulation._get,
-        Simulation._drop,
-        Simulation._drop_view,
-        Simulation._give_up,
-        Simulation._pickle,
-        Simulation._unpickle,
-        Simulation._begin_life,
-    ),
-    (20, 35, 25, 25, 4, 3, 1, 1, 2),
+_ACTIONS: tuple[Callable[[Simulation, Participant], None], ...] = (
+    Simulation._put,
+    Simulation._submit,
+    Simulation._get,
+    Simulation._drop,
+    Simulation._drop_view,
+    Simulation._give_up,
+    Simulation._pickle,
+    Simulation._unpickle,
+    Simulation._begin_life,
 )
+_WEIGHTS = (20, 35, 25, 25, 6, 3, 1, 1, 2)

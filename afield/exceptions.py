@@ -1,0 +1,101 @@
+"""Every exception that afield raises, and when.
+
+Theory of operation. This module has no code of its own: it gathers what `afield.errors` defines under the name where users
+of this field look for it. All of these exceptions travel between processes with their cause and, for `TaskError`, with the
+traceback of the process where it began. `str(error)` is one line; `repr(error)` is complete.
+
+=================================  ==========================================================================================
+raised                             when
+=================================  ==========================================================================================
+**Your code raised**
+`TaskError`                        `get` of a task or an actor call that raised. It is also an instance of what was raised, so
+                                   `except ValueError` works; `.cause` is the original, `.remote_traceback` its traceback. A
+                                   task whose argument failed fails with the argument's error.
+`TaskCancelledError`               `get` of a task that `cancel` ended.
+**The call was wrong** (`UsageError`)
+`InvalidOptionError`               an option of `init`, `remote` or `.options` is unknown or not valid; also a ValueError and a
+                                   TypeError.
+`NotInitializedError`              something needs the runtime after `shutdown`, or in a forked copy of the driver.
+`AlreadyInitializedError`          a second `init` without `shutdown` or `ignore_reinit_error=True`, and `init` in a worker.
+`NoDeviceError`                    devices were asked for and there are none, or fewer.
+`SerializationError`               `put`, `.remote` or a return of a value that cannot be pickled; also a TypeError.
+**Values**
+`GetTimeoutError`                  `get(timeout=...)` was over before the value was there; also a TimeoutError. The task goes on.
+`DeserializationError`             a value cannot be rebuilt here, mostly because its class cannot be imported.
+**What is asked for can never be placed** (`SchedulingError`)
+`TaskUnschedulableError`           `get` of a task whose resources no node has.
+`ActorUnschedulableError`          a call of an actor whose resources no node has.
+**There is no room** (`CapacityError`)
+`ObjectStoreFullError`             `put`, a result or `empty` found no room in the host store in time; also a MemoryError.
+`OutOfDeviceMemoryError`           the same for a device.
+`PendingCallsLimitExceededError`   an actor has `max_pending_calls` calls pending.
+**Something was lost** (`LossError`)
+`WorkerCrashedError`               the process that ran a task died, and the task has no retries left.
+`ActorDiedError`                   a call of an actor that was killed, crashed, left, or whose constructor raised (see its cause).
+`ActorUnavailableError`            a call that may not be retried, of an actor that is being restarted.
+`ObjectLostError`                  no copy of a value is left, and it cannot be computed again.
+`OwnerDiedError`                   the process that owned an object is gone, and all knowledge of the object with it.
+`DeviceLostError`                  a device failed or was reset, and a value or task with it.
+`RuntimeDiedError`                 the node's daemon is gone, or the runtime could not start: `shutdown` and `init` again.
+=================================  ==========================================================================================
+"""
+
+from __future__ import annotations
+
+from afield.errors import (
+    ActorDiedError,
+    ActorUnavailableError,
+    ActorUnschedulableError,
+    AfieldError,
+    AlreadyInitializedError,
+    CapacityError,
+    DeserializationError,
+    DeviceLostError,
+    GetTimeoutError,
+    InvalidOptionError,
+    LossError,
+    NoDeviceError,
+    NotInitializedError,
+    ObjectLostError,
+    ObjectStoreFullError,
+    OutOfDeviceMemoryError,
+    OwnerDiedError,
+    PendingCallsLimitExceededError,
+    RuntimeDiedError,
+    SchedulingError,
+    SerializationError,
+    TaskCancelledError,
+    TaskError,
+    TaskUnschedulableError,
+    UsageError,
+    WorkerCrashedError,
+)
+
+__all__ = [
+    "ActorDiedError",
+    "ActorUnavailableError",
+    "ActorUnschedulableError",
+    "AfieldError",
+    "AlreadyInitializedError",
+    "CapacityError",
+    "DeserializationError",
+    "DeviceLostError",
+    "GetTimeoutError",
+    "InvalidOptionError",
+    "LossError",
+    "NoDeviceError",
+    "NotInitializedError",
+    "ObjectLostError",
+    "ObjectStoreFullError",
+    "OutOfDeviceMemoryError",
+    "OwnerDiedError",
+    "PendingCallsLimitExceededError",
+    "RuntimeDiedError",
+    "SchedulingError",
+    "SerializationError",
+    "TaskCancelledError",
+    "TaskError",
+    "TaskUnschedulableError",
+    "UsageError",
+    "WorkerCrashedError",
+]

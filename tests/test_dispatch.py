@@ -1,0 +1,349 @@
+"""The owner's side of leases: windows, demand, recall, hand-back and lost workers, without any process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from afield.runtime.dispatch import IDLE_LEASE_S, MAX_WINDOW, WINDOW_S, Lane, Lease, Task
+
+
+class Shell:
+    """Does what a lane asks for by writing it down."""
+
+    def __init__(self) -> None:
+        self.pushed: list[tuple[Lease, list[Task]]] = []
+        self.demands: list[int] = []
+        self.returned: list[Lease] = []
+        self.recalled: list[tuple[Lease, int]] = []
+        self.sequence = 0
+
+    def push(self, lease: Lease, tasks: list[Task]) -> None:
+        """Send tasks."""
+        self.pushed.append((lease, list(tasks)))
+        for task in tasks:
+            self.sequence += 1
+            lease.inflight[self.sequence] = task
+
+    def demand(self, lane: Lane, count: int) -> None:
+        """Tell the daemon."""
+        self.demands.append(count)
+
+    def return_lease(self, lease: Lease) -> None:
+        """Give back."""
+        self.returned.append(lease)
+
+    def recall(self, lease: Lease, count: int) -> None:
+        """Ask for tasks."""
+        self.recalled.append((lease, count))
+
+
+def make_lane() -> tuple[Lane, Shell]:
+    """Return an empty lane and its shell."""
+    shell = Shell()
+    return Lane(1, {"CPU": 10_000}, shell), shell
+
+
+def task(name: str) -> Task:
+    """Return a task."""
+    return Task(name.encode(), None, b"", None)
+
+
+def grant(lane: Lane, number: int = 1, now: float = 0.0) -> Lease:
+    """Grant the lane a lease."""
+    lease = Lease(number, b"worker %d" % number, lane, None)
+    lane.granted(lease, now)
+    return lease
+
+
+def names(tasks: list[Task]) -> list[str]:
+    """Return the names of tasks."""
+    return [one.task_id.decode() for one in tasks]
+
+
+def reply(lane: Lane, lease: Lease, count: int, now: float) -> list[Task]:
+    """The oldest tasks of a lease end."""
+    done = [lease.inflight.pop(sequence) for sequence in list(lease.inflight)[:count]]
+    lane.replied(lease, len(done), now)
+    return done
+
+
+def submit(lane: Lane, count: int, now: float = 0.0) -> None:
+    """Submit tasks that are named by their numbers."""
+    for i in range(count):
+        lane.submit(task(str(i)), now)
+
+
+def test_without_a_lease_a_task_waits_and_asks_for_one() -> None:
+    lane, shell = make_lane()
+    submit(lane, 1)
+    assert shell.demands == [1] and not shell.pushed
+    lease = grant(lane)
+    assert [(leased, names(tasks)) for leased, tasks in shell.pushed] == [(lease, ["0"])]
+    assert not lane.ready and lane.demanded == 0
+
+
+def test_demand_is_told_when_it_doubles_and_when_it_ends() -> None:
+    lane, shell = make_lane()
+    submit(lane, 1000)
+    assert shell.demands == sorted(shell.demands) and len(shell.demands) < 12
+    assert shell.demands[-1] >= 500
+    leases = [grant(lane, i) for i in range(3)]
+    told = len(shell.demands)
+    while any(lease.inflight for lease in leases):
+        for lease in leases:
+            if lease.inflight:
+                reply(lane, lease, len(lease.inflight), 0.0)
+    assert shell.demands[-1] == 0 and len(shell.demands) <= told + 2
+
+
+def test_a_new_lease_gets_one_task_then_more_if_tasks_are_short() -> None:
+    lane, shell = make_lane()
+    submit(lane, 2000)
+    lease = grant(lane)
+    sizes, now = [], 0.0
+    while lease.inflight:
+        sizes.append(len(lease.inflight))
+        now += 1e-6 * len(lease.inflight)
+        reply(lane, lease, len(lease.inflight), now)
+    assert sizes[:4] == [1, 2, 4, 8]
+    assert max(sizes) <= MAX_WINDOW == lease.window
+    assert [name for _, tasks in shell.pushed for name in names(tasks)] == [str(i) for i in range(2000)]
+
+
+def test_the_window_shrinks_when_tasks_turn_out_long() -> None:
+    lane, _ = make_lane()
+    submit(lane, 100)
+    lease = grant(lane)
+    lease.window = 64
+    reply(lane, lease, 1, 1.0)  # one second for one task
+    assert lease.window == 1
+    reply(lane, lease, 1, 2.0)
+    assert len(lease.inflight) <= 1
+
+
+def test_long_tasks_are_never_queued_behind_one_another() -> None:
+    lane, _ = make_lane()
+    submit(lane, 10)
+    lease, now = grant(lane), 0.0
+    while lease.inflight:
+        assert len(lease.inflight) == 1
+        now += 10 * WINDOW_S
+        reply(lane, lease, 1, now)
+    assert not lane.ready
+
+
+def test_a_submission_goes_straight_to_an_idle_worker() -> None:
+    lane, shell = make_lane()
+    lane.submit(task("a"), 0.0)
+    lease = grant(lane)
+    reply(lane, lease, 1, 0.1)
+    told = list(shell.demands)
+    lane.submit(task("b"), 0.2)
+    assert names(shell.pushed[-1][1]) == ["b"] and lease.mark == 0.2
+    assert shell.demands == told
+
+
+def test_work_is_shared_among_open_leases() -> None:
+    lane, shell = make_lane()
+    leases = [grant(lane, i) for i in range(4)]
+    for lease in leases:
+        lease.window = 64
+    lane.ready.extend(task(str(i)) for i in range(40))
+    lane.fill(0.0)
+    counts = sorted(len(lease.inflight) for lease in leases)
+    assert sum(counts) == 40 and counts[-1] <= 2 * counts[0] + 1
+    assert shell.pushed
+
+
+def test_tasks_behind_a_long_one_are_recalled_for_an_idle_worker() -> None:
+    lane, shell = make_lane()
+    busy = grant(lane, 1)
+    busy.window = 16
+    lane.ready.extend(task(str(i)) for i in range(9))
+    lane.fill(0.0)
+    assert len(busy.inflight) == 9
+    idle = grant(lane, 2)
+    assert shell.recalled == [(busy, 4)]
+    grant(lane, 3)
+    assert len(shell.recalled) == 1  # one recall at a time
+    newest = list(busy.inflight)[-4:]
+    tasks = [busy.inflight.pop(sequence) for sequence in newest]
+    lane.handed_back(busy, tasks, False, 1.0)
+    assert not busy.recalled and idle.inflight
+    everywhere = [*busy.inflight.values(), *lane.ready, *(t for lease in lane.leases[1:] for t in lease.inflight.values())]
+    assert sorted(names(everywhere)) == [str(i) for i in range(9)]
+
+
+def test_a_single_task_in_flight_is_never_recalled() -> None:
+    lane, shell = make_lane()
+    lane.submit(task("a"), 0.0)
+    grant(lane, 1)
+    grant(lane, 2)
+    assert not shell.recalled
+
+
+def test_a_blocked_worker_gets_nothing_until_it_goes_on() -> None:
+    lane, shell = make_lane()
+    lease = grant(lane)
+    lease.window = 8
+    lane.ready.extend(task(str(i)) for i in range(3))
+    lane.fill(0.0)
+    tasks = [lease.inflight.pop(sequence) for sequence in list(lease.inflight)[1:]]
+    lane.handed_back(lease, tasks, True, 0.1)
+    assert lease.blocked and names(list(lane.ready)) == ["1", "2"]
+    assert shell.demands[-1] >= 1  # somebody else has to run them
+    lane.submit(task("3"), 0.2)
+    assert len(lease.inflight) == 1
+    lane.unblocked(lease, 0.3)
+    assert not lease.blocked and len(lease.inflight) >= 1
+    reply(lane, lease, len(lease.inflight), 0.3)
+    assert lease.inflight or not lane.ready
+
+
+def test_handed_back_tasks_go_first_and_in_their_order() -> None:
+    lane, _ = make_lane()
+    lane.ready.extend([task("3"), task("4")])
+    lane.requeue([task("1"), task("2")], 0.0)
+    assert names(list(lane.ready)) == ["1", "2", "3", "4"]
+
+
+def test_a_lost_worker_s_tasks_come_back_oldest_first() -> None:
+    lane, shell = make_lane()
+    lease = grant(lane)
+    lease.window = 8
+    lane.ready.extend(task(str(i)) for i in range(5))
+    lane.fill(0.0)
+    assert names(lane.lost(lease)) == ["0", "1", "2", "3", "4"]
+    assert lane.leases == [] and not lease.inflight
+    assert lane.lost(lease) == []
+    lane.requeue([task("0")], 0.0)
+    assert shell.demands[-1] >= 1
+
+
+def test_idle_leases_are_given_back_after_a_while() -> None:
+    lane, shell = make_lane()
+    a, b = grant(lane, 1, 10.0), grant(lane, 2, 10.1)
+    assert lane.return_idle(10.15, IDLE_LEASE_S) == pytest.approx(10.0 + IDLE_LEASE_S)
+    assert not shell.returned
+    assert lane.return_idle(10.0 + IDLE_LEASE_S, IDLE_LEASE_S) == pytest.approx(10.1 + IDLE_LEASE_S)
+    assert shell.returned == [a]
+    assert lane.return_idle(10.2, 0.0) is None  # the daemon wants it now
+    assert shell.returned == [a, b] and not lane.leases
+
+
+def test_a_lease_with_work_or_a_blocked_one_is_kept() -> None:
+    lane, shell = make_lane()
+    lane.submit(task("a"), 0.0)
+    lease = grant(lane)
+    assert lane.return_idle(100.0, 0.0) is None
+    reply(lane, lease, 1, 100.0)
+    lease.blocked = True
+    assert lane.return_idle(200.0, 0.0) is None and not shell.returned
+
+
+class LaneMachine(RuleBasedStateMachine):
+    """Workers come, work, block, hand back and die in any order; every task ends exactly once and none is forgotten."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lane, self.shell = make_lane()
+        self.now = 0.0
+        self.submitted: set[str] = set()
+        self.done: list[str] = []
+        self.granted = 0
+
+    def lease(self, data: st.DataObject) -> Lease:
+        lease: Lease = data.draw(st.sampled_from(self.lane.leases))
+        return lease
+
+    @rule(count=st.integers(1, 30))
+    def submit(self, count: int) -> None:
+        for _ in range(count):
+            name = str(len(self.submitted))
+            self.submitted.add(name)
+            self.lane.submit(task(name), self.now)
+
+    @precondition(lambda self: self.lane.demanded and len(self.lane.leases) < 5)
+    @rule()
+    def grant(self) -> None:
+        self.granted += 1
+        grant(self.lane, self.granted, self.now)
+
+    @precondition(lambda self: self.lane.leases)
+    @rule(data=st.data(), seconds=st.sampled_from([1e-6, 1e-4, 1e-2, 1.0]))
+    def finish(self, data: st.DataObject, seconds: float) -> None:
+        lease = self.lease(data)
+        if lease.inflight and not lease.blocked:
+            count = data.draw(st.integers(1, len(lease.inflight)))
+            self.now += seconds * count
+            self.done += names(reply(self.lane, lease, count, self.now))
+
+    @precondition(lambda self: self.lane.leases)
+    @rule(data=st.data(), blocked=st.booleans())
+    def hand_back(self, data: st.DataObject, blocked: bool) -> None:
+        """A recall is answered, or the running task blocks; the running one stays."""
+        lease = self.lease(data)
+        if not lease.inflight or lease.blocked or not (blocked or lease.recalled):
+            return
+        waiting = list(lease.inflight)[1:]
+        first = 0 if blocked else data.draw(st.integers(0, len(waiting)))
+        tasks = [lease.inflight.pop(sequence) for sequence in waiting[first:]]
+        self.lane.handed_back(lease, tasks, blocked, self.now)
+
+    @precondition(lambda self: any(lease.blocked for lease in self.lane.leases))
+    @rule(data=st.data())
+    def unblock(self, data: st.DataObject) -> None:
+        lease = self.lease(data)
+        if lease.blocked:
+            self.lane.unblocked(lease, self.now)
+
+    @precondition(lambda self: self.lane.leases)
+    @rule(data=st.data())
+    def lose(self, data: st.DataObject) -> None:
+        self.lane.requeue(self.lane.lost(self.lease(data)), self.now)
+
+    @rule(seconds=st.floats(0, 1), all_at_once=st.booleans())
+    def pass_time(self, seconds: float, all_at_once: bool) -> None:
+        self.now += seconds
+        self.lane.return_idle(self.now, 0.0 if all_at_once else IDLE_LEASE_S)
+
+    @invariant()
+    def every_task_is_in_one_place(self) -> None:
+        places = [*names(list(self.lane.ready)), *self.done]
+        for lease in self.lane.leases:
+            places += names(list(lease.inflight.values()))
+            assert len(lease.inflight) <= MAX_WINDOW
+        assert sorted(places) == sorted(self.submitted)
+
+    @invariant()
+    def nobody_idles_beside_waiting_tasks(self) -> None:
+        if self.lane.ready:
+            assert self.lane.demanded > 0
+            assert not any(not lease.inflight and not lease.blocked for lease in self.lane.leases)
+
+    def teardown(self) -> None:
+        for lease in list(self.lane.leases):
+            if lease.blocked:
+                self.lane.unblocked(lease, self.now)
+        for _ in range(10 * len(self.submitted) + 10):
+            if self.lane.ready and self.lane.demanded and not self.lane.leases:
+                self.grant()
+            for lease in list(self.lane.leases):
+                if lease.recalled:
+                    tasks = [lease.inflight.pop(sequence) for sequence in list(lease.inflight)[1:]]
+                    self.lane.handed_back(lease, tasks, False, self.now)
+                if lease.inflight:
+                    self.now += 1e-5
+                    self.done += names(reply(self.lane, lease, 1, self.now))
+        assert sorted(self.done) == sorted(self.submitted)
+        self.lane.return_idle(self.now + IDLE_LEASE_S, 0.0)
+        assert not self.lane.leases
+
+
+LaneMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+TestLane: Any = pytest.mark.slow(LaneMachine.TestCase)

@@ -1,0 +1,452 @@
+"""Channels between two loops in one process: framing, authentication, loss; and the pump that drives a loop."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from afield.transport.auth import AuthenticationError, Handshake
+from afield.transport.channel import MAX_FRAME_BYTES, MAX_HANDSHAKE_BYTES, Channel, connect, listen, same_user
+from afield.transport.loop import RECEIVE_BUFFER_BYTES, Loop
+from afield.transport.pump import Pump, Waiter, uninterruptible
+from tests.helpers import open_files, poll
+
+TOKEN = b"t" * 32
+SERVER, CLIENT = b"server!!", b"client!!"
+
+
+class End:
+    """One end of a connection, and what happened to it."""
+
+    def __init__(self, loop: Loop, sock: socket.socket, *, server: bool, token: bytes = TOKEN) -> None:
+        sock.setblocking(False)
+        self.received: list[Any] = []
+        self.batches: list[int] = []
+        self.decoded = 0
+        self.closed = 0
+        self.ready = 0
+        handshake = Handshake(token, SERVER if server else CLIENT, os.urandom(32), server=server)
+        self.channel = Channel(loop, sock, handshake, self._decode, self._on_messages, self._on_closed, self._on_ready)
+
+    def _decode(self, data: Any) -> list[Any]:
+        self.decoded += 1
+        messages: list[Any] = msgspec.msgpack.decode(data)
+        return messages
+
+    def _on_messages(self, channel: Channel, messages: list[Any]) -> None:
+        self.received += messages
+        self.batches.append(len(messages))
+
+    def _on_closed(self, channel: Channel) -> None:
+        self.closed += 1
+
+    def _on_ready(self, channel: Channel) -> None:
+        self.ready += 1
+
+
+@contextlib.contextmanager
+def a_loop() -> Iterator[Loop]:
+    """A loop that is closed afterwards."""
+    loop = Loop()
+    try:
+        yield loop
+    finally:
+        loop.close()
+
+
+@contextlib.contextmanager
+def connected(*, client_token: bytes = TOKEN) -> Iterator[tuple[Loop, End, End]]:
+    """A loop with both ends of a connection."""
+    a, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with a_loop() as loop:
+        server, client = End(loop, a, server=True), End(loop, b, server=False, token=client_token)
+        try:
+            yield loop, server, client
+        finally:
+            server.channel.close()
+            client.channel.close()
+
+
+def run_until(loop: Loop, condition: Any) -> None:
+    """Drive a loop until something is true."""
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, "it never came true"
+        loop.flush()
+        loop.step(0.05)
+
+
+# -- framing ------------------------------------------------------------------------------------------------------
+
+
+def test_messages_sent_before_the_handshake_wait_for_it() -> None:
+    with connected() as (loop, server, client):
+        server.channel.send(["early", 1])
+        client.channel.send(["early", 2])
+        run_until(loop, lambda: server.received and client.received)
+        assert client.received == [["early", 1]] and server.received == [["early", 2]]
+        assert (server.ready, client.ready) == (1, 1)
+        assert server.channel.peer_id == CLIENT and client.channel.peer_id == SERVER
+
+
+def test_a_burst_travels_in_few_frames_and_in_order() -> None:
+    with connected() as (loop, server, client):
+        for i in range(5000):
+            client.channel.send(i)
+        run_until(loop, lambda: len(server.received) == 5000)
+        assert server.received == list(range(5000))
+        assert len(server.batches) < 20
+
+
+@pytest.mark.parametrize("size", [RECEIVE_BUFFER_BYTES - 20, RECEIVE_BUFFER_BYTES, 3 * RECEIVE_BUFFER_BYTES + 7])
+def test_frames_larger_than_the_buffers(size: int) -> None:
+    with connected() as (loop, server, client):
+        big = os.urandom(size)
+        client.channel.send("before")
+        client.channel.send(big)
+        client.channel.flush()
+        client.channel.send("after")
+        server.channel.send(big)
+        run_until(loop, lambda: len(server.received) == 3 and len(client.received) == 1)
+        assert server.received == ["before", big, "after"] and client.received == [big]
+
+
+@given(
+    messages=st.lists(st.one_of(st.integers(0, 2**40), st.binary(max_size=300), st.lists(st.integers(0, 9))), max_size=8),
+    cuts=st.lists(st.integers(1, 400), max_size=12),
+)
+@settings(max_examples=80, deadline=None)
+def test_any_cut_of_the_stream_gives_the_same_messages(messages: list[Any], cuts: list[int]) -> None:
+    frames = [msgspec.msgpack.encode([message]) for message in messages]
+    stream = b"".join(len(frame).to_bytes(4, "little") + frame for frame in frames)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with a_loop() as loop, theirs:
+        end = End(loop, ours, server=True)
+        end.channel.ready = True  # as after the handshake
+        position = 0
+        for cut in [*cuts, len(stream)]:
+            theirs.sendall(stream[position : position + cut])
+            position += cut
+            end.channel.handle(1)
+        assert end.received == messages
+        end.channel.close()
+
+
+def test_a_peer_that_does_not_read_does_not_block_the_sender() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with a_loop() as loop, theirs:
+        end = End(loop, ours, server=True)
+        end.channel.ready = True
+        started = time.monotonic()
+        for _ in range(20):
+            end.channel.send(b"x" * (1 << 20))
+            loop.flush()
+        assert time.monotonic() - started < 5
+        assert end.channel.outbox  # waits here, and not in a system call
+        end.channel.close()
+        assert not end.channel.outbox
+
+
+def test_a_frame_that_cannot_be_is_the_end_of_the_connection() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with a_loop() as loop, theirs:
+        end = End(loop, ours, server=True)
+        end.channel.ready = True
+        theirs.sendall((MAX_FRAME_BYTES + 1).to_bytes(4, "little") + b"x" * 100)
+        run_until(loop, lambda: end.closed)
+        assert not end.decoded
+
+
+# -- the handshake ------------------------------------------------------------------------------------------------
+
+
+def test_a_wrong_token_is_refused_and_nothing_is_decoded() -> None:
+    with connected(client_token=b"w" * 32) as (loop, server, client):
+        client.channel.send("let me in")
+        server.channel.send("a secret")
+        run_until(loop, lambda: server.closed and client.closed)
+        assert (server.closed, client.closed) == (1, 1)
+        assert (server.ready, client.ready, server.decoded, client.decoded) == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    "stream",
+    [
+        b"\x05\x00\x00\x00hello",
+        (MAX_HANDSHAKE_BYTES + 1).to_bytes(4, "little") + bytes(MAX_HANDSHAKE_BYTES + 1),
+        b"\xff\xff\xff\xff",
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"\x00\x00\x00\x00",
+        len(msgspec.msgpack.encode(["message"])).to_bytes(4, "little") + msgspec.msgpack.encode(["message"]),
+    ],
+)
+def test_an_intruder_is_refused_and_nothing_is_decoded(stream: bytes) -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with a_loop() as loop, theirs:
+        end = End(loop, ours, server=True)
+        end.channel.send("a secret")
+        theirs.sendall(stream)
+        run_until(loop, lambda: end.closed)
+        assert (end.ready, end.decoded, end.received) == (0, 0, [])
+        theirs.settimeout(5)
+        sent = b""
+        while part := theirs.recv(1000):
+            sent += part
+        assert len(sent) == 4 + 32  # the challenge and nothing else
+        assert b"secret" not in sent
+
+
+def exchange(server: Handshake, client: Handshake) -> None:
+    """Run the exchange to its end."""
+    answer = client.feed(server.greeting())
+    client.feed(server.feed(answer))
+
+
+def handshakes(client_token: bytes = TOKEN) -> tuple[Handshake, Handshake]:
+    """Return both sides."""
+    return (
+        Handshake(TOKEN, SERVER, b"s" * 32, server=True),
+        Handshake(client_token, CLIENT, b"c" * 32, server=False),
+    )
+
+
+def test_both_sides_prove_themselves() -> None:
+    server, client = handshakes()
+    assert client.greeting() == b""
+    exchange(server, client)
+    assert server.done and client.done
+    assert (server.peer_id, client.peer_id) == (CLIENT, SERVER)
+
+
+def test_a_server_that_does_not_know_the_token_is_refused_by_the_client() -> None:
+    server, client = handshakes()
+    answer = client.feed(server.greeting())
+    server.feed(answer)
+    impostor = Handshake(b"w" * 32, SERVER, b"s" * 32, server=True)
+    with pytest.raises(AuthenticationError):
+        impostor.feed(answer)
+    with pytest.raises(AuthenticationError):
+        client.feed(SERVER + bytes(32))
+    assert not client.done
+
+
+def test_proofs_cannot_be_replayed_or_reflected() -> None:
+    server, client = handshakes()
+    answer = client.feed(server.greeting())
+    later = Handshake(TOKEN, SERVER, b"another nonce".ljust(32), server=True)
+    with pytest.raises(AuthenticationError):
+        later.feed(answer)
+    with pytest.raises(AuthenticationError):  # the client's own proof, sent back to it
+        client.feed(answer[32:])
+    assert not later.done and not client.done
+
+
+@given(st.binary(max_size=200))
+def test_no_bytes_make_a_handshake_do_anything_but_refuse(data: bytes) -> None:
+    for side in handshakes():
+        with contextlib.suppress(AuthenticationError):
+            side.feed(data)
+        assert not side.done
+
+
+# -- loss ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_peer_s_death_is_told_once_after_what_it_sent() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with a_loop() as loop:
+        end = End(loop, ours, server=True)
+        end.channel.ready = True
+        frame = msgspec.msgpack.encode(["last words"])
+        theirs.sendall(len(frame).to_bytes(4, "little") + frame + b"\x10")  # and half a frame
+        theirs.close()
+        end.channel.send("to nobody")
+        loop.flush()  # the write fails; what was received is still read first
+        run_until(loop, lambda: end.closed)
+        assert end.received == ["last words"] and end.closed == 1
+        end.channel.send("later")
+        loop.flush()
+        assert end.closed == 1
+
+
+def test_closing_says_nothing_to_the_closer_and_drops_what_is_queued() -> None:
+    with connected() as (loop, server, client):
+        run_until(loop, lambda: server.ready and client.ready)
+        client.channel.send("unsent")
+        client.channel.close()
+        client.channel.close()
+        run_until(loop, lambda: server.closed)
+        assert client.closed == 0 and server.received == []
+
+
+def test_a_handler_may_close_its_channel_between_two_frames() -> None:
+    with connected() as (loop, server, client):
+        run_until(loop, lambda: server.ready and client.ready)
+        server.channel.on_messages = lambda channel, messages: (server.received.extend(messages), channel.close())[1]
+        client.channel.send(1)
+        client.channel.flush()
+        client.channel.send(2)
+        client.channel.flush()
+        run_until(loop, lambda: client.closed)
+        assert server.received == [1]
+
+
+# -- names --------------------------------------------------------------------------------------------------------
+
+
+def test_listening_and_connecting_by_name() -> None:
+    name = f"afield-test-{os.getpid()}-{time.monotonic_ns()}"
+    files = open_files()
+    with pytest.raises(ConnectionRefusedError):
+        connect(name)
+    listener = listen(name)
+    client = connect(name)
+    accepted, _ = listener.accept()
+    assert same_user(accepted) and same_user(client)
+    assert not client.getblocking() and not listener.getblocking()
+    with pytest.raises(OSError, match="in use"):
+        listen(name)
+    for sock in (accepted, client, listener):
+        sock.close()
+    with pytest.raises(ConnectionRefusedError):
+        connect(name)
+    assert open_files().keys() == files.keys()
+
+
+# -- the loop and the pump ----------------------------------------------------------------------------------------
+
+
+def test_a_kick_wakes_the_loop_and_is_absorbed() -> None:
+    with a_loop() as loop:
+        threading.Timer(0.05, loop.kick).start()
+        started = time.monotonic()
+        loop.step(20)
+        assert time.monotonic() - started < 10
+        loop.kick()
+        loop.kick()
+        loop.step(20)
+        assert loop.wait(0) == []
+
+
+@contextlib.contextmanager
+def a_pump(after: Any = lambda: None, due: Any = lambda: None) -> Iterator[Pump]:
+    """A pump that runs."""
+    loop = Loop()
+    pump = Pump(loop, after, due)
+    pump.start()
+    try:
+        yield pump
+    finally:
+        pump.close()
+        loop.close()
+
+
+def test_many_threads_wait_and_each_is_woken_by_its_own_event() -> None:
+    with a_pump() as pump:
+        waiters = [Waiter() for _ in range(12)]
+        pipes = [os.pipe() for _ in waiters]
+        for waiter, (read, _) in zip(waiters, pipes, strict=True):
+            pump.loop.register(read, lambda events, waiter=waiter, read=read: (os.read(read, 1), waiter.finish())[1])
+        results: list[bool] = []
+        threads = [threading.Thread(target=lambda w=w: results.append(pump.wait_for(w, 20))) for w in waiters]
+        for thread in threads:
+            thread.start()
+        for _, write in reversed(pipes):
+            os.write(write, b"x")
+        for thread in threads:
+            thread.join(20)
+        assert results == [True] * 12
+        for read, write in pipes:
+            pump.loop.unregister(read)
+            os.close(read)
+            os.close(write)
+
+
+def test_waiting_ends_in_time_without_an_event() -> None:
+    with a_pump() as pump:
+        started = time.monotonic()
+        assert not pump.wait_for(Waiter(), 0.05)
+        assert not pump.wait_for(Waiter(), 0)
+        assert 0.05 <= time.monotonic() - started < 5
+        done = Waiter()
+        done.finish()
+        assert pump.wait_for(done)
+
+
+def test_events_are_handled_while_no_thread_waits() -> None:
+    with a_pump() as pump:
+        read, write = os.pipe()
+        seen: list[bytes] = []
+        pump.loop.register(read, lambda events: seen.append(os.read(read, 1)))
+        for byte in (b"a", b"b"):
+            os.write(write, byte)
+            assert poll(lambda byte=byte: byte in seen, 5)
+        pump.loop.unregister(read)
+        os.close(read)
+        os.close(write)
+
+
+def test_closing_wakes_who_waits() -> None:
+    with a_pump() as pump:
+        results: list[bool] = []
+        threads = [threading.Thread(target=lambda: results.append(pump.wait_for(Waiter()))) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.02)
+    for thread in threads:
+        thread.join(10)
+    assert results == [False] * 3
+
+
+def test_ctrl_c_inside_a_transition_comes_after_it() -> None:
+    import signal
+
+    reached: list[str] = []
+
+    @uninterruptible
+    def transition() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(1000):
+            pass  # the interpreter would raise at one of these
+        reached.append("its end")
+
+    with a_pump() as pump:
+        restore = pump.install_sigint()
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                transition()
+                pump.deliver()
+            assert reached == ["its end"] and not pump.interrupted
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(5)
+        finally:
+            restore()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_handler_of_the_program_s_own_is_left_alone() -> None:
+    import signal
+
+    def mine(number: int, frame: Any) -> None:
+        pass
+
+    before = signal.signal(signal.SIGINT, mine)
+    try:
+        with a_pump() as pump:
+            restore = pump.install_sigint()
+            assert signal.getsignal(signal.SIGINT) is mine
+            restore()
+        assert signal.getsignal(signal.SIGINT) is mine
+    finally:
+        signal.signal(signal.SIGINT, before)
