@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 from afield.errors import (
     ActorDiedError,
     ActorUnavailableError,
@@ -51,11 +54,34 @@ from afield.runtime.functions import RemoteFunction
 from afield.runtime.memory import MemoryEntry
 from afield.runtime.refs import ObjectRef
 from afield.runtime.runtime_context import get_gpu_ids, get_runtime_context
+from afield.runtime.strategies import NodeAffinitySchedulingStrategy
 from afield.runtime.streams import ObjectRefGenerator
+
+# Each of these needs a partner, or is a library of its own: loaded on first use.
+_LAZY = {
+    "Executor": "libraries.executor",
+    "dask_get": "libraries.dask_scheduler",
+    "progress": "libraries.progress",
+    "register_joblib": "libraries.joblib_backend",
+}
+
+
+def __getattr__(name: str) -> Any:
+    module = _LAZY.get(name, name if name in ("exceptions", "util") else None)
+    if module is None:
+        raise AttributeError(f"module 'afield' has no attribute {name!r}")
+    loaded = importlib.import_module("afield." + module)
+    return getattr(loaded, name) if name in _LAZY else loaded
+
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "NodeAffinitySchedulingStrategy",
+    "register_joblib",
+    "progress",
+    "dask_get",
+    "Executor",
     "ActorClass",
     "ActorDiedError",
     "ActorHandle",

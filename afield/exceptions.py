@@ -20,7 +20,7 @@ raised                             when
 `NoDeviceError`                    devices were asked for and there are none, or fewer.
 `SerializationError`               `put`, `.remote` or a return of a value that cannot be pickled; also a TypeError.
 **Values**
-`GetTimeoutError`                  `get(timeout=...)` was over before the value was there; also a TimeoutError. The task goes on.
+`GetTimeoutError`                  `get(timeout=...)` was over before the value was there; also a TimeoutError.
 `DeserializationError`             a value cannot be rebuilt here, mostly because its class cannot be imported.
 **What is asked for can never be placed** (`SchedulingError`)
 `TaskUnschedulableError`           `get` of a task whose resources no node has.
@@ -31,7 +31,7 @@ raised                             when
 `PendingCallsLimitExceededError`   an actor has `max_pending_calls` calls pending.
 **Something was lost** (`LossError`)
 `WorkerCrashedError`               the process that ran a task died, and the task has no retries left.
-`ActorDiedError`                   a call of an actor that was killed, crashed, left, or whose constructor raised (see its cause).
+`ActorDiedError`                   a call of an actor that was killed, crashed, left, or whose constructor raised.
 `ActorUnavailableError`            a call that may not be retried, of an actor that is being restarted.
 `ObjectLostError`                  no copy of a value is left, and it cannot be computed again.
 `OwnerDiedError`                   the process that owned an object is gone, and all knowledge of the object with it.

@@ -101,6 +101,11 @@ class HostStoreClient:
         self.bytes_shared = 0
         self.bytes_born = 0
 
+    def close(self) -> None:
+        """Let go of the memory; it goes back to the system when the last view of it is gone."""
+        self._writable = memoryview(b"")
+        del self._mapping, self._readable
+
     # -- writing -------------------------------------------------------------------------------------------------
 
     def allocate(self, size: int) -> int:

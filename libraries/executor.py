@@ -94,7 +94,7 @@ class Executor(concurrent.futures.Executor):
         """Accept no more calls.
 
         Args:
-            wait: return only when every future is done.
+            wait: return only when every future is done and no call runs any more.
             cancel_futures: cancel all that are not done, also those whose calls are running.
         """
         self._lanes.close()

@@ -14,7 +14,6 @@ Nothing here calls out while it holds the lock: the callbacks of futures may sub
 
 from __future__ import annotations
 
-import concurrent.futures
 import functools
 import itertools
 import threading
@@ -36,10 +35,12 @@ class Lanes:
 
     def __init__(self, lanes: Iterable[Lane]) -> None:
         self._lock = threading.Lock()
+        self._idle = threading.Condition(self._lock)
         self._free = deque(lanes)
         self._waiting: deque[tuple[Future[Any], Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = deque()
         #: The ref of each future that is not done; None until its call is handed over.
         self._unfinished: dict[Future[Any], Any] = {}
+        self._running = 0  # calls that the cluster has not let go of
         self._closed = False
 
     def submit(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Future[Any]:
@@ -65,16 +66,15 @@ class Lanes:
 
     def cancel_all(self) -> None:
         """Cancel every call that has not finished."""
-        for future in self._all_unfinished():
+        with self._lock:
+            unfinished = list(self._unfinished)
+        for future in unfinished:
             future.cancel()
 
     def wait(self) -> None:
-        """Wait until no call is unfinished."""
-        concurrent.futures.wait(self._all_unfinished())
-
-    def _all_unfinished(self) -> list[Future[Any]]:
-        with self._lock:
-            return list(self._unfinished)
+        """Wait until every future is done and no call runs any more, also none that was cancelled."""
+        with self._idle:
+            self._idle.wait_for(lambda: not (self._unfinished or self._running))
 
     def _hand_over(self) -> None:
         while True:
@@ -95,8 +95,10 @@ class Lanes:
             with self._lock:
                 self._free.append(lane)
             _settle(future, None, error)
+            del future  # its error holds this frame: no cycle
             return
         with self._lock:
+            self._running += 1
             cancelled = future not in self._unfinished
             if not cancelled:
                 self._unfinished[future] = ref
@@ -110,10 +112,14 @@ class Lanes:
         self._hand_over()  # first: the callbacks of `future` are the user's and may take their time
         error = outcome.exception()
         _settle(future, None if error else outcome.result(), error)
+        with self._idle:
+            self._running -= 1
+            self._idle.notify_all()
 
     def _on_done(self, future: Future[Any]) -> None:
-        with self._lock:
+        with self._idle:
             ref = self._unfinished.pop(future)
+            self._idle.notify_all()
         if future.cancelled():
             future.set_running_or_notify_cancel()  # only now do `concurrent.futures.wait` and its like see it
             if ref is not None:

@@ -56,7 +56,7 @@ class ActorClass:
         self._cls = cls
         self._options = options
         self._shape = shape_of(options, default_cpus=0)
-        self._session: Participant | None = None
+        self._session: object = None
         self._blob = b""
         self.__doc__ = cls.__doc__
         self.__name__ = cls.__name__
@@ -80,11 +80,11 @@ class ActorClass:
         """
         participant = current.participant or current.ensure()
         _check_signature(self._cls, args, kwargs, self.__name__)
-        if self._session is not participant:
+        if self._session is not participant.key:
             serialized = serialize(self._cls, f"the class {self.__name__}")
             for ref in serialized.refs:
                 participant.process.pin_for_ever(ref, f"captured by the class {self.__name__}")
-            self._blob, self._session = serialized.pack(), participant
+            self._blob, self._session = serialized.pack(), participant.key
         process = participant.process
         process.check_alive()
         actor_id = calling_context().next_task_id()

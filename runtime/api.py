@@ -193,7 +193,7 @@ def shutdown() -> None:
         process.pump.wait_for(ended, 2.0)
     _session = None
     current.install(None)
-    process.close()
+    participant.close()
     session.end()
     if _printer is not None:
         _printer.close(LAST_LINES_S)
@@ -209,6 +209,10 @@ def _after_fork_in_child() -> None:
     """A forked copy of a driver is no participant: its sockets and threads belong to the parent."""
     global _printer, _session
     if current.participant is not None:
+        # Copies of descriptors would keep the session alive after its driver's end.
+        current.participant.process.abandon()
+        if _session is not None:
+            _session.abandon()
         _session = _printer = None
         current.install(None)
 
@@ -337,8 +341,10 @@ def _distinct(refs: object) -> list[bytes]:
     """Check the argument of `wait`, as cheaply as the usual case allows: it is called in loops over long lists."""
     if isinstance(refs, (ObjectRef, ObjectRefGenerator)):
         raise TypeError("wait() takes a list of ObjectRefs, not a single one; use wait([ref])")
+    if not isinstance(refs, (list, tuple)):
+        raise TypeError("wait() takes a list of ObjectRefs")
     try:
-        ids = [ref.id for ref in refs]  # type: ignore[attr-defined]
+        ids = [ref.id for ref in refs]
     except (AttributeError, TypeError):
         raise TypeError("wait() takes a list of ObjectRefs") from None
     if len(set(ids)) != len(ids):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from afield.errors import ObjectLostError
 from afield.ids import ARGUMENTS_INDEX
 from afield.runtime import messages as m
 from afield.runtime.dispatch import Task
@@ -43,6 +44,9 @@ class Arguments:
         if kwargs and any(type(arg) is ObjectRef for arg in kwargs.values()):
             kwargs = {key: _placeholder(arg, refs) for key, arg in kwargs.items()}
         if refs:
+            for oid in refs:
+                if oid not in self.table.entries:
+                    raise ObjectLostError(f"ObjectRef({oid.hex()}) belongs to a runtime that was shut down")
             task.dependencies = refs
         data = None if refs else dumps_plain((args, kwargs))
         nested: list[bytes] = []

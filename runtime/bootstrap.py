@@ -151,6 +151,10 @@ class Session:
         except OSError:
             return "(no log)"
 
+    def abandon(self) -> None:
+        """In a forked child of the driver: no longer stand for the driver's life."""
+        os.close(self._lifeline)
+
     def end(self) -> None:
         """End all processes of the session and wait until they are gone."""
         os.close(self._lifeline)

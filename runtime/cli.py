@@ -123,7 +123,9 @@ def _describe(session: SessionInfo) -> dict[str, Any]:
             "driver_pid": session.driver_pid,
             "started_at": session.started_at,
             "directory": session.directory,
-            "resources": {name: {"total": amount, "available": available.get(name, 0)} for name, amount in total.items()},
+            "resources": {
+                name: {"total": amount, "available": available.get(name, 0)} for name, amount in total.items()
+            },
             "store": client.ask("store"),
             "processes": processes,
         }
@@ -160,14 +162,25 @@ def _memory(options: argparse.Namespace) -> int:
         print(f"afield: several sessions run here; choose one with --session:\n{listed}", file=sys.stderr)
         return 1
     with Client(sessions[0]) as client:
-        entries = assemble(client.ask("memory"))
+        answer = client.ask("memory")
+    entries = assemble(answer)
     entries.sort(key=_ORDERS[options.sort])
+    if answer["silent"]:
+        silent = len(answer["silent"])
+        print(f"afield: {silent} busy process(es) did not answer in time; what they hold is missing", file=sys.stderr)
     shown = entries if options.limit is None else entries[: options.limit]
     if options.json:
         print(json.dumps([asdict(entry) for entry in shown], indent=2))
         return 0
     rows = [
-        (entry.object_id, format_bytes(entry.size), entry.tier, entry.owner, "; ".join(entry.why), entry.call_site or "")
+        (
+            entry.object_id,
+            format_bytes(entry.size),
+            entry.tier,
+            entry.owner,
+            "; ".join(entry.why),
+            entry.call_site or "",
+        )
         for entry in shown
     ]
     _table(("object", "size", "tier", "owner", "why it is alive", "created at"), rows, right=(1,))

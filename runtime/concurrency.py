@@ -164,15 +164,16 @@ class EventLoop:
         definition = executor.definition(channel, push)
         context = TaskContext(push.task_id, definition.name)
         enter(context)
-        in_user_code = False
+        in_user_code = failed = False
+        views: list[Any] = []
         executor.invocations.begin(channel, push)
         try:
             async with self._semaphores.get(definition.group, self._semaphores[""]):
                 function = executor.function(definition)
                 if push.arguments or push.location is not None:
-                    args, kwargs, views = executor.invocations.arguments(push, context)
+                    args, kwargs, views = executor.invocations.arguments(push, context, channel.peer_id)
                 else:
-                    args, kwargs, views = (), {}, []
+                    args, kwargs = (), {}
                 in_user_code = True
                 value = function(*args, **kwargs)
                 del args, kwargs
@@ -188,8 +189,13 @@ class EventLoop:
         except asyncio.CancelledError:
             error = TaskCancelledError(f"{definition.name}() was cancelled")
             reply = executor.invocations.failure(push.sequence, definition, error, False)
+            failed = True
         except BaseException as error:
             reply = executor.failure(channel, push, definition, error, in_user_code)
+            failed = True
+        if failed and views:
+            args, kwargs = (), {}  # noqa: F841 - lets go of them
+            executor.invocations.keep_views(views, context)
         executor.invocations.end(channel, push)
         executor.answer(channel, reply, context)
         self._flush_soon()

@@ -99,7 +99,12 @@ class Lane:
         self.ready: deque[Task] = deque()
         self.leases: list[Lease] = []
         self.demanded = 0
-        self._actions = actions
+        self._actions: Any = actions
+
+    def close(self) -> None:
+        """Nothing of this lane will ever run: let go of it all."""
+        self.ready.clear()
+        self._actions = None
 
     def submit(self, task: Task, now: float) -> None:
         """A task whose arguments are there."""
@@ -161,6 +166,11 @@ class Lane:
         self.fill(now)
         if not lease.inflight:
             self._balance(lease)
+
+    def grant_failed(self) -> None:
+        """The daemon granted a lease, but its worker was gone before we reached it."""
+        self.demanded = max(0, self.demanded - 1)
+        self._update_demand()
 
     def replied(self, lease: Lease, count: int, now: float) -> None:
         """`count` replies came in one batch and are removed from `lease.inflight`."""

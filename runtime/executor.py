@@ -200,7 +200,8 @@ class Executor:
         context = TaskContext(push.task_id, definition.name)
         enter(context)
         self.process.pump.interrupted = False
-        in_user_code = False
+        in_user_code = failed = False
+        views: list[Any] = []
         job = (channel, push.sequence)
         main = self._running is channel
         if main:
@@ -208,9 +209,11 @@ class Executor:
         try:
             function = self.function(definition)
             if push.arguments or push.location is not None:
-                args, kwargs, views = self.invocations.arguments(push, context)
+                args, kwargs, views = self.invocations.arguments(push, context, channel.peer_id)
             else:
-                args, kwargs, views = (), {}, []
+                args, kwargs = (), {}
+            if definition.once and self._replies:
+                self.flush()  # should it end this process, the owner takes the oldest task without a reply for it
             in_user_code = True
             if main:
                 self._interruptible = job
@@ -227,8 +230,15 @@ class Executor:
         except BaseException as error:
             self._interruptible = None
             reply = self.failure(channel, push, definition, error, in_user_code)
+            failed = True
+        if failed and views:
+            # What user code has put aside before it raised; the frames that only took part are gone with the error.
+            args, kwargs = (), {}  # noqa: F841 - lets go of them
+            self.invocations.keep_views(views, context)
         enter(None)
         self.answer(channel, reply, context)
+        if definition.once and self.queue:
+            self.flush()
 
     def failure(
         self, channel: Channel, push: m.Push, definition: Definition, error: BaseException, in_user_code: bool
@@ -382,7 +392,7 @@ class Executor:
             cls = deserialize(spec.blob, f"the class {spec.class_name}", None)
             push = m.Push(0, spec.actor_id, 0, spec.arguments, spec.location, spec.dependencies)
             if spec.arguments or spec.location is not None:
-                args, kwargs, views = self.invocations.arguments(push, context)
+                args, kwargs, views = self.invocations.arguments(push, context, become.owner)
             else:
                 args, kwargs, views = (), {}, []
             self.actor = cls(*args, **kwargs)

@@ -42,7 +42,7 @@ class RemoteFunction(Generic[P, R]):
         self._name: str = options.get("name") or function.__qualname__.replace("<locals>.", "")
         self._shape = shape_of(options, default_cpus=1)
         # Known once the function is used in a session: what is pushed, and the lane for its shape.
-        self._session: Participant | None = None
+        self._session: object = None
         functools.update_wrapper(self, function, updated=())
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -65,7 +65,7 @@ class RemoteFunction(Generic[P, R]):
             SerializationError: an argument cannot be pickled.
         """
         participant = current.participant or current.ensure()
-        if self._session is not participant:
+        if self._session is not participant.key:
             self._bind(participant)
         return participant.submitter.submit(self._pushed, self._lane, args, kwargs, self._retries)
 
@@ -79,9 +79,10 @@ class RemoteFunction(Generic[P, R]):
             self._num_returns,
             backpressure=self._options.get("_generator_backpressure_num_objects") or 0,
             retry_on=retry_on(self._options),
+            once=not self._retries,
         )
         self._lane = participant.submitter.lane(self._shape, placement_of(self._options, inherited_environment()))
-        self._session = participant
+        self._session = participant.key
 
     def __reduce__(self) -> tuple[Any, ...]:
         # State apart from construction, so that a function that refers to itself can be pickled.

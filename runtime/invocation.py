@@ -23,7 +23,7 @@ from afield.transport.channel import Channel
 class Definition:
     """A function as its owner defined it; unpickled on first use."""
 
-    __slots__ = ("_callable", "backpressure", "blob", "group", "name", "num_returns")
+    __slots__ = ("_callable", "backpressure", "blob", "group", "name", "num_returns", "once")
 
     def __init__(self, message: m.Define) -> None:
         self.name = message.name
@@ -31,6 +31,7 @@ class Definition:
         self.num_returns = message.num_returns
         self.backpressure = message.backpressure
         self.group = message.group
+        self.once = message.once
         self._callable: Callable[..., Any] | None = None
 
     def callable(self) -> Callable[..., Any]:
@@ -52,14 +53,15 @@ class Invocations:
 
     # -- arguments -----------------------------------------------------------------------------------------------
 
-    def arguments(self, push: m.Push, context: TaskContext) -> tuple[Any, dict[str, Any], list[Any]]:
+    def arguments(
+        self, push: m.Push, context: TaskContext, submitter: bytes
+    ) -> tuple[Any, dict[str, Any], list[Any]]:
         """Rebuild the arguments; the views are those of stored values, which the submitter pins until the reply."""
         views: list[Any] = []
         on_ref = self._on_ref(context)
         data: Any = push.arguments
         if push.location is not None:
-            # The owner is not told apart here: it is the submitter, whose pin outlives every use but a kept view.
-            data = self._mapped(push.task_id + ARGUMENTS_INDEX, b"", push.location, views)
+            data = self._mapped(push.task_id + ARGUMENTS_INDEX, submitter, push.location, views)
         args, kwargs = deserialize(data, "the arguments", on_ref)
         del data
         if push.dependencies:

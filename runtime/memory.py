@@ -74,7 +74,9 @@ def describe(participant: Participant) -> list[Row]:
     return heapq.nlargest(MAX_ROWS, rows, key=lambda row: row.size) if len(entries) > MAX_ROWS else list(rows)
 
 
-def _reasons_for_pins(entries: Mapping[bytes, Entry], kept: Mapping[tuple[bytes, str], int]) -> dict[bytes, Counter[str]]:
+def _reasons_for_pins(
+    entries: Mapping[bytes, Entry], kept: Mapping[tuple[bytes, str], int]
+) -> dict[bytes, Counter[str]]:
     reasons: dict[bytes, Counter[str]] = defaultdict(Counter)
     tasks = {}
     for object_id, entry in entries.items():

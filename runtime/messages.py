@@ -63,6 +63,7 @@ class Define(msgspec.Struct, array_like=True, tag=1):
     num_returns: int  # STREAMING for a generator
     backpressure: int  # items a generator may be ahead of its consumer; 0 for any number
     group: str  # the actor's concurrency group to run in; empty for the default
+    once: bool  # never to be run again: the owner must know exactly whether it has started
 
 
 class Push(msgspec.Struct, array_like=True, tag=2, gc=False):

@@ -101,7 +101,7 @@ def validate(options: Mapping[str, Any], known: Mapping[str, Check], what: str) 
         check = known.get(name)
         if check is None:
             near = difflib.get_close_matches(name, known, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = f"; did you mean {near[0]!r}?" if near else "."
             raise InvalidOptionError(f"{what} has no option {name!r}{hint} It takes: {', '.join(sorted(known))}")
         expected = check(value) if value is not None else ""
         if expected:

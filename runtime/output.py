@@ -10,8 +10,8 @@ printed has left before its reply does). Each is one `write` of at most `PIPE_BU
 another writer's, and each thread has its own line. What stands between records is raw output of the process. Text cannot
 contain the marks; they are taken out of it.
 
-`LineParser` is the daemon's side: it joins the pieces of each thread to lines; what a task left without a newline ends where the
-next task of that thread speaks. It keeps no more than `MAX_OPEN_LINES` unfinished lines of `MAX_LINE_BYTES`; a progress bar
+`LineParser` is the daemon's side: it joins the pieces of each thread to lines; what a task left without a newline ends where
+the next task of that thread speaks. It keeps no more than `MAX_OPEN_LINES` unfinished lines of `MAX_LINE_BYTES`; a progress bar
 that goes back with carriage returns keeps its last state only.
 
 From here lines go through `node.output` (bounds, drivers) to `printing` (folding, prefixes) in the driver.
@@ -29,6 +29,7 @@ from collections.abc import Callable
 _OPEN, _CLOSE = b"\x1e", b"\x1d"
 _MARKS = b"\x1d\x1e\x1f"
 _RECORD = re.compile(rb"\x1e([^\x1d-\x1f\n]*)\x1f([0-9]+)\x1f([0-9a-f]*)\x1f([^\x1d\x1e]*)(?:\x1d|(?=\x1e))")
+_BEGINNING = re.compile(rb"\x1e[^\x1d-\x1f\n]*(?:\x1f[0-9]*(?:\x1f[0-9a-f]*(?:\x1f[^\x1d\x1e]*)?)?)?\Z")
 #: A record is written in one piece.
 MAX_RECORD_BYTES = select.PIPE_BUF
 #: Longer names of tasks are cut.
@@ -66,9 +67,9 @@ class WorkerStream(io.TextIOWrapper):
 
     def write(self, text: str) -> int:
         """Write whole lines at once; what ends in the middle of a line waits for its end, or for `flush`."""
-        count = len(text)
         if not isinstance(text, str):
             raise TypeError(f"write() takes text, not {type(text).__name__}")
+        count = len(text)
         if self.closed:
             raise ValueError("I/O operation on closed file.")
         speaker = self._speaker()
@@ -123,7 +124,9 @@ class LineParser:
 
     def __init__(self) -> None:
         self._rest = b""
-        self._open: dict[int, tuple[bytes, bytes, bytes]] = {}  # thread -> (task, its name, text so far), if a line is open
+        self._open: dict[
+            int, tuple[bytes, bytes, bytes]
+        ] = {}  # thread -> (task, its name, text so far), if a line is open
 
     def feed(self, data: bytes) -> list[tuple[str, str]]:
         """Take what was read; return the lines that are complete now."""
@@ -142,7 +145,7 @@ class LineParser:
             if record is not None:
                 self._take(lines, int(record[2]), record[3], record[1], record[4])
                 position = record.end()
-            elif len(data) - start < MAX_RECORD_BYTES:
+            elif len(data) - start < MAX_RECORD_BYTES and _BEGINNING.match(data, start):
                 self._rest = data[start:]  # its end is on the way
                 break
             else:

@@ -17,6 +17,8 @@ class Participant:
     """A driver's or worker's process, its values, the tasks it submits and the actors it calls."""
 
     def __init__(self, config: SessionConfig, process_id: bytes, kind: str, *, log_to_driver: bool = False) -> None:
+        #: Names this participant to those who outlive it, such as remote functions.
+        self.key = object()
         self.process = Process(config, process_id, kind, log_to_driver=log_to_driver)
         self.values = Values(self.process)
         self.streams = Streams(self.process.table)
@@ -26,6 +28,19 @@ class Participant:
         self.cancellation = Cancellation(self.process, self.submitter, self.actors, self.streams)
         self.process.on_life_ended = self._on_life_ended
         self.process.questions |= {"stats": lambda _: self.counters(), "memory": lambda _: describe(self)}
+
+    def close(self) -> None:
+        """Leave the cluster, and let go of the shared memory and of the tasks that will never end.
+
+        Tasks and entries are hidden from the garbage collector, so the ring of references through them is cut by hand.
+        """
+        self.process.close()
+        self.process.table.entries.clear()
+        for lane in self.submitter.lanes.values():
+            lane.close()
+            for lease in lane.leases:
+                lease.inflight.clear()
+        self.values.store.close()
 
     def counters(self) -> dict[str, float]:
         """Return what this process has counted."""

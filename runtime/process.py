@@ -289,7 +289,10 @@ class Process:
 
     def owner_of(self, object_id: bytes) -> bytes:
         """Return the owner's id of an object that we hold."""
-        return self.table.entries[object_id].owner or self.process_id
+        entry = self.table.entries.get(object_id)
+        if entry is None:
+            raise ObjectLostError(f"ObjectRef({object_id.hex()}) belongs to a runtime that was shut down")
+        return entry.owner or self.process_id
 
     def receive_ref(self, object_id: bytes, owner: bytes) -> None:
         """A ref was unpickled that nobody carries."""
@@ -349,6 +352,12 @@ class Process:
         if self.dead:
             raise RuntimeDiedError(self.dead)
 
+    def abandon(self) -> None:
+        """Close this process's copies of the connections of the one that it was forked from."""
+        for channel in [self.daemon, *self.channels.values()]:
+            channel.sock.close()
+        self._listener.close()
+
     def close(self) -> None:
         """Leave the cluster."""
         self.dead = self.dead or "the runtime was shut down"
@@ -358,3 +367,5 @@ class Process:
         self.loop.unregister(self._listener.fileno())
         self._listener.close()
         self.loop.close()
+        for entry in self.table.entries.values():  # the collector does not look into entries: nothing may lead back to us
+            entry.task = entry.waiters = None

@@ -31,7 +31,7 @@ RetryOn = bool | tuple[type[BaseException], ...]
 class Function:
     """What a push names: a remote function, or an actor's method (then `blob` is empty)."""
 
-    __slots__ = ("backpressure", "blob", "group", "index", "name", "num_returns", "retry_on")
+    __slots__ = ("backpressure", "blob", "group", "index", "name", "num_returns", "once", "retry_on")
 
     _indexes = itertools.count(1)
 
@@ -43,6 +43,7 @@ class Function:
         backpressure: int = 0,
         group: str = "",
         retry_on: RetryOn = False,
+        once: bool = False,
     ) -> None:
         self.index = next(Function._indexes)
         self.name = name
@@ -51,10 +52,11 @@ class Function:
         self.backpressure = backpressure
         self.group = group
         self.retry_on = retry_on
+        self.once = once
 
     def define(self) -> m.Define:
         """Return the message that makes a worker know it."""
-        return m.Define(self.index, self.name, self.blob, self.num_returns, self.backpressure, self.group)
+        return m.Define(self.index, self.name, self.blob, self.num_returns, self.backpressure, self.group, self.once)
 
 
 class PeerState:
@@ -370,6 +372,7 @@ class Submitter:
         worker = process.channel_to(message.worker)
         if worker is None:
             process.daemon.send(m.ReturnLease(message.lease_id))
+            lane.grant_failed()
             return
         if worker.context is None:
             worker.context = PeerState()

@@ -613,12 +613,11 @@ def test_refs_and_actors_of_a_runtime_that_was_shut_down(no_runtime: None) -> No
     for use in (lambda: afield.get(ref), lambda: afield.get(take.remote(ref), timeout=PATIENCE_S)):
         with pytest.raises(afield.ObjectLostError, match="shut down"):
             use()
-    with pytest.raises(afield.AfieldError):
+    with pytest.raises(afield.AfieldError, match="shut down"):
         afield.get(take.remote([ref]), timeout=PATIENCE_S)
     with pytest.raises(afield.ActorDiedError):
         afield.get(actor.work.remote(), timeout=PATIENCE_S)
-    with pytest.raises((afield.ObjectLostError, ValueError), match="shut down"):
-        afield.wait([ref], timeout=1)
+    assert afield.wait([ref], timeout=1) == ([ref], [])  # ready: `get` has nothing to wait for
     assert afield.get(take.remote(2), timeout=PATIENCE_S) == 2
 
 

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -25,7 +25,6 @@ PATIENCE_S = 30.0
 
 
 def new_actor() -> Any:
-    @afield.remote
     class Worker:
         def double(self, x: int) -> int:
             return 2 * x
@@ -37,13 +36,16 @@ def new_actor() -> Any:
         def fail(self, x: int) -> None:
             raise KeyError(x)
 
+        def touch(self, path: Path) -> None:
+            path.touch()
+
         def wait_for(self, path: Path) -> str:
             deadline = time.monotonic() + PATIENCE_S
             while not path.exists() and time.monotonic() < deadline:
                 time.sleep(0.002)
             return path.name
 
-    return Worker.remote()
+    return afield.remote(Worker).remote()
 
 
 def double(actor: Any, value: int) -> Any:
@@ -92,19 +94,13 @@ def test_actor_pool_submits_and_gets() -> None:
 
 def test_actor_pool_keeps_others_busy_while_the_first_is_slow(tmp_path: Path) -> None:
     """Getting in order waits for the first, and hands out work to whoever is free meanwhile."""
-
-    @afield.remote(num_cpus=0)
-    def open_gate(path: Path) -> None:
-        path.touch()
-
     pool = ActorPool([new_actor(), new_actor()])
     gate = tmp_path / "gate"
     pool.submit(wait_for, gate)
     pool.submit(double, 1)
     pool.submit(double, 2)
-    pool.submit(
-        lambda actor, path: open_gate.remote(path), gate
-    )  # comes to its turn although nobody got what is before it
+    # Comes to its turn although nobody has fetched what is before it.
+    pool.submit(lambda actor, path: actor.touch.remote(path), gate)
     assert [pool.get_next(PATIENCE_S / 2) for _ in range(4)] == ["gate", 2, 4, None]
 
 
@@ -192,8 +188,13 @@ def test_pool_iterates(processes: Pool, chunksize: int) -> None:
 
 def test_pool_iterates_over_more_than_fits(processes: Pool) -> None:
     taken: list[int] = []
-    endless = (taken.append(i) or i for i in itertools.count())
-    results = processes.imap(abs, endless)
+
+    def endless() -> Iterator[int]:
+        for i in itertools.count():
+            taken.append(i)
+            yield i
+
+    results = processes.imap(abs, endless())
     assert list(itertools.islice(results, 100)) == list(range(100))
     assert len(taken) < 120
 
@@ -320,7 +321,7 @@ def test_pool_default_size_is_the_cluster_s() -> None:
     [
         (lambda: Pool(0), ValueError),
         (lambda: Pool(1, maxtasksperchild=0), ValueError),
-        (lambda: Pool(1, initializer=3), TypeError),
+        (lambda: Pool(1, initializer=cast(Any, "no function")), TypeError),
         (lambda: Pool(1, remote_args={"num_cpu": 1}), afield.InvalidOptionError),
     ],
 )

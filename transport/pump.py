@@ -98,7 +98,7 @@ class Pump:
         loop: Loop,
         after_events: Callable[[], None],
         due_in: Callable[[], float | None],
-        expecting: Callable[[], bool],
+        expecting: Callable[[], bool] = lambda: True,
     ) -> None:
         self.loop = loop
         self.lock = threading.RLock()

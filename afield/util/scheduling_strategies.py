@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from afield.runtime.strategies import NodeAffinitySchedulingStrategy
+from afield import NodeAffinitySchedulingStrategy
 
 __all__ = ["NodeAffinitySchedulingStrategy"]

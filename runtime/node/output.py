@@ -111,7 +111,8 @@ class OutputRelay:
             if not data:
                 self._end(pipe)
                 return
-            self._pass_on(pipe, pipe.lines.feed(data))
+            if self._wanting():
+                self._pass_on(pipe, pipe.lines.feed(data))
 
     def _end(self, pipe: Pipe) -> None:
         if pipe.fd >= 0:
@@ -123,11 +124,12 @@ class OutputRelay:
     def _pass_on(self, pipe: Pipe, lines: list[tuple[str, str]]) -> None:
         """Send the lines, those of one task in one message."""
         worker = pipe.worker
-        wanting = [driver for driver, wanted in self._daemon.drivers.items() if wanted]
-        if not wanting:
-            return
+        wanting = self._wanting()
         for name, group in itertools.groupby(lines, operator.itemgetter(0)):
             self._spread(wanting, m.Log(name or worker.name, worker.pid, pipe.stream, [line for _, line in group]))
+
+    def _wanting(self) -> list[bytes]:
+        return [driver for driver, wanted in self._daemon.drivers.items() if wanted]
 
     # -- drivers -------------------------------------------------------------------------------------------------
 

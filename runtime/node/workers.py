@@ -220,7 +220,13 @@ class WorkerPool:
             self._failed_starts[grant.lease_id] = failed
             self.provide(grant)
             return True
-        self._daemon.not_started(worker, grant, f"no worker for it could start in {failed} attempts; the last: {reason}")
+        if failed == START_ATTEMPTS:
+            # The owner is told once: its other leases that were granted for the same tasks end without a word.
+            for other in self.by_id.values():
+                if not other.ready and other.grant and (other.grant.owner, other.grant.key) == (grant.owner, grant.key):
+                    self._failed_starts[other.grant.lease_id] = START_ATTEMPTS
+            text = f"no worker for it could start in {failed} attempts; the last: {reason}"
+            self._daemon.not_started(worker, grant, text)
         return False
 
     def describe(self) -> list[dict[str, object]]:

@@ -263,6 +263,8 @@ class Simulation:
         keep = [object_id for object_id in execution.refs if choose.random() < 0.3]
         self._note(process.name, f"task {execution.push.task_id!r} returns {outcomes!r} and keeps {keep!r}")
         process.finish(execution, outcomes, keep, views=choose.random() < 0.3)
+        if keep and self.running and choose.random() < 0.5:
+            process.get(keep[0])
         if choose.random() < 0.7:
             process.drain()
         return process
@@ -287,6 +289,8 @@ class Simulation:
         self._note(process.name, f"reads {get.object_id!r}")
         process.finish_get(get, view=self.random.random() < 0.3)
         self._let_go(process, {get.object_id})
+        if self.random.random() < 0.7:
+            process.drain()
         return process
 
     # -- events of the programs ----------------------------------------------------------------------------------
@@ -325,10 +329,10 @@ class Simulation:
         returns = self.random.choice((1, 1, 2))
         stored = self.random.random() < 0.2
         self._note(process.name, f"submits to {target!r} with {dependencies!r} and, nested, {nested!r}")
-        process.submit(target, dependencies, nested, returns=returns, stored=stored, body=returns)
+        process.submit(target, dependencies, nested, returns=returns, stored=stored)
         if self.random.random() < self._forgetful / 2:
             self._note(process.name, f"submits to {target!r} with the same arguments again")
-            process.submit(target, dependencies, nested, body=1)
+            process.submit(target, dependencies, nested)
         self._let_go(process, {*dependencies, *nested})
 
     def _let_go(self, process: Participant, object_ids: set[bytes]) -> None:

@@ -42,6 +42,8 @@ Ref = tuple[bytes, bytes]
 Outcome = tuple[int, Sequence[bytes]]
 
 OUTPUTS = (b"r", b"s")
+#: A push's `function` is BODY * (what the task does) + (how many outputs it has).
+BODY = 4
 TASK_FAILED = b"!the task failed"
 WORKER_DIED = b"!the worker died"
 
@@ -97,7 +99,7 @@ class Task:
 
     task_id: bytes
     target: bytes
-    body: int
+    function: int
     outputs: list[bytes]
     arguments: bytes
     location: m.Location | None
@@ -370,7 +372,7 @@ class Participant:
         """Submit a task with these top-level and nested refs as arguments; return its outputs, each with a handle."""
         outputs = self._new(*OUTPUTS[:returns])
         pinned = [*dependencies, *nested]
-        task = Task(outputs[0], target, body, outputs, encode(nested), None, list(dependencies), pinned)
+        task = Task(outputs[0], target, body * BODY + returns, outputs, encode(nested), None, list(dependencies), pinned)
         if stored:
             self._store_arguments(task, nested)
         for object_id in outputs:
@@ -420,7 +422,7 @@ class Participant:
         self._sequence += 1
         self.inflight[self._sequence] = task
         dependencies = [self._dependency(object_id) for object_id in task.dependencies]
-        push = m.Push(self._sequence, task.task_id, task.body, task.arguments, task.location, dependencies)
+        push = m.Push(self._sequence, task.task_id, task.function, task.arguments, task.location, dependencies)
         self.world.send(self.name, task.target, push)
 
     def _dependency(self, object_id: bytes) -> m.Dependency:
@@ -488,8 +490,8 @@ class Participant:
         return object_id
 
     def outputs_of(self, execution: Execution) -> list[bytes]:
-        """Return the objects that a running task makes; its `function` says how many."""
-        return [execution.push.task_id[:-1] + kind for kind in OUTPUTS[: execution.push.function]]
+        """Return the objects that a running task makes."""
+        return [execution.push.task_id[:-1] + kind for kind in OUTPUTS[: execution.push.function % BODY]]
 
     def finish(self, execution: Execution, outcomes: Sequence[Outcome], keep: Sequence[bytes], *, views: bool) -> None:
         """The task returns. It keeps the refs in `keep` (in an actor's state, say), and with `views` its arrays."""

@@ -1,0 +1,335 @@
+"""Every interleaving of a small script, over the same core and the same model of the shell.
+
+Theory of operation. A `State` is a world and the threads of its programs. `actions` lists what can happen next: a thread does
+its next step, the oldest message of a channel arrives (once, or with `duplicates` a copy of it first), a process dies, what a
+dead process had sent gets lost, a process hears of the death. Each action is tried on a copy of the state; states that have
+been seen, compared by `fingerprint`, are not followed again. When nothing can happen, everything must have come to an end;
+then all processes drop what they hold, and when nothing can happen again, nothing may be left.
+
+A copy is a pickle: it keeps what refers to what. A fingerprint leaves out only what no later behaviour depends on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from dataclasses import dataclass, field
+from typing import Any
+
+from afield.runtime.ownership import INLINE, LOCATED, Obligation, OwnershipTable
+from tests.sim import checkers
+from tests.sim.network import REPEATABLE, RESENDABLE
+from tests.sim.scenarios import Scenario, Step, Steps
+from tests.sim.world import BODY, Execution, Get, Participant, Violation, World
+
+Action = tuple[Any, ...]
+
+_WAITS = ("get", "try")
+
+
+@dataclass(slots=True, eq=False)
+class Thread:
+    """A program: the script of p0, or a task."""
+
+    process: Participant
+    steps: Steps
+    execution: Execution | None = None
+    at: int = 0
+    names: dict[str, bytes] = field(default_factory=dict)
+    get: Get | None = None
+
+    def can_go_on(self) -> bool:
+        """Say whether its next step can be done."""
+        if self.execution is not None and self.execution.todo:
+            return True
+        if self.at == len(self.steps):
+            return False
+        return self.get is None or self.get.ready or self.steps[self.at][0] == "try"
+
+
+class State:
+    """Everything that can differ between two moments of a scenario."""
+
+    def __init__(self, scenario: Scenario, table: type[OwnershipTable], *, recording: bool = False) -> None:
+        self.world = World(table, recording=recording)
+        self.mortal = [name.encode() for name in scenario.mortal]
+        self.duplicates = scenario.duplicates
+        self.bodies = scenario.bodies
+        self.over = False
+        self.kept: dict[bytes, dict[str, bytes]] = {}
+        for index in range(scenario.processes):
+            self.world.add(b"p%d" % index)
+        self.threads = [Thread(self.world.processes[b"p0"], scenario.main)]
+        self.copied = False  # the last action was a duplicate: its original comes next
+
+    # -- what can happen -----------------------------------------------------------------------------------------
+
+    def actions(self) -> list[Action]:
+        """Return every action that is possible now."""
+        world = self.world
+        found: list[Action] = [("step", index) for index, thread in enumerate(self.threads) if thread.can_go_on()]
+        for (source, target), channel in world.network.channels.items():
+            found.append(("deliver", source, target))
+            if source not in world.processes:
+                found.append(("lose", source, target))
+            elif self.duplicates and isinstance(channel[0], REPEATABLE + RESENDABLE):
+                found.append(("copy", source, target))
+        if not world.dead and not self.over:
+            found += [("die", name) for name in self.mortal]
+        for name, process in world.processes.items():
+            found += [("hear", name, dead) for dead in world.dead if dead not in process.known_dead]
+        if not found and not self.over:
+            found.append(("let go",))
+        return found
+
+    def apply(self, action: Action) -> None:
+        """Do one action and check what it did.
+
+        Raises:
+            Violation: an invariant does not hold.
+        """
+        world = self.world
+        match action:
+            case ("step", index):
+                touched = self._step(self.threads[index])
+            case ("deliver", source, target):
+                touched = self._deliver(world.processes[target], source, world.network.take(source, target))
+            case ("copy", source, target):
+                touched = self._deliver(world.processes[target], source, world.network.channels[source, target][0])
+            case ("lose", source, target):
+                world.network.lose(source, target, 0)
+                return
+            case ("die", name):
+                self._note(name, "dies")
+                world.kill(name)
+                self.threads = [thread for thread in self.threads if thread.process.name != name]
+                return
+            case ("hear", name, dead):
+                touched = world.processes[name]
+                touched.peer_died(dead)
+            case _:
+                self._let_go()
+                return
+        checkers.after_event(world, touched)
+
+    def _note(self, who: bytes, text: str) -> None:
+        if self.world.log is not None:
+            self.world.note(who, text)
+
+    def _deliver(self, process: Participant, source: bytes, message: Any) -> Participant:
+        process.deliver(source, message)
+        while process.queue:
+            execution = process.begin()
+            self.threads.append(Thread(process, self.bodies[execution.push.function // BODY], execution))
+        return process
+
+    def _let_go(self) -> None:
+        checkers.at_rest(self.world)
+        self._note(b"--", "everything is dropped")
+        self.over = True
+        self.threads = []
+        for process in self.world.processes.values():
+            process.let_go()
+            checkers.after_event(self.world, process)
+
+    # -- steps of programs ---------------------------------------------------------------------------------------
+
+    def _bound(self, thread: Thread, names: tuple[str | int, ...]) -> list[bytes]:
+        kept = self.kept.get(thread.process.name, {})
+        return [found for name in names if (found := thread.names.get(str(name)) or kept.get(str(name))) is not None]
+
+    def _step(self, thread: Thread) -> Participant:
+        process, execution = thread.process, thread.execution
+        if execution is not None and execution.todo:
+            name = f"a{len(thread.names)}"
+            thread.names[name] = process.unpickle_next(execution)
+            return process
+        step = thread.steps[thread.at]
+        self._note(process.name, f"does {step!r}")
+        if step[0] in _WAITS:
+            self._wait(thread, step)
+            return process
+        thread.at += 1
+        match step:
+            case ("put" | "store" as how, str(name), *inside):
+                thread.names[name] = process.put(self._bound(thread, tuple(inside)), stored=how == "store")
+            case ("submit" | "pass" as how, str(name), str(target), int(body), *refs):
+                bound = self._bound(thread, tuple(refs))
+                top, nested = (bound, []) if how == "pass" else ([], bound)
+                [thread.names[name]] = process.submit(target.encode(), top, nested, body=body)
+            case ("drop", *names):
+                for name in names:
+                    self._drop(thread, str(name))
+            case ("keep", str(name), str(as_name)):
+                if name in thread.names:
+                    assert execution is not None
+                    object_id = thread.names.pop(name)
+                    execution.refs.remove(object_id)
+                    process.handles.append(object_id)
+                    self.kept.setdefault(process.name, {})[as_name] = object_id
+            case ("return" | "return stored" as how, *names):
+                assert execution is not None
+                kind = LOCATED if how == "return stored" else INLINE
+                process.finish(execution, [(kind, self._bound(thread, tuple(names)))], [], views=False)
+                process.handles += self._leftover(thread)
+        process.drain()
+        return process
+
+    def _leftover(self, thread: Thread) -> list[bytes]:
+        return []
+
+    def _drop(self, thread: Thread, name: str) -> None:
+        process, execution = thread.process, thread.execution
+        names = thread.names if name in thread.names else self.kept.get(process.name, {})
+        object_id = names.pop(name, None)
+        if object_id is None:
+            return
+        if execution is not None and object_id in execution.refs:
+            execution.refs.remove(object_id)
+            process.dropped.append(object_id)
+        else:
+            process.drop(object_id)
+
+    def _wait(self, thread: Thread, step: Step) -> None:
+        process = thread.process
+        if thread.get is None:
+            bound = self._bound(thread, step[1:2])
+            if not bound:
+                thread.at += 1
+                return
+            object_id = bound[0]
+            if thread.execution is not None and object_id in thread.execution.refs:
+                thread.execution.refs.remove(object_id)
+                process.handles.append(object_id)
+            thread.get = process.get(object_id)
+            return
+        get, thread.get = thread.get, None
+        thread.at += 1
+        if step[0] == "try":
+            process.give_up(get)
+            return
+        for name, inner in zip(step[2:], process.finish_get(get), strict=False):
+            thread.names[str(name)] = inner
+        process.drain()
+
+
+# -- comparing states ------------------------------------------------------------------------------------------------
+
+
+def fingerprint(state: State) -> bytes:
+    """Return equal bytes for states that behave alike."""
+    world = state.world
+    numbers: dict[int, int] = {}
+
+    def number(obligation: Obligation) -> tuple[Any, ...]:
+        known = id(obligation) in numbers
+        position = numbers.setdefault(id(obligation), len(numbers))
+        if known:
+            return (position,)
+        token = obligation.token.push.task_id if obligation.token is not None else None
+        return (position, obligation.remaining, obligation.container, obligation.message, token)
+
+    parts: list[Any] = [sorted(world.network.channels.items()), world.dead, state.over]
+    parts.append(sorted(world.excused))
+    parts.append(sorted((object_id, stored.there) for object_id, stored in world.store.items()))
+    for name, process in world.processes.items():
+        table = process.table
+        parts.append(name)
+        for object_id, entry in sorted(table.entries.items()):
+            sets = (sorted(entry.borrowers or ()), sorted(entry.subscribers or ()), len(entry.waiters or ()))
+            flags = (entry.owner, entry.state, entry.handles, entry.pins, entry.registration, entry.attempt)
+            parts.append((object_id, flags, entry.value, sets, entry.contained, entry.subscribed))
+        parts.append(sorted((key, [number(each) for each in value]) for key, value in table._awaiting.items()))
+        parts.append(sorted((key, sorted(value)) for key, value in table._lent_to.items()))
+        parts.append(sorted((key, sorted(value)) for key, value in table._borrowed_from.items()))
+        parts.append(sorted(table._transit.items()))
+        parts.append(sorted(process.known_dead))
+        parts.append(sorted(process.handles))
+        parts.append(sorted(state.kept.get(name, {}).items()))
+        parts.append([(sequence, task.target) for sequence, task in process.inflight.items()])
+        parts.append([task.task_id for task in process.waiting])
+        parts.append([execution.push.task_id for execution in process.unsettled])
+    threads = []
+    for thread in state.threads:
+        execution = thread.execution
+        if thread.can_go_on() or thread.get is not None:
+            running = None if execution is None else (execution.push.task_id, execution.todo, number(execution.obligation))
+            waiting = thread.get is not None and (thread.get.ready, thread.get.object_id)
+            threads.append((thread.process.name, thread.at, sorted(thread.names.items()), running, waiting))
+    parts.append(threads)
+    return hashlib.blake2b(repr(parts).encode(), digest_size=16).digest()
+
+
+# -- the search ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Explored:
+    """What a search found: `states` are distinct, `ends` are those in which nothing can happen any more."""
+
+    states: int
+    transitions: int
+    ends: int
+
+
+class Counterexample(Violation):
+    """A violation with the actions that lead to it; `transcript` shows them."""
+
+    def __init__(self, violation: Violation, transcript: list[str]) -> None:
+        super().__init__(str(violation))
+        self.transcript = transcript
+
+
+def explore(scenario: Scenario, table: type[OwnershipTable] = OwnershipTable) -> Explored:
+    """Visit every state of a scenario.
+
+    Raises:
+        Counterexample: an invariant does not hold in one of them.
+    """
+    start = State(scenario, table)
+    root = fingerprint(start)
+    parents: dict[bytes, tuple[bytes, Action]] = {root: (b"", ())}
+    stack = [(root, pickle.dumps(start, 5))]
+    transitions = ends = 0
+    while stack:
+        mark, frozen = stack.pop()
+        state: State = pickle.loads(frozen)
+        actions = state.actions()
+        try:
+            if not actions:
+                ends += 1
+                checkers.after_all(state.world)
+            for index, action in enumerate(actions):
+                if index:
+                    state = pickle.loads(frozen)
+                transitions += 1
+                _apply(state, action)
+                child = fingerprint(state)
+                if child not in parents:
+                    parents[child] = (mark, action)
+                    stack.append((child, pickle.dumps(state, 5)))
+        except Violation as violation:
+            path = [action] if actions else []
+            while mark != root:
+                mark, action = parents[mark]
+                path.append(action)
+            raise Counterexample(violation, _replay(scenario, table, path[::-1])) from violation
+    return Explored(len(parents), transitions, ends)
+
+
+def _apply(state: State, action: Action) -> None:
+    try:
+        state.apply(action)
+    except (KeyError, AttributeError, ValueError) as error:
+        raise Violation(f"the core raised {error!r}") from error
+
+
+def _replay(scenario: Scenario, table: type[OwnershipTable], path: list[Action]) -> list[str]:
+    state = State(scenario, table, recording=True)
+    try:
+        for action in path:
+            _apply(state, action)
+    except Violation:
+        pass
+    assert state.world.log is not None
+    return state.world.log

@@ -1,0 +1,99 @@
+"""Exceptions: all of them are documented, travel with their cause and traceback, and are short in `str`, complete in `repr`."""
+
+from __future__ import annotations
+
+import inspect
+import pickle
+import threading
+from typing import Any
+
+import cloudpickle
+import pytest
+
+import afield
+from afield import errors, exceptions
+from afield.errors import AfieldError, TaskError
+
+KINDS = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, AfieldError)]
+PLAIN = [kind for kind in KINDS if kind is not TaskError]
+PATIENCE_S = 30.0
+
+
+class RefusedError(Exception):
+    """An exception that pickle cannot rebuild by itself: its constructor takes more than its args."""
+
+    def __init__(self, code: int, reason: str) -> None:
+        super().__init__(f"{reason} ({code})")
+        self.code = code
+
+
+def round_trip(error: BaseException) -> Any:
+    return pickle.loads(cloudpickle.dumps(error, 5))
+
+
+def test_the_documentation_names_every_exception() -> None:
+    assert {kind.__name__ for kind in KINDS} == set(exceptions.__all__)
+    for name in exceptions.__all__:
+        assert getattr(exceptions, name) is getattr(errors, name)
+        assert f"`{name}`" in (exceptions.__doc__ or "") or name == "AfieldError"
+
+
+@pytest.mark.parametrize("kind", PLAIN, ids=lambda kind: kind.__name__)
+def test_an_exception_travels_with_its_cause(kind: type[AfieldError]) -> None:
+    error = kind("what happened; what to do")
+    error.__cause__ = ValueError("the cause")
+    error.add_note("a note")
+    again = round_trip(error)
+    assert type(again) is kind and again.args == error.args
+    assert str(again) == "what happened; what to do"
+    assert type(again.__cause__) is ValueError and again.__cause__.args == ("the cause",)
+    assert again.__notes__ == ["a note"]
+    assert repr(again) == f"{kind.__name__}('what happened; what to do')\ncaused by ValueError('the cause')"
+    assert repr(kind("x")) == f"{kind.__name__}('x')"
+
+
+def test_a_cause_that_pickle_cannot_rebuild_travels_in_parts() -> None:
+    error = errors.ActorDiedError("the actor is dead")
+    error.__cause__ = RefusedError(7, "no")
+    with pytest.raises(TypeError):
+        pickle.loads(pickle.dumps(error.__cause__))
+    cause = round_trip(error).__cause__
+    assert type(cause) is RefusedError and cause.code == 7 and str(cause) == "no (7)"
+    vars(error.__cause__)["lock"] = threading.Lock()
+    cause = round_trip(error).__cause__
+    assert cause.code == 7 and not hasattr(cause, "lock")
+
+
+def test_a_task_error_is_short_and_complete(shared_runtime: None) -> None:
+    def fail() -> None:
+        try:
+            dict[str, int]()["missing"]
+        except KeyError as error:
+            raise ValueError("no such thing") from error
+
+    with pytest.raises(ValueError) as caught:
+        afield.get(afield.remote(name="fetch")(fail).remote(), timeout=PATIENCE_S)
+    error = caught.value
+    assert isinstance(error, TaskError)
+    assert str(error) == "fetch() raised ValueError: no such thing"
+    assert "in fail" in repr(error) and "KeyError: 'missing'" in repr(error)
+    again = round_trip(error)
+    assert type(again) is type(error) and isinstance(again, ValueError)
+    assert again.remote_traceback == error.remote_traceback and "in fail" in again.remote_traceback
+    assert type(again.cause) is ValueError and again.__cause__ is again.cause
+
+
+def test_a_failed_constructor_is_named_by_the_error_of_every_call(shared_runtime: None) -> None:
+    class Broken:
+        def __init__(self) -> None:
+            raise KeyError("no configuration")
+
+        def work(self) -> None:
+            pass
+
+    actor = afield.remote(Broken).remote()
+    for _ in range(2):
+        with pytest.raises(AfieldError) as caught:
+            afield.get(actor.work.remote(), timeout=PATIENCE_S)
+        assert "\n" not in str(caught.value)
+        assert "no configuration" in repr(caught.value) and "no configuration" in repr(round_trip(caught.value))
