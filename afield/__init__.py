@@ -6,6 +6,7 @@ import importlib
 from typing import Any
 
 from afield.errors import (
+    ActorConstructionError,
     ActorDiedError,
     ActorUnavailableError,
     ActorUnschedulableError,
@@ -83,6 +84,7 @@ __all__ = [
     "dask_get",
     "Executor",
     "ActorClass",
+    "ActorConstructionError",
     "ActorDiedError",
     "ActorHandle",
     "ActorUnavailableError",

@@ -151,6 +151,8 @@ class TaskError(AfieldError):
     cause: BaseException | None
     remote_traceback: str
     function_name: str
+    #: What the class was derived from when the user's exception type was mixed in.
+    _base: type[TaskError]
 
     def __init__(self, function_name: str, cause: BaseException | None, summary: str, remote_traceback: str) -> None:
         # Not super().__init__: in the derived class the next base is the user's type, whose signature is unknown.
@@ -174,7 +176,7 @@ class TaskError(AfieldError):
         cause: Any = self.cause
         if cause is not None and not _survives(cause):
             cause = _Parts(cause)
-        return _rebuild_task_error, (self.function_name, cause, self.summary, self.remote_traceback)
+        return _rebuild_task_error, (self._base, self.function_name, cause, self.summary, self.remote_traceback)
 
     @classmethod
     def from_exception(cls, function_name: str, error: BaseException, remote_traceback: str) -> TaskError:
@@ -183,7 +185,17 @@ class TaskError(AfieldError):
             return error  # An argument had failed already: its error goes on unchanged.
         summary = _summary(error)
         cause = error if _survives(error) or _survives(_Parts(error)) else None
-        return _rebuild_task_error(function_name, cause, summary, remote_traceback)
+        return _rebuild_task_error(cls, function_name, cause, summary, remote_traceback)
+
+
+TaskError._base = TaskError
+
+
+class ActorConstructionError(TaskError, ActorDiedError):
+    """The actor's constructor raised: every call of the actor raises this, with the cause, also as the user's type."""
+
+
+ActorConstructionError._base = ActorConstructionError
 
 
 def _summary(error: BaseException) -> str:
@@ -227,31 +239,33 @@ def _from_parts(kind: type[BaseException], args: tuple[Any, ...], state: dict[st
     return error
 
 
-_derived: dict[type, type[TaskError]] = {}
+_derived: dict[tuple[type, type], type[TaskError]] = {}
 
 
-def _rebuild_task_error(function_name: str, cause: BaseException | None, summary: str, text: str) -> TaskError:
-    error = _task_error_class(cause)(function_name, cause, summary, text)
+def _rebuild_task_error(
+    base: type[TaskError], function_name: str, cause: BaseException | None, summary: str, text: str
+) -> TaskError:
+    error = _task_error_class(base, cause)(function_name, cause, summary, text)
     if cause is not None:
         for name, value in vars(cause).items():  # so that `error.code` works where the user's type has it
             vars(error).setdefault(name, value)
     return error
 
 
-def _task_error_class(cause: BaseException | None) -> type[TaskError]:
-    """Return the subclass of `TaskError` and of the cause's type.
+def _task_error_class(base: type[TaskError], cause: BaseException | None) -> type[TaskError]:
+    """Return the subclass of `base` and of the cause's type.
 
     `SystemExit` and `KeyboardInterrupt` are not mixed in: raised from `get` they would end the reader.
     """
     kind = type(cause)
     if cause is None or not isinstance(cause, Exception):
-        return TaskError
-    known = _derived.get(kind)
+        return base
+    known = _derived.get((base, kind))
     if known is None:
         try:
-            known = type(f"TaskError({kind.__name__})", (TaskError, kind), {"__module__": __name__})
+            known = type(f"{base.__name__}({kind.__name__})", (base, kind), {"__module__": __name__})
             known("f", cause, "", "")
         except Exception:  # layout conflict, or a type that refuses to be derived from or constructed
-            known = TaskError
-        _derived[kind] = known
+            known = base
+        _derived[base, kind] = known
     return known

@@ -16,6 +16,7 @@ Methods are called under the process's lock. `Actions` is what the shell does fo
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import msgspec
@@ -77,7 +78,7 @@ class Lease:
 class Actions(Protocol):
     """What a lane asks of the shell."""
 
-    def push(self, lease: Lease, tasks: list[Task]) -> None:
+    def push(self, lease: Lease, tasks: Sequence[Task]) -> None:
         """Send the tasks to the lease's worker and enter them into `lease.inflight`."""
 
     def demand(self, lane: Lane, count: int) -> None:
@@ -108,11 +109,13 @@ class Lane:
 
     def submit(self, task: Task, now: float) -> None:
         """A task whose arguments are there."""
+        if not self.ready:
+            for lease in self.leases:
+                if not lease.inflight and not lease.blocked:
+                    lease.mark = now
+                    self._actions.push(lease, (task,))
+                    return
         self.ready.append(task)
-        for lease in self.leases:
-            if not lease.inflight and not lease.blocked:
-                self.fill(now)
-                return
         self._update_demand()
 
     def requeue(self, tasks: list[Task], now: float) -> None:
@@ -176,15 +179,17 @@ class Lane:
         """`count` replies came in one batch and are removed from `lease.inflight`."""
         per_task = (now - lease.mark) / count
         lease.mark = now
-        if per_task * lease.window <= WINDOW_S / 2:
-            lease.window = min(MAX_WINDOW, lease.window * 2)
-        elif per_task * lease.window > WINDOW_S * 2:
+        work = per_task * lease.window
+        if work <= WINDOW_S / 2:
+            if lease.window < MAX_WINDOW:
+                lease.window *= 2
+        elif work > WINDOW_S * 2:
             lease.window = max(1, int(WINDOW_S / per_task))
         if self.ready and len(lease.inflight) <= lease.window // 2:
             self.fill(now)
         if not lease.inflight:
             lease.idle_since = now
-            if not self.ready:
+            if not self.ready and len(self.leases) > 1:
                 self._balance(lease)
 
     def handed_back(self, lease: Lease, tasks: list[Task], blocked: bool, now: float) -> None:

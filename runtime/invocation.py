@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from afield.errors import AfieldError, TaskError
+from afield.errors import ActorConstructionError, AfieldError, TaskError
 from afield.ids import ARGUMENTS_INDEX, object_id
 from afield.runtime import messages as m
 from afield.runtime.arguments import Arg
@@ -107,6 +107,9 @@ class Invocations:
     def reply(self, holder: list[Any], push: m.Push, owner: bytes, definition: Definition) -> Any:
         """Make the reply of a task that returned; `holder` has the only reference to the value."""
         if definition.num_returns == 1 or definition.num_returns == m.STREAMING:
+            data = dumps_plain(holder[0])
+            if data is not None and len(data) <= INLINE_BYTES:
+                return m.Reply(push.sequence, INLINE, data)
             result = self._encode(holder, push, 0, owner, definition.name)
             return m.Reply(push.sequence, result.kind, result.data, result.location, result.contained)
         return m.ReplyMany(push.sequence, self._encode_many(holder, push, owner, definition))
@@ -167,7 +170,7 @@ class Invocations:
     def constructor_failure(self, class_name: str, error: BaseException) -> bytes:
         """Serialise what an actor's constructor raised."""
         text = "".join(traceback.format_exception(type(error), error, _user_frames(error)))
-        return serialize(TaskError.from_exception(f"{class_name}.__init__", error, text), "the error").pack()
+        return serialize(ActorConstructionError.from_exception(f"{class_name}.__init__", error, text), "the error").pack()
 
     # -- who runs what -------------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from afield.errors import TaskCancelledError, TaskError, TaskUnschedulableError, WorkerCrashedError
@@ -85,6 +85,7 @@ class Submitter:
         self._lanes_by_key: dict[int, Lane] = {}
         self._next_sequence = itertools.count(1).__next__
         self._since_poll = 0
+        self._next_look = 0.0  # when to look for idle leases again
         self.tasks_submitted = 0
         self.tasks_retried = 0
         process.handlers |= {
@@ -193,7 +194,7 @@ class Submitter:
 
     # -- what a lane asks for ------------------------------------------------------------------------------------
 
-    def push(self, lease: Lease, tasks: list[Task]) -> None:
+    def push(self, lease: Lease, tasks: Sequence[Task]) -> None:
         """Send tasks to a leased worker."""
         channel = lease.channel
         state: PeerState = channel.context
@@ -228,18 +229,17 @@ class Submitter:
         lease.channel.send(m.Recall(count))
 
     def _tick(self, now: float) -> float | None:
-        return self._return_idle(IDLE_LEASE_S, now) if self.leases else None
+        if now >= self._next_look:
+            self._next_look = now + IDLE_LEASE_S
+            self._return_idle(IDLE_LEASE_S, now)
+        return self._next_look if self.leases else None
 
     def _on_reclaim(self, channel: Channel, message: m.Reclaim) -> None:
         self._return_idle(0.0, time.monotonic())
 
-    def _return_idle(self, max_idle_s: float, now: float) -> float | None:
-        soonest: float | None = None
+    def _return_idle(self, max_idle_s: float, now: float) -> None:
         for lane in self.lanes.values():
-            due = lane.return_idle(now, max_idle_s)
-            if due is not None and (soonest is None or due < soonest):
-                soonest = due
-        return soonest
+            lane.return_idle(now, max_idle_s)
 
     # -- outcomes ------------------------------------------------------------------------------------------------
 

@@ -188,6 +188,8 @@ class Values:
     def value_of(self, ref: ObjectRef, entry: Entry) -> Any:
         """Rebuild the value of a finished entry, or raise the error that it is."""
         object_id = ref.id
+        if entry.state == INLINE and not entry.value:
+            return None
         if entry.state == LOCATED:
             location = entry.value
             view = self.store.view(location.offset, location.size, self.process.handle_dropped)

@@ -71,8 +71,9 @@ def test_the_traces_of_a_session_are_found(no_runtime: None) -> None:
     afield.init(num_cpus=2)
     session = traces()
     afield.get(afield.remote(lambda: None).remote())
-    assert sorted(processes(session).values())[:2] == ["afield-fork", "afield-node"]
-    assert list(processes(session).values()).count("afield-worker") >= 2
+    # A process that was forked this moment is still called like the fork server.
+    assert poll(lambda: list(processes(session).values()).count("afield-worker") >= 2)
+    assert {"afield-fork", "afield-node"} <= set(processes(session).values())
     assert any(name.endswith("-node") for name in sockets(session))
     assert f"{os.getpid()} (mapped)" in segments(session)
     assert mappings(session, os.getpid())
