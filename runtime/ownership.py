@@ -216,7 +216,7 @@ class OwnershipTable:
 
     def _announce(self, object_id: bytes, entry: Entry) -> None:
         if entry.subscribers:
-            for peer in entry.subscribers:
+            for peer in sorted(entry.subscribers):
                 self._send_value(peer, object_id, entry)
             entry.subscribers = None
         if entry.waiters is not None:
@@ -306,7 +306,9 @@ class OwnershipTable:
     def on_value(self, message: Value) -> None:
         """A value that we subscribed to."""
         entry = self.entries.get(message.object_id)
-        if entry is not None and entry.state == PENDING and entry.owner:
+        # Before our registration is acknowledged it can only be the answer to an earlier life of this entry, and by now
+        # the object may be gone.
+        if entry is not None and entry.state == PENDING and entry.registration == _KNOWN:
             entry.state = message.kind
             entry.value = message.location if message.kind == LOCATED else message.data
             self._announce(message.object_id, entry)
@@ -387,14 +389,14 @@ class OwnershipTable:
         if peer in self._dead:
             return
         self._dead.add(peer)
-        for object_id in self._lent_to.pop(peer, ()):
+        for object_id in sorted(self._lent_to.pop(peer, ())):
             entry = self.entries.get(object_id)
             if entry is not None and entry.borrowers:
                 entry.borrowers.discard(peer)
                 if entry.subscribers:
                     entry.subscribers.discard(peer)
                 self._maybe_collect(object_id, entry)
-        for object_id in self._borrowed_from.pop(peer, ()):
+        for object_id in sorted(self._borrowed_from.pop(peer, ())):
             entry = self.entries.get(object_id)
             if entry is not None:
                 entry.registration = _NEW

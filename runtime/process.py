@@ -79,6 +79,7 @@ class Process:
         self.pump = Pump(self.loop, self.after_events, self._due_in, lambda: self.expecting())
         table = RecordingTable if config.record_call_sites else OwnershipTable
         self.table = table(process_id, self._owner_died_error)
+        self.pump.on_crash = lambda error: self.fail_everything(f"a bug in the runtime: {error!r}")
         self.channels: dict[bytes, Channel] = {}
         self.handlers: dict[type, Callable[[Channel, Any], None]] = {}
         #: Handles one frame; `submission` puts its own in, which is quick about replies.

@@ -200,7 +200,12 @@ class Channel:
                 break
             position = start + size
             if self.ready:
-                self.on_messages(self, self._decode(data[start:position]))
+                try:
+                    messages = self._decode(data[start:position])
+                except msgspec.MsgspecError:  # not one of our messages: another version, or an intruder with the token
+                    self._lost()
+                    return
+                self.on_messages(self, messages)
             else:
                 self._prove(bytes(data[start:position]))
             if self.closed:

@@ -115,6 +115,8 @@ class Pump:
         self.callbacks: deque[Callable[[], None]] = deque()
         #: A SIGINT came inside a transition; whoever sees it calls `deliver`.
         self.interrupted = False
+        #: Called if the standby thread ends by an exception.
+        self.on_crash: Callable[[BaseException], None] = lambda error: None
         #: A worker says here whether the task that is to be interrupted still runs.
         self.may_interrupt: Callable[[], bool] = lambda: True
         #: True while the standby thread blocks in the loop, so that state left for it needs a kick.
@@ -297,6 +299,14 @@ class Pump:
         self._kick_standby()
 
     def _stand_by(self) -> None:
+        try:
+            self._watch()
+        except BaseException as error:
+            # A bug: without this thread the process would stop answering, so everything that waits must be told.
+            self.on_crash(error)
+            raise
+
+    def _watch(self) -> None:
         seen_rounds, quiet = -1, 0
         while not self._closed:
             if self._rounds != seen_rounds:

@@ -10,6 +10,7 @@ import os
 import pickle
 import socket
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -129,7 +130,15 @@ class NodeDaemon:
 
     def _on_messages(self, channel: Channel, batch: list[Any]) -> None:
         for message in batch:
-            self._handlers[type(message)](channel, message)
+            try:
+                self._handlers[type(message)](channel, message)
+            except Exception:
+                # A message that makes no sense is a bug of its sender (or ours): it costs that process, not the node.
+                traceback.print_exc()
+                channel.close()
+                self._lost(channel)
+                self.workers.kill_process(channel.peer_id)
+                return
 
     def _on_register(self, channel: Channel, message: m.Register) -> None:
         if message.kind == "client":

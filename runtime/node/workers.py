@@ -162,6 +162,12 @@ class WorkerPool:
         if worker is not None:
             self.kill(worker)
 
+    def kill_process(self, process_id: bytes) -> None:
+        """End a worker that broke the protocol."""
+        worker = self.by_id.get(process_id)
+        if worker is not None:
+            self.kill(worker)
+
     def kill(self, worker: Worker) -> None:
         """End a worker's process; the fork server reports it."""
         if worker.pid:

@@ -1,7 +1,7 @@
 """Every interleaving of a small script, over the same core and the same model of the shell.
 
 Theory of operation. A `State` is a world and the threads of its programs. `actions` lists what can happen next: a thread does
-its next step, the oldest message of a channel arrives (once, or with `duplicates` a copy of it first), a process dies, what a
+its next step, the oldest message of a channel arrives (or, `copies` times, a copy of it), a process dies, what a
 dead process had sent gets lost, a process hears of the death. Each action is tried on a copy of the state; states that have
 been seen, compared by `fingerprint`, are not followed again. When nothing can happen, everything must have come to an end;
 then all processes drop what they hold, and when nothing can happen again, nothing may be left.
@@ -24,6 +24,7 @@ from tests.sim.world import BODY, Execution, Get, Participant, Violation, World
 
 Action = tuple[Any, ...]
 
+MAIN = -1
 _WAITS = ("get", "try")
 
 
@@ -32,19 +33,12 @@ class Thread:
     """A program: the script of p0, or a task."""
 
     process: Participant
-    steps: Steps
+    body: int  # MAIN for the script of p0
     execution: Execution | None = None
     at: int = 0
     names: dict[str, bytes] = field(default_factory=dict)
     get: Get | None = None
 
-    def can_go_on(self) -> bool:
-        """Say whether its next step can be done."""
-        if self.execution is not None and self.execution.todo:
-            return True
-        if self.at == len(self.steps):
-            return False
-        return self.get is None or self.get.ready or self.steps[self.at][0] == "try"
 
 
 class State:
@@ -52,30 +46,41 @@ class State:
 
     def __init__(self, scenario: Scenario, table: type[OwnershipTable], *, recording: bool = False) -> None:
         self.world = World(table, recording=recording)
-        self.mortal = [name.encode() for name in scenario.mortal]
-        self.duplicates = scenario.duplicates
-        self.bodies = scenario.bodies
+        self.scenario = scenario
+        self.copies = scenario.copies
         self.over = False
         self.kept: dict[bytes, dict[str, bytes]] = {}
         for index in range(scenario.processes):
             self.world.add(b"p%d" % index)
-        self.threads = [Thread(self.world.processes[b"p0"], scenario.main)]
-        self.copied = False  # the last action was a duplicate: its original comes next
+        self.threads = [Thread(self.world.processes[b"p0"], MAIN)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"scenario": None}  # the same in all states: no need to copy it
+
+    def steps(self, thread: Thread) -> Steps:
+        """Return the script of a thread."""
+        return self.scenario.main if thread.body == MAIN else self.scenario.bodies[thread.body]
+
+    def can_go_on(self, thread: Thread) -> bool:
+        """Say whether the next step of a thread can be done."""
+        if thread.get is None or thread.get.ready:
+            return True
+        return self.steps(thread)[thread.at][0] == "try"
 
     # -- what can happen -----------------------------------------------------------------------------------------
 
     def actions(self) -> list[Action]:
         """Return every action that is possible now."""
         world = self.world
-        found: list[Action] = [("step", index) for index, thread in enumerate(self.threads) if thread.can_go_on()]
+        found: list[Action] = [("step", index) for index, thread in enumerate(self.threads) if self.can_go_on(thread)]
         for (source, target), channel in world.network.channels.items():
             found.append(("deliver", source, target))
             if source not in world.processes:
                 found.append(("lose", source, target))
-            elif self.duplicates and isinstance(channel[0], REPEATABLE + RESENDABLE):
+            elif self.copies and isinstance(channel[0], REPEATABLE + RESENDABLE):
                 found.append(("copy", source, target))
         if not world.dead and not self.over:
-            found += [("die", name) for name in self.mortal]
+            found += [("die", name) for name in map(str.encode, self.scenario.mortal)]
         for name, process in world.processes.items():
             found += [("hear", name, dead) for dead in world.dead if dead not in process.known_dead]
         if not found and not self.over:
@@ -91,10 +96,14 @@ class State:
         world = self.world
         match action:
             case ("step", index):
-                touched = self._step(self.threads[index])
+                thread = self.threads[index]
+                touched = self._step(thread)
+                if thread.at == len(self.steps(thread)):
+                    del self.threads[index]
             case ("deliver", source, target):
                 touched = self._deliver(world.processes[target], source, world.network.take(source, target))
             case ("copy", source, target):
+                self.copies -= 1
                 touched = self._deliver(world.processes[target], source, world.network.channels[source, target][0])
             case ("lose", source, target):
                 world.network.lose(source, target, 0)
@@ -120,7 +129,7 @@ class State:
         process.deliver(source, message)
         while process.queue:
             execution = process.begin()
-            self.threads.append(Thread(process, self.bodies[execution.push.function // BODY], execution))
+            self.threads.append(Thread(process, execution.push.function // BODY, execution))
         return process
 
     def _let_go(self) -> None:
@@ -144,7 +153,7 @@ class State:
             name = f"a{len(thread.names)}"
             thread.names[name] = process.unpickle_next(execution)
             return process
-        step = thread.steps[thread.at]
+        step = self.steps(thread)[thread.at]
         self._note(process.name, f"does {step!r}")
         if step[0] in _WAITS:
             self._wait(thread, step)
@@ -171,12 +180,8 @@ class State:
                 assert execution is not None
                 kind = LOCATED if how == "return stored" else INLINE
                 process.finish(execution, [(kind, self._bound(thread, tuple(names)))], [], views=False)
-                process.handles += self._leftover(thread)
         process.drain()
         return process
-
-    def _leftover(self, thread: Thread) -> list[bytes]:
-        return []
 
     def _drop(self, thread: Thread, name: str) -> None:
         process, execution = thread.process, thread.execution
@@ -229,7 +234,7 @@ def fingerprint(state: State) -> bytes:
         token = obligation.token.push.task_id if obligation.token is not None else None
         return (position, obligation.remaining, obligation.container, obligation.message, token)
 
-    parts: list[Any] = [sorted(world.network.channels.items()), world.dead, state.over]
+    parts: list[Any] = [sorted(world.network.channels.items()), world.dead, state.over, state.copies]
     parts.append(sorted(world.excused))
     parts.append(sorted((object_id, stored.there) for object_id, stored in world.store.items()))
     for name, process in world.processes.items():
@@ -252,10 +257,9 @@ def fingerprint(state: State) -> bytes:
     threads = []
     for thread in state.threads:
         execution = thread.execution
-        if thread.can_go_on() or thread.get is not None:
-            running = None if execution is None else (execution.push.task_id, execution.todo, number(execution.obligation))
-            waiting = thread.get is not None and (thread.get.ready, thread.get.object_id)
-            threads.append((thread.process.name, thread.at, sorted(thread.names.items()), running, waiting))
+        running = None if execution is None else (execution.push.task_id, execution.todo, number(execution.obligation))
+        waiting = thread.get is not None and (thread.get.ready, thread.get.object_id)
+        threads.append((thread.process.name, thread.at, sorted(thread.names.items()), running, waiting))
     parts.append(threads)
     return hashlib.blake2b(repr(parts).encode(), digest_size=16).digest()
 
@@ -293,7 +297,7 @@ def explore(scenario: Scenario, table: type[OwnershipTable] = OwnershipTable) ->
     transitions = ends = 0
     while stack:
         mark, frozen = stack.pop()
-        state: State = pickle.loads(frozen)
+        state = _thaw(scenario, frozen)
         actions = state.actions()
         try:
             if not actions:
@@ -301,7 +305,7 @@ def explore(scenario: Scenario, table: type[OwnershipTable] = OwnershipTable) ->
                 checkers.after_all(state.world)
             for index, action in enumerate(actions):
                 if index:
-                    state = pickle.loads(frozen)
+                    state = _thaw(scenario, frozen)
                 transitions += 1
                 _apply(state, action)
                 child = fingerprint(state)
@@ -315,6 +319,12 @@ def explore(scenario: Scenario, table: type[OwnershipTable] = OwnershipTable) ->
                 path.append(action)
             raise Counterexample(violation, _replay(scenario, table, path[::-1])) from violation
     return Explored(len(parents), transitions, ends)
+
+
+def _thaw(scenario: Scenario, frozen: bytes) -> State:
+    state: State = pickle.loads(frozen)
+    state.scenario = scenario
+    return state
 
 
 def _apply(state: State, action: Action) -> None:

@@ -21,12 +21,15 @@ from dataclasses import dataclass
 Step = tuple[str | int, ...]
 Steps = tuple[Step, ...]
 
-P0, P1, P2 = "p0", "p1", "p2"
+P0, P1, P2 = ANYONE = ("p0", "p1", "p2")
 
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """`floor`: the explorer must find at least so many states. `mortal`: who may die, once, at any point."""
+    """`floor`: the explorer must find at least so many states. `mortal`: who may die, once, at any point.
+
+    `copies`: so many control messages are handled twice, whichever they are.
+    """
 
     name: str
     floor: int
@@ -34,48 +37,52 @@ class Scenario:
     main: Steps
     bodies: tuple[Steps, ...]
     mortal: tuple[str, ...] = ()
-    duplicates: bool = False
+    copies: int = 0
 
+
+# -- main programs: p0 makes an object, lends it, and forgets it ------------------------------------------------------
+
+_LEND: Steps = (("put", "x"), ("submit", "r", P1, 0, "x"), ("drop", "x", "r"))
+_LEND_STORED: Steps = (("store", "x"), *_LEND[1:])
+_LEND_AND_WAIT: Steps = (("put", "x"), ("submit", "r", P1, 0, "x"), ("drop", "x"), ("get", "r"), ("drop", "r"))
+_LEND_PENDING: Steps = (("submit", "x", P1, 0), ("submit", "r", P2, 1, "x"), ("drop", "x", "r"))
+_PASS_PENDING: Steps = (("submit", "x", P1, 0), ("pass", "r", P2, 1, "x"), ("drop", "x"), ("get", "r", "y"), ("drop", "r"))
+
+# -- bodies ----------------------------------------------------------------------------------------------------------
 
 _KEEP: Steps = (("keep", "a0", "kept"), ("return",))
 _FORGET: Steps = (("drop", "a0"), ("return",))
-
-_BORROW_MAIN: Steps = (("put", "x"), ("submit", "r", P1, 0, "x"), ("drop", "x"), ("get", "r"), ("drop", "r"))
-_ON_MAIN: Steps = (("put", "x"), ("submit", "r", P1, 0, "x"), ("drop", "x"), ("drop", "r"))
-_ON_BODIES: tuple[Steps, ...] = ((("submit", "q", P2, 1, "a0"), ("drop", "a0", "q"), ("return",)), _KEEP)
-_RETURN_BODIES: tuple[Steps, ...] = (
+_READ: Steps = (("get", "a0", "b"), ("drop", "a0"), ("return",))
+_GIVE_UP: Steps = (("try", "a0"), ("drop", "a0"), ("return",))
+_LEND_ON: tuple[Steps, ...] = ((("submit", "q", P2, 1, "a0"), ("drop", "a0", "q"), ("return",)), _KEEP)
+_ASK_BACK: tuple[Steps, ...] = (
     (("submit", "q", P2, 1, "a0"), ("drop", "a0"), ("get", "q", "b"), ("drop", "q"), ("return",)),
     (("return", "a0"),),
 )
-_CONTAINER_BODIES: tuple[Steps, ...] = (
+_LEND_INSIDE: tuple[Steps, ...] = (
     (("put", "k", "a0"), ("drop", "a0"), ("submit", "q", P2, 1, "k"), ("drop", "k", "q"), ("return",)),
-    (("keep", "a0", "k"), ("return",)),
-    (("get", "k", "b"), ("drop", "k"), ("return",)),
+    _READ,
 )
-_TWICE_BODIES: tuple[Steps, ...] = (
-    (("submit", "q", P2, 1, "a0"), ("submit", "q2", P2, 2, "a0"), ("drop", "a0", "q", "q2"), ("return",)),
-    _FORGET,
-    _KEEP,
-)
+_LEND_TWICE: Steps = (("submit", "q", P2, 1, "a0"), ("submit", "q2", P2, 2, "a0"), ("drop", "a0", "q", "q2"), ("return",))
+_MAKE_STORED: Steps = (("return stored",),)
+_MAKE_INSIDE: Steps = (("put", "y"), ("return", "y"))
 
 SCENARIOS: tuple[Scenario, ...] = (
-    Scenario("borrow", 10, 2, _BORROW_MAIN, (_KEEP,)),
-    Scenario("borrow, control messages twice", 10, 2, _BORROW_MAIN, (_KEEP,), duplicates=True),
-    Scenario("borrow, the borrower dies", 10, 2, _BORROW_MAIN, (_KEEP,), mortal=(P1,)),
-    Scenario("borrow, the owner dies", 10, 2, _BORROW_MAIN, (_KEEP,), mortal=(P0,)),
-    Scenario("lend on", 10, 3, _ON_MAIN, _ON_BODIES),
-    Scenario("lend on, any one dies", 10, 3, _ON_MAIN, _ON_BODIES, mortal=(P0, P1, P2)),
-    Scenario("return a borrowed ref", 10, 3, _ON_MAIN, _RETURN_BODIES),
-    Scenario("return a borrowed ref, any one dies", 10, 3, _ON_MAIN, _RETURN_BODIES, mortal=(P0, P1, P2)),
-    Scenario(
-        "get of a container",
-        10,
-        3,
-        _ON_MAIN,
-        (
-            (("put", "k", "a0"), ("drop", "a0"), ("submit", "q", P2, 1, "k"), ("drop", "k", "q"), ("return",)),
-            (("get", "a0", "b"), ("drop", "a0"), ("return",)),
-        ),
-    ),
-    Scenario("borrow again after release", 10, 3, _ON_MAIN, _TWICE_BODIES),
+    Scenario("borrow", 40, 2, _LEND_AND_WAIT, (_KEEP,)),
+    Scenario("borrow, two control messages arrive twice", 180, 2, _LEND_AND_WAIT, (_KEEP,), copies=2),
+    Scenario("borrow, the borrower dies", 80, 2, _LEND_AND_WAIT, (_KEEP,), (P1,)),
+    Scenario("borrow, the owner dies", 70, 2, _LEND_AND_WAIT, (_KEEP,), (P0,)),
+    Scenario("lend on", 10, 3, _LEND, _LEND_ON),
+    Scenario("lend on, anyone dies", 10, 3, _LEND, _LEND_ON, ANYONE),
+    Scenario("return a borrowed ref", 10, 3, _LEND, _ASK_BACK),
+    Scenario("return a borrowed ref, one message arrives twice", 10, 3, _LEND, _ASK_BACK, copies=1),
+    Scenario("return a borrowed ref, anyone dies", 10, 3, _LEND, _ASK_BACK, ANYONE),
+    Scenario("get of a container", 10, 3, _LEND, _LEND_INSIDE),
+    Scenario("get of a container, anyone dies", 10, 3, _LEND, _LEND_INSIDE, ANYONE),
+    Scenario("borrow again after release", 10, 3, _LEND, (_LEND_TWICE, _FORGET, _KEEP)),
+    Scenario("borrow again after release, a borrower dies", 10, 3, _LEND, (_LEND_TWICE, _FORGET, _KEEP), (P1, P2)),
+    Scenario("a value for a ref that was given up", 10, 3, _LEND_STORED, (_LEND_TWICE, _GIVE_UP, _READ)),
+    Scenario("a value for a ref that was given up, the lender dies", 10, 3, _LEND_STORED, (_LEND_TWICE, _GIVE_UP, _READ), (P1,)),
+    Scenario("a value that is still to be made, anyone dies", 10, 3, _LEND_PENDING, (_MAKE_STORED, _READ), ANYONE),
+    Scenario("a result inside a result, anyone dies", 10, 3, _PASS_PENDING, (_MAKE_INSIDE, (("return", "a0"),)), ANYONE),
 )
