@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,7 +44,10 @@ LAST_LINES_S = 2.0
 _session: Session | None = None
 _printer: Printer | None = None
 _restore_sigint: Callable[[], None] = lambda: None  # noqa: E731
-_was_shut_down = False
+#: Why a first use must not start the runtime by itself, once it must not.
+_no_auto_init = ""
+#: Held while a runtime starts, so that the first uses of several threads start one.
+_starting = threading.RLock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,18 +98,33 @@ def init(
         InvalidOptionError: an argument is not valid.
         NoDeviceError: `num_gpus` exceeds the devices.
     """
-    global _session, _restore_sigint, _was_shut_down
-    if current.participant is not None:
-        if ignore_reinit_error and _session is not None:
-            return _info(_session)
-        raise AlreadyInitializedError(
-            "afield is already initialised; call afield.shutdown() first, or pass ignore_reinit_error=True"
+    with _starting:
+        if current.participant is not None:
+            if ignore_reinit_error and _session is not None:
+                return _info(_session)
+            raise AlreadyInitializedError(
+                "afield is already initialised; call afield.shutdown() first, or pass ignore_reinit_error=True"
+            )
+        return _start(
+            _session_options(
+                address,
+                num_cpus,
+                num_gpus,
+                devices,
+                resources,
+                host_memory,
+                spill_dir,
+                namespace,
+                log_to_driver,
+                runtime_env,
+            )
         )
-    options = _session_options(
-        address, num_cpus, num_gpus, devices, resources, host_memory, spill_dir, namespace, log_to_driver, runtime_env
-    )
+
+
+def _start(options: SessionOptions) -> ClusterInfo:
+    global _session, _no_auto_init
     session = Session(options)
-    _session, _was_shut_down = session, False
+    _session, _no_auto_init = session, ""
     install(Facts(session.name, session.node_id, options.namespace, options.environment))
     _install_driver(session.participant)
     return _info(session)
@@ -173,28 +192,32 @@ def _acknowledge(process: Process, size: int) -> None:
 
 def auto_init() -> None:
     """Initialise on first use, unless the user has ended the runtime."""
-    if _was_shut_down:
-        raise NotInitializedError("afield was shut down; call afield.init() to start it again")
-    init()
+    with _starting:
+        if _no_auto_init:
+            raise NotInitializedError(_no_auto_init)
+        if current.participant is None:  # no other thread was faster
+            init()
 
 
 def shutdown() -> None:
     """End the runtime: its processes, shared memory and sockets are gone when this returns. Does nothing without one."""
-    global _printer, _session, _restore_sigint, _was_shut_down
-    session, participant = _session, current.participant
+    global _printer, _session, _restore_sigint, _no_auto_init
+    session, _session = _session, None  # only one thread ends it
+    participant = current.participant
     if session is None or participant is None:
         return
     process = participant.process
-    _was_shut_down = True
-    if not process.dead:
-        ended = Waiter()
-        process.daemon.on_closed = lambda channel: ended.finish()
-        process.locked(process.daemon.send, m.Shutdown())
-        process.pump.wait_for(ended, 2.0)
-    _session = None
-    current.install(None)
-    participant.close()
-    session.end()
+    _no_auto_init = "afield was shut down; call afield.init() to start it again"
+    try:
+        if not process.dead:
+            ended = Waiter()
+            process.daemon.on_closed = lambda channel: ended.finish()
+            process.locked(process.daemon.send, m.Shutdown())
+            process.pump.wait_for(ended, 2.0)
+    finally:  # also if the user presses Ctrl-C once more
+        current.install(None)
+        participant.close()
+        session.end()
     if _printer is not None:
         _printer.close(LAST_LINES_S)
         _printer = None
@@ -207,13 +230,18 @@ atexit.register(shutdown)
 
 def _after_fork_in_child() -> None:
     """A forked copy of a driver is no participant: its sockets and threads belong to the parent."""
-    global _printer, _session
+    global _printer, _session, _no_auto_init, _starting
+    _starting = threading.RLock()
     if current.participant is not None:
         # Copies of descriptors would keep the session alive after its driver's end.
         current.participant.process.abandon()
         if _session is not None:
             _session.abandon()
         _session = _printer = None
+        _no_auto_init = (
+            "this process was forked from one that uses afield and has no part in its runtime: leave afield to the "
+            "parent, or call afield.init() here for a runtime of its own"
+        )
         current.install(None)
 
 

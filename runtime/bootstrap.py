@@ -6,6 +6,8 @@ Shared memory is a `memfd` and sockets are abstract: both end with the last proc
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import secrets
@@ -19,7 +21,7 @@ from typing import Any
 
 import psutil
 
-from afield.errors import RuntimeDiedError
+from afield.errors import InvalidOptionError, RuntimeDiedError
 from afield.runtime import sessions
 from afield.runtime.environment import Environment
 from afield.runtime.participant import Participant
@@ -62,13 +64,27 @@ class Session:
         sessions.sweep(options.spill_dir)
         self.name = secrets.token_hex(8)
         self.node_id = secrets.token_hex(8)
-        self.directory = tempfile.mkdtemp(prefix=f"afield-{self.name}-", dir=options.spill_dir)
+        self.directory = _make_directory(self.name, options.spill_dir)
+        with contextlib.ExitStack() as failed, contextlib.ExitStack() as opened:
+            failed.callback(shutil.rmtree, self.directory, ignore_errors=True)
+            try:
+                self._open(options, failed, opened)
+            except OSError as error:
+                raise _unable(error) from error
+            failed.pop_all()
+
+    def _open(self, options: SessionOptions, failed: contextlib.ExitStack, opened: contextlib.ExitStack) -> None:
+        """Make what the processes share, start them and join them; `opened` is closed in any case, `failed` after errors."""
         token = secrets.token_bytes(32)
         driver_id = secrets.token_bytes(8)
         lock_fd = sessions.hold(self.directory)
+        opened.callback(os.close, lock_fd)
         slab_fd = os.memfd_create(f"afield-{self.name}")
+        opened.callback(os.close, slab_fd)
         os.ftruncate(slab_fd, options.store_bytes)
         lifeline_read, self._lifeline = os.pipe()
+        opened.callback(os.close, lifeline_read)
+        failed.callback(os.close, self._lifeline)
         config = SessionConfig(self.name, token, slab_fd, options.store_bytes, STORE_WAIT_S)
         wait = os.environ.get("AFIELD_STORE_WAIT_S")
         if wait:
@@ -76,20 +92,13 @@ class Session:
         config.record_call_sites = os.environ.get("AFIELD_RECORD_CALL_SITES") == "1"
         _write_token(self.directory, token)
         sessions.write_info(sessions.SessionInfo(self.name, self.directory, os.getpid(), time.time()))
-        try:
-            self._process = self._start(config, lifeline_read, lock_fd, driver_id)
-            self.participant = self._join(config, driver_id)
-        except BaseException:
-            os.close(self._lifeline)
-            shutil.rmtree(self.directory, ignore_errors=True)
-            raise
-        finally:
-            os.close(lifeline_read)
-            os.close(slab_fd)
-            os.close(lock_fd)
+        self._process = self._start(config, lifeline_read, lock_fd, driver_id)
+        failed.callback(self._stop)
+        self.participant = self._join(config, driver_id)
 
     def _start(self, config: SessionConfig, lifeline: int, lock: int, driver_id: bytes) -> subprocess.Popen[bytes]:
         options = self.options
+        directory = _working_directory()
         message: dict[str, Any] = {
             "session": self.name,
             "directory": self.directory,
@@ -98,8 +107,8 @@ class Session:
             "capacity": config.capacity,
             "lifeline_fd": lifeline,
             "store_wait_s": config.store_wait_s,
-            "sys_path": [path or os.getcwd() for path in sys.path],
-            "working_directory": os.getcwd(),
+            "sys_path": [path or directory for path in sys.path if path or directory],
+            "working_directory": directory,
             "arguments": list(sys.argv) or [""],
             "num_cpus": options.num_cpus,
             "devices": [asdict(device) for device in options.devices],
@@ -123,8 +132,9 @@ class Session:
                 start_new_session=True,
             )
         assert process.stdin is not None
-        process.stdin.write(json.dumps(message).encode())
-        process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it could not start; `_join` says why
+            process.stdin.write(json.dumps(message).encode())
+            process.stdin.close()
         return process
 
     def _join(self, config: SessionConfig, driver_id: bytes) -> Participant:
@@ -136,8 +146,7 @@ class Session:
                 break
             except ConnectionRefusedError:
                 if self._process.poll() is not None or time.monotonic() > deadline:
-                    self._process.kill()
-                    self._process.wait()
+                    self._stop()
                     raise RuntimeDiedError(f"the runtime did not start:\n{self._log()}") from None
                 time.sleep(0.003)
         participant = Participant(config, driver_id, "driver", log_to_driver=self.options.log_to_driver)
@@ -147,9 +156,13 @@ class Session:
     def _log(self) -> str:
         try:
             with open(os.path.join(self.directory, "node.log"), errors="replace") as file:
-                return file.read()[-4000:]
+                return file.read()[-4000:] or f"its log is empty; it ended with status {self._process.returncode}"
         except OSError:
             return "(no log)"
+
+    def _stop(self) -> None:
+        self._process.kill()
+        self._process.wait()
 
     def abandon(self) -> None:
         """In a forked child of the driver: no longer stand for the driver's life."""
@@ -164,6 +177,41 @@ class Session:
             self._process.kill()
             self._process.wait()
         shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def _make_directory(name: str, spill_dir: str | None) -> str:
+    try:
+        return tempfile.mkdtemp(prefix=f"afield-{name}-", dir=spill_dir)
+    except OSError as error:
+        if spill_dir is not None:
+            raise InvalidOptionError(
+                f"spill_dir={spill_dir!r}: {error.strerror}; it must be a directory that this user can write to"
+            ) from None
+        raise RuntimeDiedError(
+            f"the runtime could not start, as there is no place for its files ({error}); set TMPDIR or pass spill_dir"
+        ) from None
+
+
+def _unable(error: OSError) -> RuntimeDiedError:
+    """Say which limit of the system kept the runtime from starting, and what to do."""
+    remedies = {
+        errno.EMFILE: "; raise the limit of open files (ulimit -n)",
+        errno.ENFILE: "; the machine has no file descriptors left",
+        errno.EAGAIN: "; raise the limit of processes and threads (ulimit -u)",
+        errno.ENOSPC: "; make room where the session's files are, or pass another spill_dir",
+        errno.ENOMEM: "; pass a smaller host_memory",
+        errno.EFBIG: "; pass a smaller host_memory",
+        errno.EINVAL: "; pass a smaller host_memory",
+    }
+    return RuntimeDiedError(f"the runtime could not start: {error}{remedies.get(error.errno or 0, '')}")
+
+
+def _working_directory() -> str:
+    """Return where we are, or "" if that directory has been deleted: the session's processes are then there as well."""
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        return ""
 
 
 def _environment() -> dict[str, str]:

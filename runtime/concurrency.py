@@ -182,6 +182,8 @@ class EventLoop:
                 elif inspect.isawaitable(value):
                     value = await value
                 in_user_code = False
+                if current.process is not executor.process:
+                    leave_copy(None)
             holder = [value]
             del value
             executor.invocations.keep_views(views, context)

@@ -16,13 +16,16 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import signal
+import sys
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from afield.errors import TaskCancelledError
 from afield.runtime import current
@@ -224,6 +227,8 @@ class Executor:
                 holder = [count]
             self._interruptible = None
             in_user_code = False
+            if current.process is not self.process:
+                leave_copy(None)
             if views:
                 self.invocations.keep_views(views, context)
             reply = self.invocations.reply(holder, push, channel.peer_id, definition)
@@ -244,6 +249,8 @@ class Executor:
         self, channel: Channel, push: m.Push, definition: Definition, error: BaseException, in_user_code: bool
     ) -> Any:
         """Make the reply of a task that raised."""
+        if current.process is not self.process:
+            leave_copy(error)
         if isinstance(error, ActorExit):
             self._goodbye = "it ended itself"
             return self.invocations.reply([None] * max(1, definition.num_returns), push, channel.peer_id, definition)
@@ -414,6 +421,21 @@ class Executor:
         reason, self._goodbye = self._goodbye, ""
         self.flush()
         self.process.locked(self.process.daemon.send, m.KillActor(self.actor_id, True, reason, True))
+
+
+def leave_copy(error: BaseException | None) -> NoReturn:
+    """End this process, a child that a task made with `os.fork`: what it returns is not the task's result."""
+    if isinstance(error, SystemExit):
+        status = error.code if isinstance(error.code, int) else int(error.code is not None)
+    elif error is not None:
+        traceback.print_exception(error)
+        status = 1
+    else:
+        status = 0
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+    os._exit(status & 0xFF)
 
 
 def _ready() -> bool:

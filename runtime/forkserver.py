@@ -198,6 +198,15 @@ class ForkServer:
         name_process("afield-worker")
         run_worker(self.config, worker_id, variables, environment)
 
+    def _relatives(self) -> set[int]:
+        """Return what tasks have started and what is still in our process session: their copies would keep the memory."""
+        ours, found = os.getsid(0), set()
+        for name in os.listdir("/proc"):
+            with contextlib.suppress(OSError, ValueError):  # no process, or gone at this moment
+                if os.getsid(int(name)) == ours:
+                    found.add(int(name))
+        return found - {os.getpid()}
+
     def _end(self) -> None:
         for pid in self.children:
             with contextlib.suppress(ProcessLookupError):
@@ -208,6 +217,9 @@ class ForkServer:
             except ChildProcessError:
                 break
             self.children.discard(pid)
+        for pid in self._relatives():
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
         shutil.rmtree(self.config.directory, ignore_errors=True)
 
 

@@ -12,10 +12,14 @@ that created the ref; its entry is the truth. Three rules keep an object alive e
    until the receiver says `Took`), and an object whose value contains the ref (the reader pins the container).
    So at every moment some registered process holds the object, and no count ever has to be guessed or merged.
 3. *Only a borrower speaks for itself.* `Add` and `Release` of one borrower travel on one ordered connection, so the owner keeps
-   a plain set of borrowers. `attempt` numbers tell an acknowledgement of an earlier registration from the present one.
+   a plain set of borrowers. `attempt` numbers tell an acknowledgement of an earlier registration from the present one; what
+   the owner sends before that acknowledgement is meant for an earlier life of the entry.
 
 When a process dies it is removed from every set of borrowers; objects that it owned are `FAILED` here with
-`OwnerDiedError`, because nobody can answer for them.
+`OwnerDiedError`, because nobody can answer for them. A ref that it was carrying may arrive after its object is gone: the
+`Added` says so. Objects that contain each other in a circle are not freed while their owners live.
+
+`tests/sim` runs this file in a simulator, and every interleaving of small scenarios.
 
 Methods are called under the process's lock. What must happen outside is appended to `effects`, in order, for the shell:
 messages to send, stored values to free, replies that may leave.

@@ -8,6 +8,7 @@ tasks that of `executor`.
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable
@@ -355,6 +356,8 @@ class Process:
 
     def abandon(self) -> None:
         """Close this process's copies of the connections of the one that it was forked from."""
+        self.dead = "this process was forked from one that uses afield and has no part in its runtime"
+        self.pump.lock = threading.RLock()  # a thread that exists only in the parent may hold the copy
         for channel in [self.daemon, *self.channels.values()]:
             channel.sock.close()
         self._listener.close()

@@ -85,6 +85,7 @@ class Submitter:
         self._lanes_by_key: dict[int, Lane] = {}
         self._next_sequence = itertools.count(1).__next__
         self._since_poll = 0
+        self._wanted_until = 0.0  # somebody waits for leases until then
         self._next_look = 0.0  # when to look for idle leases again
         self.tasks_submitted = 0
         self.tasks_retried = 0
@@ -229,13 +230,17 @@ class Submitter:
         lease.channel.send(m.Recall(count))
 
     def _tick(self, now: float) -> float | None:
-        if now >= self._next_look:
+        wanted = now < self._wanted_until
+        if wanted or now >= self._next_look:
             self._next_look = now + IDLE_LEASE_S
-            self._return_idle(IDLE_LEASE_S, now)
+            self._return_idle(0.0 if wanted else IDLE_LEASE_S, now)
         return self._next_look if self.leases else None
 
     def _on_reclaim(self, channel: Channel, message: m.Reclaim) -> None:
-        self._return_idle(0.0, time.monotonic())
+        # Also what becomes idle a little later: the daemon asks once, and whoever waits goes on waiting.
+        now = time.monotonic()
+        self._wanted_until = now + IDLE_LEASE_S
+        self._return_idle(0.0, now)
 
     def _return_idle(self, max_idle_s: float, now: float) -> None:
         for lane in self.lanes.values():

@@ -31,6 +31,12 @@ HANG_S = 60.0
 GONE_S = 5.0
 
 
+def remote_with(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """`afield.remote` with options, as a decorator that has a type."""
+    decorate: Callable[[Callable[..., Any]], Any] = api.remote(**options)
+    return decorate
+
+
 def poll(condition: Callable[[], Any], timeout_s: float = 30.0, interval_s: float = 0.01) -> Any:
     """Return the first true value of `condition`, or its last value when the time is over."""
     deadline = time.monotonic() + timeout_s

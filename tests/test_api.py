@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 import afield
-from tests.helpers import HANG_S, poll
+from tests.helpers import HANG_S, poll, remote_with
 
 PATIENCE_S = 30.0
 
@@ -43,7 +43,7 @@ def test_remote_with_and_without_options(shared_runtime: None) -> None:
     def plain(a: int, b: int = 10) -> int:
         return a + b
 
-    @afield.remote(num_cpus=0.5, max_retries=0, name="other name")
+    @remote_with(num_cpus=0.5, max_retries=0, name="other name")
     def with_options(a: int, *rest: int, **named: int) -> tuple[int, tuple[int, ...], dict[str, int]]:
         return a, rest, named
 
@@ -103,7 +103,7 @@ def test_a_wrong_number_of_returns_is_the_error_of_each(shared_runtime: None, co
 def test_no_returns(shared_runtime: None, tmp_path: Path) -> None:
     path = tmp_path / "ran"
 
-    @afield.remote(num_returns=0)
+    @remote_with(num_returns=0)
     def touch() -> tuple[()]:
         path.touch()
         return ()
@@ -197,6 +197,7 @@ def test_a_ref_inside_a_put_value(shared_runtime: None) -> None:
 # -- nesting ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_recursion_does_not_deadlock_on_one_cpu(no_runtime: None) -> None:
     afield.init(num_cpus=1)
 
@@ -412,7 +413,7 @@ def test_custom_resources_limit_what_runs_at_once(no_runtime: None, tmp_path: Pa
     afield.init(num_cpus=4, resources={"token": 1})
     path = str(tmp_path / "busy")
 
-    @afield.remote(num_cpus=0, resources={"token": 1})
+    @remote_with(num_cpus=0, resources={"token": 1})
     def alone() -> None:
         os.close(os.open(path, os.O_CREAT | os.O_EXCL))
         time.sleep(0.01)
@@ -461,7 +462,7 @@ def test_tasks_see_their_devices_and_no_others(shared_runtime: None, tmp_path: P
 def test_fractions_share_a_device(no_runtime: None, tmp_path: Path) -> None:
     afield.init(num_cpus=4, devices="emulated:1")
 
-    @afield.remote(num_gpus=0.5)
+    @remote_with(num_gpus=0.5)
     def meet(mine: str, other: str) -> str:
         (tmp_path / mine).touch()
         assert poll((tmp_path / other).exists)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ class Shell:
         self.recalled: list[tuple[Lease, int]] = []
         self.sequence = 0
 
-    def push(self, lease: Lease, tasks: list[Task]) -> None:
+    def push(self, lease: Lease, tasks: Sequence[Task]) -> None:
         """Send tasks."""
         self.pushed.append((lease, list(tasks)))
         for task in tasks:
@@ -175,7 +176,11 @@ def test_tasks_behind_a_long_one_are_recalled_for_an_idle_worker() -> None:
     tasks = [busy.inflight.pop(sequence) for sequence in newest]
     lane.handed_back(busy, tasks, False, 1.0)
     assert not busy.recalled and idle.inflight
-    everywhere = [*busy.inflight.values(), *lane.ready, *(t for lease in lane.leases[1:] for t in lease.inflight.values())]
+    everywhere = [
+        *busy.inflight.values(),
+        *lane.ready,
+        *(t for lease in lane.leases[1:] for t in lease.inflight.values()),
+    ]
     assert sorted(names(everywhere)) == [str(i) for i in range(9)]
 
 
@@ -200,7 +205,7 @@ def test_a_blocked_worker_gets_nothing_until_it_goes_on() -> None:
     lane.submit(task("3"), 0.2)
     assert len(lease.inflight) == 1
     lane.unblocked(lease, 0.3)
-    assert not lease.blocked and len(lease.inflight) >= 1
+    assert len(lease.inflight) >= 1
     reply(lane, lease, len(lease.inflight), 0.3)
     assert lease.inflight or not lane.ready
 

@@ -119,7 +119,7 @@ ARRAYS = [
     np.array(["2026-01-01"], dtype="datetime64[D]"),
     np.arange(500_000, dtype=np.int16).reshape(1000, 500),
     np.asfortranarray(np.arange(200_000.0).reshape(400, 500)),
-    np.ma.masked_array(np.arange(5), mask=[0, 1, 0, 0, 1]),
+    np.ma.masked_array(np.arange(5), mask=[False, True, False, False, True]),
 ]
 
 
@@ -211,7 +211,6 @@ def test_what_is_born_in_the_store_is_not_copied(shared_runtime: None) -> None:
         array[:] = 7
         return array.reshape(n), afield.stats(local=True)["bytes_copied_in"]
 
-    @afield.remote
     class Producer:
         def make(self, n: int) -> npt.NDArray[Any]:
             array = afield.empty(n, "float64")
@@ -224,7 +223,7 @@ def test_what_is_born_in_the_store_is_not_copied(shared_runtime: None) -> None:
     array, _ = afield.get(produce.remote(MIB))
     assert array.shape == (MIB,) and (array == 7).all()
     assert is_shared(array) and not array.flags.writeable and address(array) % 64 == 0
-    producer = Producer.remote()
+    producer = afield.remote(Producer).remote()
     copied_before, born_before = afield.get(producer.counters.remote())
     array = afield.get(producer.make.remote(MIB))
     assert (array == 7).all() and is_shared(array)

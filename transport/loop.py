@@ -92,6 +92,7 @@ class Loop:
 
     def close(self) -> None:
         """Release the loop's own descriptors."""
+        self._kicked = True  # a later `kick` must not write to a descriptor that is another file's by then
         self.unregister(self._kick)
         os.close(self._kick)
         self._epoll.close()

@@ -36,6 +36,8 @@ from afield.transport.loop import Loop
 TICK_S = 0.005
 #: After this many ticks without any activity the standby thread sleeps until it is called.
 IDLE_TICKS = 20
+#: `close` waits this long for the thread that drives the loop; it is late only if `close` was called from its own handlers.
+LEAVE_S = 1.0
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _uninterruptible: set[CodeType] = set()
@@ -361,4 +363,7 @@ class Pump:
             waiter.nudge()
         if self._standby.is_alive() and threading.current_thread() is not self._standby:
             self._standby.join()
+        # Whoever leads has been kicked: let it go before its descriptors are closed. The lead is never free again.
+        self._leader.acquire(timeout=LEAVE_S)
+        self._standby_kicked = True  # nothing is written any more to a descriptor that will be another file's
         os.close(self._standby_fd)

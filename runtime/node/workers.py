@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 MAX_MESSAGE = 1 << 16
 #: A lease is given up when this many workers for it have ended before they connected.
 START_ATTEMPTS = 3
+#: Workers that are started before anybody asks, for each CPU of the machine: `num_cpus` may be any number.
+PRESTART_PER_CPU = 4
 
 #: What idle workers are found by: their devices and their environment.
 Pool = tuple[tuple[str, ...], bytes]
@@ -78,8 +80,8 @@ class WorkerPool:
         daemon.loop.register(fork_sock.fileno(), self._on_fork_server)
 
     def prestart(self) -> None:
-        """Have a worker ready for each CPU before anybody asks."""
-        for _ in range(max(1, int(self._daemon.config.num_cpus))):
+        """Have a worker ready for each CPU before anybody asks, as far as the machine has as many."""
+        for _ in range(max(1, int(min(self._daemon.config.num_cpus, PRESTART_PER_CPU * (os.cpu_count() or 1))))):
             self._fork(((), self._default_environment))
 
     def provide(self, grant: Grant) -> None:

@@ -17,15 +17,14 @@ from collections import Counter
 from typing import Any
 
 from afield.runtime import messages as m
-from tests.sim.world import Participant, Violation, World, owner_of, show_id
+from tests.sim.participant import Participant
+from tests.sim.values import InvariantError, owner_of, show_id
+from tests.sim.world import World
 
 
 def _inside(reply: m.ReplyMany) -> list[bytes]:
     return [
-        object_id
-        for result in reply.results
-        if result.contained is not None
-        for object_id, _ in result.contained.refs
+        object_id for result in reply.results if result.contained is not None for object_id, _ in result.contained.refs
     ]
 
 
@@ -59,12 +58,12 @@ def after_event(world: World, process: Participant) -> None:
     """Check what one event in one process may have broken.
 
     Raises:
-        Violation: it did.
+        InvariantError: it did.
     """
     table = process.table
     entries = table.entries
     if table.effects:
-        raise Violation(f"{process.name.decode()} has effects that nobody executes: {table.effects!r}")
+        raise InvariantError(f"{process.name.decode()} has effects that nobody executes: {table.effects!r}")
     held = Counter(process.handles)
     held.update(process.views)
     held.update(process.dropped)
@@ -74,37 +73,37 @@ def after_event(world: World, process: Participant) -> None:
     for object_id, count in held.items():
         entry = entries.get(object_id)
         if entry is None or entry.handles != count:
-            counted = "no entry" if entry is None else f"{entry.handles} handles"
-            raise Violation(f"{process.name.decode()} has {count} handles of {show_id(object_id)}, and its table {counted}")
+            counted = "no entry" if entry is None else f"{entry.handles}"
+            raise InvariantError(f"{process.name.decode()} has {count} handles of {show_id(object_id)}, not {counted}")
     freed = [object_id for object_id in process.owned if object_id not in entries]
     if freed:
         process.owned.difference_update(freed)
         reached = reachable(world)
         for object_id in sorted(freed):
             if object_id in reached and not world.unprotected(object_id):
-                raise Violation(f"{show_id(object_id)} is freed while somebody can reach it")
+                raise InvariantError(f"{show_id(object_id)} is freed while somebody can reach it")
 
 
 def at_rest(world: World) -> None:
     """Check that gets and tasks came to an end when nothing moves any more.
 
     Raises:
-        Violation: one waits for ever.
+        InvariantError: one waits for ever.
     """
     for process in world.processes.values():
         for get in process.gets:
             if not get.ready:
-                raise Violation(f"the get of {show_id(get.object_id)} in {process.name.decode()} never ends")
+                raise InvariantError(f"the get of {show_id(get.object_id)} in {process.name.decode()} never ends")
         unfinished: list[Any] = [*process.waiting, *process.inflight.values(), *process.unsettled]
         if unfinished:
-            raise Violation(f"in {process.name.decode()} these never end: {unfinished!r}")
+            raise InvariantError(f"in {process.name.decode()} these never end: {unfinished!r}")
 
 
 def after_all(world: World) -> None:
     """Check that nothing is left when everything is dropped and delivered.
 
     Raises:
-        Violation: a record or a value without a holder is left.
+        InvariantError: a record or a value without a holder is left.
     """
     for name, process in world.processes.items():
         table = process.table
@@ -118,7 +117,7 @@ def after_all(world: World) -> None:
         }
         for what, records in left.items():
             if records:
-                raise Violation(f"{name.decode()} is left with {what} {records!r}")
+                raise InvariantError(f"{name.decode()} is left with {what} {records!r}")
     for object_id, stored in world.store.items():
         if stored.there and stored.claimed and owner_of(object_id) in world.processes:
-            raise Violation(f"the stored value of {show_id(object_id)} is left behind")
+            raise InvariantError(f"the stored value of {show_id(object_id)} is left behind")

@@ -19,8 +19,10 @@ from typing import Any
 from afield.runtime.ownership import INLINE, LOCATED, Obligation, OwnershipTable
 from tests.sim import checkers
 from tests.sim.network import REPEATABLE, RESENDABLE
+from tests.sim.participant import BODY, Execution, Get, Participant
 from tests.sim.scenarios import Scenario, Step, Steps
-from tests.sim.world import BODY, Execution, Get, Participant, Violation, World
+from tests.sim.values import InvariantError
+from tests.sim.world import World
 
 Action = tuple[Any, ...]
 
@@ -38,7 +40,6 @@ class Thread:
     at: int = 0
     names: dict[str, bytes] = field(default_factory=dict)
     get: Get | None = None
-
 
 
 class State:
@@ -91,13 +92,15 @@ class State:
         """Do one action and check what it did.
 
         Raises:
-            Violation: an invariant does not hold.
+            InvariantError: an invariant does not hold.
         """
         world = self.world
         match action:
             case ("step", index):
                 thread = self.threads[index]
                 touched = self._step(thread)
+                if touched.name not in world.processes:
+                    return
                 if thread.at == len(self.steps(thread)):
                     del self.threads[index]
             case ("deliver", source, target):
@@ -109,9 +112,7 @@ class State:
                 world.network.lose(source, target, 0)
                 return
             case ("die", name):
-                self._note(name, "dies")
-                world.kill(name)
-                self.threads = [thread for thread in self.threads if thread.process.name != name]
+                self._die(name)
                 return
             case ("hear", name, dead):
                 touched = world.processes[name]
@@ -120,6 +121,11 @@ class State:
                 self._let_go()
                 return
         checkers.after_event(world, touched)
+
+    def _die(self, name: bytes) -> None:
+        self._note(name, "dies")
+        self.world.kill(name)
+        self.threads = [thread for thread in self.threads if thread.process.name != name]
 
     def _note(self, who: bytes, text: str) -> None:
         if self.world.log is not None:
@@ -166,22 +172,40 @@ class State:
                 bound = self._bound(thread, tuple(refs))
                 top, nested = (bound, []) if how == "pass" else ([], bound)
                 [thread.names[name]] = process.submit(target.encode(), top, nested, body=body)
+            case ("die",):
+                self._die(process.name)
+                return process
             case ("drop", *names):
-                for name in names:
-                    self._drop(thread, str(name))
+                for each in names:
+                    self._drop(thread, str(each))
             case ("keep", str(name), str(as_name)):
-                if name in thread.names:
-                    assert execution is not None
-                    object_id = thread.names.pop(name)
-                    execution.refs.remove(object_id)
-                    process.handles.append(object_id)
-                    self.kept.setdefault(process.name, {})[as_name] = object_id
+                self._keep(thread, name, as_name)
             case ("return" | "return stored" as how, *names):
-                assert execution is not None
-                kind = LOCATED if how == "return stored" else INLINE
-                process.finish(execution, [(kind, self._bound(thread, tuple(names)))], [], views=False)
+                self._return(thread, LOCATED if how == "return stored" else INLINE, tuple(names))
         process.drain()
         return process
+
+    def _keep(self, thread: Thread, name: str, as_name: str) -> None:
+        object_id = thread.names.pop(name, None)
+        if object_id is None:
+            return
+        assert thread.execution is not None
+        if object_id in thread.execution.refs:
+            thread.execution.refs.remove(object_id)
+            thread.process.handles.append(object_id)
+        self.kept.setdefault(thread.process.name, {})[as_name] = object_id
+
+    def _return(self, thread: Thread, kind: int, names: tuple[str | int, ...]) -> None:
+        process, execution = thread.process, thread.execution
+        assert execution is not None
+        inside = self._bound(thread, names)
+        came_with_it = list(execution.refs)
+        process.finish(execution, [(kind, inside)], [], views=False)
+        for object_id in thread.names.values():
+            if object_id in came_with_it:
+                came_with_it.remove(object_id)  # dropped by `finish`
+            else:
+                process.drop(object_id)
 
     def _drop(self, thread: Thread, name: str) -> None:
         process, execution = thread.process, thread.execution
@@ -235,7 +259,7 @@ def fingerprint(state: State) -> bytes:
         return (position, obligation.remaining, obligation.container, obligation.message, token)
 
     parts: list[Any] = [sorted(world.network.channels.items()), world.dead, state.over, state.copies]
-    parts.append(sorted(world.excused))
+    parts.append((sorted(world.excused), sorted(world.failed)))
     parts.append(sorted((object_id, stored.there) for object_id, stored in world.store.items()))
     for name, process in world.processes.items():
         table = process.table
@@ -276,10 +300,10 @@ class Explored:
     ends: int
 
 
-class Counterexample(Violation):
+class CounterexampleError(InvariantError):
     """A violation with the actions that lead to it; `transcript` shows them."""
 
-    def __init__(self, violation: Violation, transcript: list[str]) -> None:
+    def __init__(self, violation: InvariantError, transcript: list[str]) -> None:
         super().__init__(str(violation))
         self.transcript = transcript
 
@@ -288,7 +312,7 @@ def explore(scenario: Scenario, table: type[OwnershipTable] = OwnershipTable) ->
     """Visit every state of a scenario.
 
     Raises:
-        Counterexample: an invariant does not hold in one of them.
+        CounterexampleError: an invariant does not hold in one of them.
     """
     start = State(scenario, table)
     root = fingerprint(start)
@@ -312,12 +336,12 @@ def explore(scenario: Scenario, table: type[OwnershipTable] = OwnershipTable) ->
                 if child not in parents:
                     parents[child] = (mark, action)
                     stack.append((child, pickle.dumps(state, 5)))
-        except Violation as violation:
+        except InvariantError as violation:
             path = [action] if actions else []
             while mark != root:
                 mark, action = parents[mark]
                 path.append(action)
-            raise Counterexample(violation, _replay(scenario, table, path[::-1])) from violation
+            raise CounterexampleError(violation, _replay(scenario, table, path[::-1])) from violation
     return Explored(len(parents), transitions, ends)
 
 
@@ -331,7 +355,7 @@ def _apply(state: State, action: Action) -> None:
     try:
         state.apply(action)
     except (KeyError, AttributeError, ValueError) as error:
-        raise Violation(f"the core raised {error!r}") from error
+        raise InvariantError(f"the core raised {error!r}") from error
 
 
 def _replay(scenario: Scenario, table: type[OwnershipTable], path: list[Action]) -> list[str]:
@@ -339,7 +363,7 @@ def _replay(scenario: Scenario, table: type[OwnershipTable], path: list[Action])
     try:
         for action in path:
             _apply(state, action)
-    except Violation:
+    except InvariantError:
         pass
     assert state.world.log is not None
     return state.world.log

@@ -22,7 +22,9 @@ from afield.runtime import messages as m
 from afield.runtime.ownership import FAILED, INLINE, LOCATED, OwnershipTable
 from tests.sim import checkers
 from tests.sim.network import REPEATABLE, RESENDABLE, Network, Pair
-from tests.sim.world import Execution, Get, Outcome, Participant, Task, Violation, World
+from tests.sim.participant import Execution, Get, Outcome, Participant, Task
+from tests.sim.values import InvariantError
+from tests.sim.world import World
 
 #: No run lets more processes die: ids have one digit.
 MAX_DEATHS = 4
@@ -152,7 +154,7 @@ class Simulation:
         """Execute the next event and check what it did; False if there is none.
 
         Raises:
-            Violation: an invariant does not hold.
+            InvariantError: an invariant does not hold.
         """
         if not self._heap:
             return False
@@ -160,7 +162,7 @@ class Simulation:
         try:
             touched = action(*args)
         except (KeyError, AttributeError, ValueError) as error:
-            raise Violation(f"the core raised {error!r}") from error
+            raise InvariantError(f"the core raised {error!r}") from error
         if touched is not None and touched.name in self.world.processes:
             self.events += 1
             self.digest = zlib.crc32(b"%d %s %d" % (self.now * 1e6, touched.name, len(touched.handles)), self.digest)
@@ -171,7 +173,7 @@ class Simulation:
         """Run `steps` events, let everything come to rest, drop all, and check that nothing is left.
 
         Raises:
-            Violation: an invariant does not hold.
+            InvariantError: an invariant does not hold.
         """
         while self.events < steps and self.step():
             pass
@@ -200,16 +202,17 @@ class Simulation:
         )
 
     def _settle(self) -> None:
-        for process in list(self.world.processes.values()):
-            process.drain()
         limit = self.events + MAX_SETTLING_EVENTS
-        while self.step():
-            if self.events > limit:
-                raise Violation("the run does not come to rest")
-        for process in self.world.processes.values():
-            process.drain()
-        while self.step():
-            pass
+        busy = True
+        while busy:
+            for process in self.world.processes.values():
+                process.drain()
+                checkers.after_event(self.world, process)
+            busy = False
+            while self.step():
+                busy = True
+                if self.events > limit:
+                    raise InvariantError("the run does not come to rest")
         checkers.at_rest(self.world)
 
     def _note(self, who: bytes, text: str) -> None:
@@ -257,7 +260,9 @@ class Simulation:
         outcomes: list[Outcome] = []
         for output in process.outputs_of(execution):
             kind = choose.choices((INLINE, LOCATED, FAILED), (6, 3, 1))[0]
-            at_hand = [object_id for object_id in execution.refs + process.handles if not self._reaches(object_id, output)]
+            at_hand = [
+                object_id for object_id in execution.refs + process.handles if not self._reaches(object_id, output)
+            ]
             inside = self._inside[output] = self._some(at_hand, self._inside_most)
             outcomes.append((kind, inside))
         keep = [object_id for object_id in execution.refs if choose.random() < 0.3]
