@@ -107,7 +107,9 @@ class ActorClass:
             "concurrency_groups": self._options.get("concurrency_groups") or {},
         }
         placement = placement_of(self._options, inherited_environment())
-        spec = m.CreateActor(actor_id, self.__name__, self._blob, dict(self._shape), b"", None, None, options, placement)
+        spec = m.CreateActor(
+            actor_id, self.__name__, self._blob, dict(self._shape), b"", None, None, options, placement
+        )
         participant.actors.create(spec, task, detached)
         return ActorHandle(description, None if detached else ObjectRef(actor_ref_id(actor_id)))
 

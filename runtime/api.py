@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any, ParamSpec, Protocol, TypeVar, overload
 
 import numpy.typing as npt
 import psutil
@@ -40,6 +40,9 @@ from afield.units import format_bytes, parse_bytes
 
 #: How long `shutdown` waits for whoever reads our output to take the last lines of the workers.
 LAST_LINES_S = 2.0
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _session: Session | None = None
 _printer: Printer | None = None
@@ -253,6 +256,21 @@ def is_initialized() -> bool:
     return current.participant is not None
 
 
+class _Decorator(Protocol):
+    """What `remote(**options)` returns."""
+
+    @overload
+    def __call__(self, target: type) -> ActorClass: ...
+    @overload
+    def __call__(self, target: Callable[P, R]) -> RemoteFunction[P, R]: ...
+
+
+@overload
+def remote(target: type, /) -> ActorClass: ...
+@overload
+def remote(target: Callable[P, R], /) -> RemoteFunction[P, R]: ...
+@overload
+def remote(**options: Any) -> _Decorator: ...
 def remote(*args: Any, **options: Any) -> Any:
     """Make a function a remote function, or a class an actor class; with or without options.
 

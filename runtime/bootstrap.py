@@ -32,6 +32,8 @@ from afield.transport.channel import connect
 #: Share of the machine's memory that the host store may use unless told otherwise.
 STORE_SHARE = 0.3
 START_TIMEOUT_S = 30.0
+#: So much of its end is shown when the runtime fails.
+LOG_BYTES = 4000
 
 _FORK_SERVER = """
 import sys, json
@@ -92,6 +94,9 @@ class Session:
         config.record_call_sites = os.environ.get("AFIELD_RECORD_CALL_SITES") == "1"
         _write_token(self.directory, token)
         sessions.write_info(sessions.SessionInfo(self.name, self.directory, os.getpid(), time.time()))
+        # Open until the end: the directory goes with the fork server, and what was printed last says why.
+        self._log_file = open(os.path.join(self.directory, "node.log"), "w+b")  # noqa: SIM115
+        failed.callback(self._log_file.close)
         self._process = self._start(config, lifeline_read, lock_fd, driver_id)
         failed.callback(self._stop)
         self.participant = self._join(config, driver_id)
@@ -121,16 +126,15 @@ class Session:
             "lock_fd": lock,
             "record_call_sites": config.record_call_sites,
         }
-        with open(os.path.join(self.directory, "node.log"), "wb") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-c", _FORK_SERVER],
-                env=_environment(),
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=log,
-                pass_fds=(config.slab_fd, lifeline, lock),
-                start_new_session=True,
-            )
+        process = subprocess.Popen(
+            [sys.executable, "-c", _FORK_SERVER],
+            env=_environment(),
+            stdin=subprocess.PIPE,
+            stdout=self._log_file,
+            stderr=self._log_file,
+            pass_fds=(config.slab_fd, lifeline, lock),
+            start_new_session=True,
+        )
         assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it could not start; `_join` says why
             process.stdin.write(json.dumps(message).encode())
@@ -147,18 +151,18 @@ class Session:
             except ConnectionRefusedError:
                 if self._process.poll() is not None or time.monotonic() > deadline:
                     self._stop()
-                    raise RuntimeDiedError(f"the runtime did not start:\n{self._log()}") from None
+                    words = self._log() or f"its fork server ended with status {self._process.returncode}"
+                    raise RuntimeDiedError(f"the runtime did not start:\n{words}") from None
                 time.sleep(0.003)
         participant = Participant(config, driver_id, "driver", log_to_driver=self.options.log_to_driver)
+        participant.process.last_words = self._log
         participant.process.start()
         return participant
 
     def _log(self) -> str:
-        try:
-            with open(os.path.join(self.directory, "node.log"), errors="replace") as file:
-                return file.read()[-4000:] or f"its log is empty; it ended with status {self._process.returncode}"
-        except OSError:
-            return "(no log)"
+        """Return the last of what the fork server and the daemon have printed."""
+        size = os.fstat(self._log_file.fileno()).st_size
+        return os.pread(self._log_file.fileno(), LOG_BYTES, max(0, size - LOG_BYTES)).decode(errors="replace")
 
     def _stop(self) -> None:
         self._process.kill()
@@ -176,6 +180,7 @@ class Session:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        self._log_file.close()
         shutil.rmtree(self.directory, ignore_errors=True)
 
 

@@ -15,8 +15,9 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol
 
 from afield.errors import TaskCancelledError
+from afield.runtime import current
 from afield.runtime import messages as m
-from afield.runtime.context import TaskContext, enter
+from afield.runtime.context import TaskContext, enter, leave_copy
 from afield.transport.channel import Channel
 from afield.transport.pump import Waiter
 

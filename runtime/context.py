@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
+import traceback
 from contextvars import ContextVar
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from afield.ids import Scope
 
@@ -52,3 +56,18 @@ def reset_root() -> None:
 def calling_context() -> TaskContext:
     """Return the task that the caller belongs to, or the process's root."""
     return _running.get() or _root
+
+
+def leave_copy(error: BaseException | None) -> NoReturn:
+    """End this process, a child that a task made with `os.fork`: what it returns is not the task's result."""
+    if isinstance(error, SystemExit):
+        status = error.code if isinstance(error.code, int) else int(error.code is not None)
+    elif error is not None:
+        traceback.print_exception(error)
+        status = 1
+    else:
+        status = 0
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+    os._exit(status & 0xFF)

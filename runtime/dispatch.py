@@ -152,7 +152,7 @@ class Lane:
     def _update_demand(self) -> None:
         waiting = len(self.ready)
         if waiting and not self.demanded:
-            self.demanded = max(1, waiting - len(self.leases)) if self.leases else waiting
+            self.demanded = max(1, waiting - sum(not lease.blocked for lease in self.leases))
         elif waiting > 2 * self.demanded:
             self.demanded = waiting
         elif not waiting and self.demanded:

@@ -16,22 +16,19 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 import signal
-import sys
 import threading
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 from afield.errors import TaskCancelledError
 from afield.runtime import current
 from afield.runtime import messages as m
 from afield.runtime.concurrency import Concurrency, make_concurrency
-from afield.runtime.context import ActorExit, TaskContext, enter
+from afield.runtime.context import ActorExit, TaskContext, enter, leave_copy
 from afield.runtime.invocation import Definition, Invocations
 from afield.runtime.participant import Participant
 from afield.runtime.serialization import deserialize
@@ -421,21 +418,6 @@ class Executor:
         reason, self._goodbye = self._goodbye, ""
         self.flush()
         self.process.locked(self.process.daemon.send, m.KillActor(self.actor_id, True, reason, True))
-
-
-def leave_copy(error: BaseException | None) -> NoReturn:
-    """End this process, a child that a task made with `os.fork`: what it returns is not the task's result."""
-    if isinstance(error, SystemExit):
-        status = error.code if isinstance(error.code, int) else int(error.code is not None)
-    elif error is not None:
-        traceback.print_exception(error)
-        status = 1
-    else:
-        status = 0
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(Exception):
-            stream.flush()
-    os._exit(status & 0xFF)
 
 
 def _ready() -> bool:

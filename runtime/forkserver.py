@@ -15,6 +15,7 @@ import contextlib
 import ctypes
 import gc
 import os
+import resource
 import select
 import shutil
 import signal
@@ -185,9 +186,7 @@ class ForkServer:
         name_process("afield-node")
         NodeDaemon(self.config, self._daemon_sock).run()
 
-    def _run_worker(
-        self, worker_id: bytes, variables: dict[str, str], environment: bytes, out: int, err: int
-    ) -> None:
+    def _run_worker(self, worker_id: bytes, variables: dict[str, str], environment: bytes, out: int, err: int) -> None:
         from afield.runtime.worker import run_worker
 
         self._daemon_sock.close()
@@ -223,11 +222,22 @@ class ForkServer:
         shutil.rmtree(self.config.directory, ignore_errors=True)
 
 
+def _raise_file_limit() -> None:
+    """Allow the session's processes as many open files as the system lets them: the daemon needs three for each worker."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def main(raw: bytes) -> None:
     """Run the fork server; `raw` is its configuration as JSON."""
     config = msgspec.json.decode(raw, type=ForkServerConfig)
     name_process("afield-fork")
-    os.set_inheritable(config.lock_fd, False)  # held as long as a process of the session lives, and no program it starts
+    _raise_file_limit()
+    os.set_inheritable(
+        config.lock_fd, False
+    )  # held as long as a process of the session lives, and no program it starts
     with contextlib.suppress(OSError):
         os.chdir(config.working_directory)
     sys.argv = config.arguments

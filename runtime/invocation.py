@@ -53,9 +53,7 @@ class Invocations:
 
     # -- arguments -----------------------------------------------------------------------------------------------
 
-    def arguments(
-        self, push: m.Push, context: TaskContext, submitter: bytes
-    ) -> tuple[Any, dict[str, Any], list[Any]]:
+    def arguments(self, push: m.Push, context: TaskContext, submitter: bytes) -> tuple[Any, dict[str, Any], list[Any]]:
         """Rebuild the arguments; the views are those of stored values, which the submitter pins until the reply."""
         views: list[Any] = []
         on_ref = self._on_ref(context)
@@ -170,7 +168,9 @@ class Invocations:
     def constructor_failure(self, class_name: str, error: BaseException) -> bytes:
         """Serialise what an actor's constructor raised."""
         text = "".join(traceback.format_exception(type(error), error, _user_frames(error)))
-        return serialize(ActorConstructionError.from_exception(f"{class_name}.__init__", error, text), "the error").pack()
+        return serialize(
+            ActorConstructionError.from_exception(f"{class_name}.__init__", error, text), "the error"
+        ).pack()
 
     # -- who runs what -------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ tasks that of `executor`.
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import time
@@ -96,6 +97,8 @@ class Process:
         self.kept_for_ever: Counter[tuple[bytes, str]] = Counter()
         #: Tells whether answers are likely to come soon; see `Pump`.
         self.expecting: Callable[[], bool] = lambda: True
+        #: A driver knows what the node daemon has printed.
+        self.last_words: Callable[[], str] = lambda: ""
         self.dead = ""  # why nothing works any more, once it does not
         #: Objects whose handles are gone, left by `__del__` for the next transition.
         self.dropped: deque[bytes] = deque()
@@ -128,9 +131,8 @@ class Process:
         while True:
             try:
                 sock, _ = self._listener.accept()
-            except BlockingIOError:
-                return
-            except OSError:
+            except OSError as error:
+                self._check_files(error)
                 return
             sock.setblocking(False)
             if same_user(sock):
@@ -148,7 +150,8 @@ class Process:
         if channel is None:
             try:
                 channel = self._open(connect(self.config.address(process_id)), server=False)
-            except OSError:
+            except OSError as error:
+                self._check_files(error)
                 self._peer_died(process_id)
                 return None
             channel.peer_id = process_id
@@ -165,8 +168,20 @@ class Process:
         for notify in self.on_peer_lost:
             notify(process_id)
 
+    def _check_files(self, error: OSError) -> None:
+        """Without descriptors there are no connections: this process can take no further part."""
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            self.fail_everything(
+                f"this process ran out of file descriptors ({error}); it needs one for each worker and actor that it "
+                "talks to: raise the limit (ulimit -n), then call afield.shutdown() and afield.init()"
+            )
+
     def _daemon_lost(self, channel: Channel) -> None:
-        self.fail_everything("the node daemon is gone; call afield.shutdown() and afield.init() to start afresh")
+        words = self.last_words().strip().rpartition("\n")[2]
+        self.fail_everything(
+            f"the node daemon is gone{f' ({words})' if words else ''}; "
+            "call afield.shutdown() and afield.init() to start afresh"
+        )
 
     def fail_everything(self, reason: str) -> None:
         """Nothing will be answered any more: fail every value that is still pending."""
@@ -371,5 +386,7 @@ class Process:
         self.loop.unregister(self._listener.fileno())
         self._listener.close()
         self.loop.close()
-        for entry in self.table.entries.values():  # the collector does not look into entries: nothing may lead back to us
+        for (
+            entry
+        ) in self.table.entries.values():  # the collector does not look into entries: nothing may lead back to us
             entry.task = entry.waiters = None

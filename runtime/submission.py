@@ -137,14 +137,7 @@ class Submitter:
             object_ids = [task_id + STREAM_END_INDEX]
         else:
             object_ids = [object_id(task_id, index) for index in range(num_returns)]
-        enter(task, object_ids)
-        outcome: Any
-        if num_returns == 1:
-            outcome = ObjectRef(object_ids[0])
-        elif num_returns == m.STREAMING:
-            outcome = ObjectRefGenerator(task_id)
-        else:
-            outcome = [ObjectRef(oid) for oid in object_ids] or None
+        outcome = self._outcome(task, object_ids, enter)
         pump = process.pump
         if pump.interrupted:
             pump.deliver()
@@ -153,6 +146,16 @@ class Submitter:
             self._since_poll = 0
             pump.poll()
         return outcome
+
+    @uninterruptible
+    def _outcome(self, task: Task, object_ids: list[bytes], enter: Callable[[Task, list[bytes]], None]) -> Any:
+        """Enter the task and make what the caller gets: from here on the outputs have a holder, whatever interrupts."""
+        enter(task, object_ids)
+        if task.num_returns == 1:
+            return ObjectRef(object_ids[0])
+        if task.num_returns == m.STREAMING:
+            return ObjectRefGenerator(task.task_id)
+        return [ObjectRef(oid) for oid in object_ids] or None
 
     def submit(
         self, function: Function, lane: Lane, args: tuple[Any, ...], kwargs: dict[str, Any], retries: int

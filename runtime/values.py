@@ -235,9 +235,7 @@ class Values:
         rest += refs[start:]
         return [refs[index] for index in ready], rest
 
-    def _first_ready(
-        self, refs: Sequence[ObjectRef | ObjectRefGenerator], ids: list[bytes], limit: int
-    ) -> list[int]:
+    def _first_ready(self, refs: Sequence[ObjectRef | ObjectRefGenerator], ids: list[bytes], limit: int) -> list[int]:
         """Return the positions of the first `limit` refs that are ready."""
         entries = self.table.entries
         ready: list[int] = []

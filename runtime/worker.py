@@ -53,6 +53,8 @@ def run_worker(config: ForkServerConfig, worker_id: bytes, variables: dict[str, 
     participant.process.start()
     try:
         executor.run()
+        if participant.process.dead:
+            print(participant.process.dead, file=sys.stderr)  # nobody hears it if the daemon is gone
     finally:
         current.install(None)
 

@@ -354,7 +354,9 @@ class Pump:
         return bool(self._foreground or self._make_way or self._closed)
 
     def close(self) -> None:
-        """Stop driving; wakes every waiting thread."""
+        """Stop driving; wakes every waiting thread. Does nothing the second time."""
+        if self._closed:
+            return
         self._closed = True
         self.loop.kick()
         self._kick_standby()

@@ -96,6 +96,9 @@ class SlabExport(msgspec.Struct, frozen=True):
     handle: bytes
 
 
+HealthKind = Literal["xid", "ecc", "recovery", "lost", "reset", "suspect"]
+
+
 class HealthEvent(msgspec.Struct, frozen=True):
     """Something that happened to a device; `fatal` means that this life of the device is over.
 
@@ -105,7 +108,7 @@ class HealthEvent(msgspec.Struct, frozen=True):
 
     device_uuid: str
     epoch: int
-    kind: Literal["xid", "ecc", "recovery", "lost", "reset", "suspect"]
+    kind: HealthKind
     code: int
     fatal: bool
     text: str

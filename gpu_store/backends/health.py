@@ -73,7 +73,13 @@ LOST_CODES = {214: "uncorrectable ECC error", 220: "uncorrectable NVLink error"}
 OUT_OF_MEMORY_CODE = 2
 
 #: The driver is missing or too old, or there is no device, or not for this process.
-NO_DEVICE_CODES = {3: "initialisation failed", 35: "driver too old", 46: "device unavailable", 100: "no device", 101: "no such device"}
+NO_DEVICE_CODES = {
+    3: "initialisation failed",
+    35: "driver too old",
+    46: "device unavailable",
+    100: "no device",
+    101: "no such device",
+}
 
 #: NVML says: the device is lost, or has to be reset.
 LOST_NVML_ERRORS = {15: "the device is lost", 16: "the device has to be reset"}

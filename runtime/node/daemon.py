@@ -6,6 +6,7 @@ directory; nothing here is on the path of a task that already has a lease.
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import socket
@@ -119,7 +120,9 @@ class NodeDaemon:
         while True:
             try:
                 sock, _ = self._listener.accept()
-            except OSError:
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE):
+                    raise  # the driver is told our last words
                 return
             sock.setblocking(False)
             if not same_user(sock):

@@ -10,6 +10,7 @@ A worker that ends before it has connected is replaced, a few times, and then it
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
@@ -199,6 +200,8 @@ class WorkerPool:
                 self._on_exit(first, second)
 
     def _on_forked(self, worker_id: bytes, pid: int, outputs: list[int]) -> None:
+        if len(outputs) < 2:
+            raise OSError(errno.EMFILE, "the node daemon ran out of file descriptors; raise the limit (ulimit -n)")
         worker = self.by_id[worker_id]
         worker.pid = pid
         self._by_pid[pid] = worker

@@ -1,0 +1,376 @@
+"""An emulated device as its arrays see it: where memory comes from, how much is in use, and which device is current.
+
+Theory of operation. `DeviceMemory` is one device: it asks its allocator for bytes, keeps account of what lives, and lays
+NumPy arrays over them. Each allocation has one `Holder`, the object at the root of every view's chain of `base`s: so
+that any NumPy array can be asked whether it lies in device memory (`holder_of`), and so that the allocation goes back
+when the last view, of whatever kind, is gone. Bytes are given back from `__del__`, which runs at any moment in any
+thread: it only appends to a queue, and whoever next looks at the account drains it.
+
+`DeviceSet` is what one process can see: numbered devices, and the current one of each thread, as in CUDA. Arrays that
+are unpickled have nobody to tell them where to go, so a process may name one set as its own (`set_process_devices`).
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+
+from afield.errors import NoDeviceError, OutOfDeviceMemoryError
+from afield.units import format_bytes
+
+#: Allocations start at multiples of this and are counted in multiples of it, as on a CUDA device.
+ALIGNMENT = 512
+
+#: A device that a process makes for itself, because it unpickles a device array and was given no devices.
+STANDALONE_BYTES = 4 << 30
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+# CuPy's dtypes: bool, integers, floats up to 64 bits, complex up to 128 bits.
+_LARGEST_ITEM = {"b": 1, "i": 8, "u": 8, "f": 8, "c": 16}
+
+# Zero-size arrays need some address; nobody reads it.
+_NOTHING = np.empty(ALIGNMENT, np.uint8)
+
+
+class Allocator(Protocol):
+    """Where a device's memory comes from.
+
+    `allocate` returns at least `nbytes` (> 0) writable bytes, aligned for any dtype, and an object that keeps them
+    allocated for as long as it is referred to. It raises OutOfDeviceMemoryError when there is no room.
+    """
+
+    def allocate(self, nbytes: int) -> tuple[memoryview, object]: ...
+
+
+class DeviceLike(Protocol):
+    """What describes a device; `afield.scheduler.devices.Device` does."""
+
+    @property
+    def uuid(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def memory_bytes(self) -> int: ...
+
+
+class Lease:
+    """So many bytes of an account, given back when this object goes."""
+
+    __slots__ = ("_returned", "size_bytes")
+
+    def __init__(self, size_bytes: int, returned: deque[int]) -> None:
+        self.size_bytes = size_bytes
+        self._returned = returned
+
+    def __del__(self) -> None:
+        self._returned.append(self.size_bytes)
+
+
+class Account:
+    """Bytes in use against a hard limit; any thread may call."""
+
+    def __init__(self, label: str, limit_bytes: int) -> None:
+        self.label = label
+        self.limit_bytes = limit_bytes
+        self._used = 0
+        self._returned: deque[int] = deque()
+        self._lock = threading.Lock()
+
+    @property
+    def used_bytes(self) -> int:
+        with self._lock:
+            return self._drain()
+
+    def take(self, nbytes: int) -> Lease:
+        """Count `nbytes`, rounded up to whole units; raises OutOfDeviceMemoryError, with the arithmetic."""
+        size_bytes = -(-nbytes // ALIGNMENT) * ALIGNMENT
+        with self._lock:
+            used = self._drain()
+            fits = used + size_bytes <= self.limit_bytes
+            if fits:
+                self._used = used + size_bytes
+        if fits:
+            return Lease(size_bytes, self._returned)
+        raise OutOfDeviceMemoryError(
+            f"{self.label} has no room for {format_bytes(size_bytes)}: {format_bytes(used)} of "
+            f"{format_bytes(self.limit_bytes)} are in use"
+        )
+
+    def _drain(self) -> int:
+        while self._returned:
+            self._used -= self._returned.popleft()
+        return self._used
+
+
+class CappedAllocator:
+    """An allocator for stand-alone use: private memory of this process with a hard capacity in bytes."""
+
+    def __init__(self, capacity_bytes: int, label: str = "the emulated device") -> None:
+        self._account = Account(label, capacity_bytes)
+
+    @property
+    def used_bytes(self) -> int:
+        return self._account.used_bytes
+
+    def allocate(self, nbytes: int) -> tuple[memoryview, object]:
+        lease = self._account.take(nbytes)
+        block = np.empty(nbytes + ALIGNMENT, np.uint8)
+        start = -block.ctypes.data % ALIGNMENT
+        return memoryview(block)[start : start + nbytes], lease
+
+
+class Holder:
+    """The root of all views of one allocation: keeps it alive, and tells whose memory it is."""
+
+    __slots__ = ("__array_interface__", "__weakref__", "device", "lease", "memory", "owner")
+
+    def __init__(self, device: DeviceMemory, interface: dict[str, Any], memory: Any, owner: object, lease: object):
+        self.device = device
+        self.__array_interface__ = interface
+        self.memory = memory
+        self.owner = owner
+        self.lease = lease
+
+
+def holder_of(array: Array) -> Holder | None:
+    """Return the allocation that a NumPy array is a view of, None where it does not lie in device memory."""
+    base: Any = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    return base if type(base) is Holder else None
+
+
+def checked_dtype(dtype: Any) -> np.dtype[Any]:
+    """Return the dtype in native byte order; raises ValueError for one that no device array can have."""
+    checked = np.dtype(dtype)
+    if checked.itemsize > _LARGEST_ITEM.get(checked.kind, 0):
+        raise ValueError(f"Unsupported dtype {checked}: device arrays hold bools, integers, floats and complex numbers")
+    return checked.newbyteorder("=")
+
+
+class DeviceMemory:
+    """One device, as arrays know it: its number in this process, its UUID, and its memory."""
+
+    def __init__(self, index: int, description: DeviceLike, allocator: Allocator) -> None:
+        self.id = index
+        self.uuid = description.uuid
+        self.name = description.name
+        self.memory_bytes = description.memory_bytes
+        self.allocator = allocator
+        #: What this process's arrays hold; the allocator has limits of its own.
+        self.account = Account(f"the memory pool of device {index} ({self.uuid})", description.memory_bytes)
+        self.set: DeviceSet | None = None
+
+    def __repr__(self) -> str:
+        return f"<memory of device {self.id}, {self.uuid}>"
+
+    def empty(self, shape: tuple[int, ...], dtype: Any, strides: tuple[int, ...] | None = None) -> Array:
+        """Return an uninitialised array; `strides` must be a dense layout of `shape`. Raises OutOfDeviceMemoryError."""
+        checked = checked_dtype(dtype)
+        if any(extent < 0 for extent in shape):
+            raise ValueError("negative dimensions are not allowed")
+        nbytes = math.prod(shape) * checked.itemsize
+        if nbytes == 0:
+            return self._lay(None, None, None, shape, checked, strides, 0)
+        lease = self.account.take(nbytes)
+        memory, owner = self.allocator.allocate(nbytes)
+        return self._lay(memory, owner, lease, shape, checked, strides, 0)
+
+    def empty_like(self, array: Array, dtype: Any = None) -> Array:
+        """Return an uninitialised array of the shape and, as far as it is dense, the layout of `array`."""
+        dtype = checked_dtype(array.dtype if dtype is None else dtype)
+        return self.empty(array.shape, dtype, dense_strides(array, dtype.itemsize))
+
+    def copy_in(self, array: Array) -> Array:
+        """Return a copy of `array` in this device's memory."""
+        target = self.empty_like(array)
+        np.copyto(target, array)
+        return target
+
+    def adopt(
+        self,
+        memory: memoryview,
+        owner: object,
+        shape: tuple[int, ...],
+        dtype: Any,
+        strides: tuple[int, ...] | None = None,
+        offset_bytes: int = 0,
+    ) -> Array:
+        """Return an array over memory that is this device's already; read-only if `memory` is.
+
+        Raises ValueError where the array would reach outside `memory`.
+        """
+        checked = checked_dtype(dtype)
+        if 0 not in shape:
+            layout = strides if strides is not None else _c_strides(shape, checked.itemsize)
+            spans = [(extent - 1) * stride for extent, stride in zip(shape, layout, strict=True)]
+            first = offset_bytes + sum(span for span in spans if span < 0)
+            end = offset_bytes + sum(span for span in spans if span > 0) + checked.itemsize
+            if first < 0 or end > memory.nbytes:
+                raise ValueError(f"bytes {first} to {end} do not lie in a memory of {memory.nbytes} bytes")
+        return self._lay(memory, owner, None, shape, checked, strides, offset_bytes)
+
+    def adopt_array(self, array: Array) -> Array:
+        """Return the same memory as an array of this device; `array` is kept alive by it."""
+        checked_dtype(array.dtype)
+        return np.asarray(Holder(self, array.__array_interface__, None, array, None))
+
+    def _lay(
+        self,
+        memory: memoryview | None,
+        owner: object,
+        lease: object,
+        shape: tuple[int, ...],
+        dtype: np.dtype[Any],
+        strides: tuple[int, ...] | None,
+        offset_bytes: int,
+    ) -> Array:
+        raw = _NOTHING if memory is None else np.frombuffer(memory, np.uint8)
+        interface = {
+            "version": 3,
+            "data": (raw.ctypes.data + offset_bytes, not raw.flags.writeable),
+            "shape": shape,
+            "typestr": dtype.str,
+            "strides": strides,
+        }
+        return np.asarray(Holder(self, interface, raw, owner, lease))
+
+
+def _c_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    return tuple(itemsize * math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+
+
+def dense_strides(array: Array, itemsize: int) -> tuple[int, ...] | None:
+    """Return strides that order the axes in memory as `array` does, without gaps; None for plain C order."""
+    if array.flags.c_contiguous:
+        return None
+    strides = [0] * array.ndim
+    step = itemsize
+    # Of equal strides the later axis is the inner one, as in C order.
+    for axis in sorted(range(array.ndim), key=lambda axis: (abs(array.strides[axis]), -axis)):
+        strides[axis] = step
+        step *= max(array.shape[axis], 1)
+    return tuple(strides)
+
+
+class DeviceSet:
+    """The devices that this process sees, and the current one of each thread (at first what `initial` says)."""
+
+    def __init__(self, devices: Iterable[DeviceMemory], initial: Callable[[], int] | None = None) -> None:
+        self.devices = tuple(devices)
+        if not self.devices:
+            raise NoDeviceError("an array module needs a device: write devices='emulated:1' or AFIELD_DEVICES=emulated:1")
+        self._initial = initial or (lambda: 0)
+        self._of_thread = threading.local()
+        for device in self.devices:
+            device.set = self
+        #: `cuda.Device` of this set.
+        self.handle_type: type[Device] = type("Device", (Device,), {"devices": self, "__module__": Device.__module__})
+
+    @property
+    def current(self) -> DeviceMemory:
+        chosen: int | None = getattr(self._of_thread, "index", None)
+        return self[self._initial() if chosen is None else chosen]
+
+    def __getitem__(self, index: int) -> DeviceMemory:
+        if not 0 <= index < len(self.devices):
+            raise NoDeviceError(f"there is no device {index}: this process sees {len(self.devices)}, numbered from 0")
+        return self.devices[index]
+
+    def by_uuid(self, uuid: str) -> DeviceMemory | None:
+        return next((device for device in self.devices if device.uuid == uuid), None)
+
+    def choose(self, index: int | None) -> int | None:
+        """Make a device this thread's current one (None: the initial one again); return what was chosen before."""
+        if index is not None:
+            self[index]
+        before: int | None = getattr(self._of_thread, "index", None)
+        self._of_thread.index = index
+        return before
+
+
+class Device:
+    """`cuda.Device`: a handle of one device, by its number; `with` makes it the thread's current one."""
+
+    devices: ClassVar[DeviceSet]
+
+    def __init__(self, device: int | Device | None = None) -> None:
+        self.id = self.devices.current.id if device is None else int(device)
+        self._memory = self.devices[self.id]
+        self._before: list[int | None] = []
+
+    @property
+    def uuid(self) -> str:
+        return self._memory.uuid
+
+    @property
+    def mem_info(self) -> tuple[int, int]:
+        """(free, total) bytes, counting what this process's arrays hold."""
+        total = self._memory.memory_bytes
+        return total - self._memory.account.used_bytes, total
+
+    def use(self) -> None:
+        self.devices.choose(self.id)
+
+    def synchronize(self) -> None:
+        """Wait for the device; every call on emulated arrays is complete when it returns."""
+
+    def __enter__(self) -> Device:
+        self._before.append(self.devices.choose(self.id))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.devices.choose(self._before.pop())
+
+    def __int__(self) -> int:
+        return self.id
+
+    def __eq__(self, other: object) -> bool:
+        return self.uuid == other.uuid if isinstance(other, Device) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.uuid)
+
+    def __repr__(self) -> str:
+        return f"<CUDA Device {self.id}>"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _handle, (self.uuid,)
+
+
+def _handle(uuid: str) -> Device:
+    devices = process_devices()
+    return devices.handle_type((devices.by_uuid(uuid) or devices.current).id)
+
+
+class _Standalone:
+    uuid = "EMU-0000-0000-0000-0000"
+    name = "emulated device 0"
+    memory_bytes = STANDALONE_BYTES
+
+
+class _Process:
+    """The one thing that belongs to a process: where arrays go that come out of a pickle."""
+
+    devices: DeviceSet | None = None
+    lock = threading.Lock()
+
+
+def set_process_devices(devices: DeviceSet | None) -> DeviceSet | None:
+    """Name the devices that unpickled arrays go to; return those named before."""
+    before, _Process.devices = _Process.devices, devices
+    return before
+
+
+def process_devices() -> DeviceSet:
+    """Return the process's devices; one of its own is made where none were named."""
+    with _Process.lock:
+        if _Process.devices is None:
+            _Process.devices = DeviceSet([DeviceMemory(0, _Standalone(), CappedAllocator(STANDALONE_BYTES))])
+        return _Process.devices
