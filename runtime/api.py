@@ -260,13 +260,13 @@ class _Decorator(Protocol):
     """What `remote(**options)` returns."""
 
     @overload
-    def __call__(self, target: type) -> ActorClass: ...
+    def __call__(self, target: type) -> ActorClass: ...  # type: ignore[overload-overlap]
     @overload
     def __call__(self, target: Callable[P, R]) -> RemoteFunction[P, R]: ...
 
 
 @overload
-def remote(target: type, /) -> ActorClass: ...
+def remote(target: type, /) -> ActorClass: ...  # type: ignore[overload-overlap]
 @overload
 def remote(target: Callable[P, R], /) -> RemoteFunction[P, R]: ...
 @overload

@@ -86,7 +86,7 @@ class Threads:
         waiting = self._waiting.pop((id(channel), sequence), None)
         if waiting is not None and waiting[0].cancel():
             error = TaskCancelledError(f"{waiting[1].name}() was cancelled before it started")
-            channel.send(self._executor.invocations.failure(sequence, waiting[1], error, False))
+            channel.send(self._executor.invocations.failure(sequence, waiting[1], error, False, channel.peer_id))
         return True
 
     def serve(self) -> None:
@@ -191,7 +191,7 @@ class EventLoop:
             reply = executor.invocations.reply(holder, push, channel.peer_id, definition)
         except asyncio.CancelledError:
             error = TaskCancelledError(f"{definition.name}() was cancelled")
-            reply = executor.invocations.failure(push.sequence, definition, error, False)
+            reply = executor.invocations.failure(push.sequence, definition, error, False, channel.peer_id)
             failed = True
         except BaseException as error:
             reply = executor.failure(channel, push, definition, error, in_user_code)

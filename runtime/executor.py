@@ -255,7 +255,7 @@ class Executor:
             self._interrupt = None
             error = TaskCancelledError(f"{definition.name}() was cancelled while it ran")
             in_user_code = False
-        return self.invocations.failure(push.sequence, definition, error, in_user_code)
+        return self.invocations.failure(push.sequence, definition, error, in_user_code, channel.peer_id)
 
     def answer(self, channel: Channel, reply: Any, context: TaskContext) -> None:
         """Queue a reply; it waits until the refs that the task keeps are registered with their owners."""
@@ -334,7 +334,7 @@ class Executor:
                     self.queue.remove(job)
                     definition = self.definition(*job)
                     error = TaskCancelledError(f"{definition.name}() was cancelled before it started")
-                    channel.send(self.invocations.failure(message.sequence, definition, error, False))
+                    channel.send(self.invocations.failure(message.sequence, definition, error, False, channel.peer_id))
                     return
         if self._interruptible == self._interrupt:
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)

@@ -15,7 +15,7 @@ from afield.runtime.arguments import Arg
 from afield.runtime.context import TaskContext
 from afield.runtime.ownership import FAILED, INLINE, LOCATED, Obligation
 from afield.runtime.participant import Participant
-from afield.runtime.serialization import Serialized, deserialize, dumps_plain, serialize
+from afield.runtime.serialization import Serialized, collector, deserialize, dumps_plain, serialize
 from afield.runtime.values import INLINE_BYTES
 from afield.transport.channel import Channel
 
@@ -126,15 +126,34 @@ class Invocations:
             serialized = Serialized(data, [], [])
         else:
             serialized = serialize(holder[0], f"the result of {name}()")
-        contained = None
-        if serialized.refs:
-            token = self._next_token()
-            refs = self.process.locked(self.process.table.hand_on, owner, token, serialized.refs)
-            contained = m.Contained(token, refs)
+        location = None
         if serialized.size > INLINE_BYTES:
-            location = self.values.write_object(object_id(push.task_id, index), owner, serialized, holder)
+            # The refs inside are still held by the value: it is not in a frame of ours, but in the pickle's own list.
+            held = self._hold(serialized.refs)
+            try:
+                location = self.values.write_object(object_id(push.task_id, index), owner, serialized, holder)
+            finally:
+                contained = self._hand_on(serialized.refs, owner) if location is not None else None
+                self._let_go(held)
             return m.Result(LOCATED, b"", location, contained)
-        return m.Result(INLINE, serialized.pack(), None, contained)
+        return m.Result(INLINE, serialized.pack(), None, self._hand_on(serialized.refs, owner))
+
+    def _hold(self, refs: list[bytes]) -> list[bytes]:
+        """Pin refs while the value that has them is on its way into the store."""
+        for ref in refs:
+            self.process.locked(self.process.table.pin, ref)
+        return refs
+
+    def _let_go(self, refs: list[bytes]) -> None:
+        for ref in refs:
+            self.process.locked(self.process.table.unpin, ref)
+
+    def _hand_on(self, refs: list[bytes], owner: bytes) -> m.Contained | None:
+        """Hold the refs inside a result until its receiver holds them itself."""
+        if not refs:
+            return None
+        token = self._next_token()
+        return m.Contained(token, self.process.locked(self.process.table.hand_on, owner, token, refs))
 
     def _encode_many(self, holder: list[Any], push: m.Push, owner: bytes, definition: Definition) -> list[m.Result]:
         value = holder.pop()
@@ -149,28 +168,39 @@ class Invocations:
         items = list(value)
         del value
         items.reverse()
-        return [self._encode([items.pop()], push, index, owner, definition.name) for index in range(expected)]
+        results: list[m.Result] = []
+        try:
+            for index in range(expected):
+                results.append(self._encode([items.pop()], push, index, owner, definition.name))
+        except BaseException:
+            for result in results:  # these are not sent: nobody will say `Took` for them
+                if result.contained is not None:
+                    self.process.locked(self.process.table.on_took, owner, result.contained.token)
+            raise
+        return results
 
-    def failure(self, sequence: int, definition: Definition, error: BaseException, in_user_code: bool) -> Any:
+    def failure(
+        self, sequence: int, definition: Definition, error: BaseException, in_user_code: bool, receiver: bytes
+    ) -> Any:
         """Make the reply of a task that raised; an error of the runtime's own goes on as it is."""
         text = "".join(traceback.format_exception(type(error), error, _user_frames(error)))
         wrapped: BaseException = error
         if in_user_code or not isinstance(error, AfieldError):
-            wrapped = TaskError.from_exception(definition.name, error, text)
+            wrapped = _wrap(TaskError, definition.name, error, text)
         try:
-            data = serialize(wrapped, "the error").pack()
+            serialized = serialize(wrapped, "the error")
         except Exception:
-            data = serialize(TaskError(definition.name, None, type(error).__name__, text), "the error").pack()
+            serialized = serialize(TaskError(definition.name, None, type(error).__name__, text), "the error")
+        data, refs = serialized.pack(), serialized.refs
         if definition.num_returns in (1, m.STREAMING):
-            return m.Reply(sequence, FAILED, data)
-        return m.ReplyMany(sequence, [m.Result(FAILED, data)] * definition.num_returns)
+            return m.Reply(sequence, FAILED, data, None, self._hand_on(refs, receiver))
+        results = [m.Result(FAILED, data, None, self._hand_on(refs, receiver)) for _ in range(definition.num_returns)]
+        return m.ReplyMany(sequence, results)
 
     def constructor_failure(self, class_name: str, error: BaseException) -> bytes:
         """Serialise what an actor's constructor raised."""
         text = "".join(traceback.format_exception(type(error), error, _user_frames(error)))
-        return serialize(
-            ActorConstructionError.from_exception(f"{class_name}.__init__", error, text), "the error"
-        ).pack()
+        return serialize(_wrap(ActorConstructionError, f"{class_name}.__init__", error, text), "the error").pack()
 
     # -- who runs what -------------------------------------------------------------------------------------------
 
@@ -185,6 +215,15 @@ class Invocations:
     def task_id_of(self, channel: Channel, sequence: int) -> bytes | None:
         """Return the task of a push that runs."""
         return self._task_ids.get((id(channel), sequence))
+
+
+def _wrap(kind: type[TaskError], name: str, error: BaseException, text: str) -> TaskError:
+    """Wrap what the user's code raised. It is pickled on trial: the refs in it are not passed on by that."""
+    outer, collector.refs = collector.refs, []
+    try:
+        return kind.from_exception(name, error, text)
+    finally:
+        collector.refs = outer
 
 
 def _user_frames(error: BaseException) -> Any:

@@ -114,7 +114,8 @@ class OwnershipTable:
 
     Args:
         process_id: who we are; refs that we own travel with it.
-        owner_died: serialises the error of an object whose owner is gone, given the owner's id.
+        owner_died: serialises the error of an object whose owner is gone, given the owner's id, or (given our own id) of an
+            object that its owner no longer knows.
     """
 
     def __init__(self, process_id: bytes, owner_died: Callable[[bytes], bytes]) -> None:
@@ -304,7 +305,7 @@ class OwnershipTable:
             return  # of an earlier life of this entry
         entry.registration = _KNOWN
         if message.gone and entry.state == PENDING:
-            self._fail(message.object_id, entry)
+            self._fail(message.object_id, entry, self._owner_died(self.process_id))
         self._acknowledge(message.object_id)
 
     def on_value(self, message: Value) -> None:
@@ -331,8 +332,8 @@ class OwnershipTable:
         if obligation.container:
             self.unpin(obligation.container)
 
-    def _fail(self, object_id: bytes, entry: Entry) -> None:
-        entry.state, entry.value = FAILED, self._owner_died(entry.owner)
+    def _fail(self, object_id: bytes, entry: Entry, error: bytes) -> None:
+        entry.state, entry.value = FAILED, error
         self._announce(object_id, entry)
 
     # -- borrowing: the lending side -----------------------------------------------------------------------------
@@ -405,7 +406,7 @@ class OwnershipTable:
             if entry is not None:
                 entry.registration = _NEW
                 if entry.state in (PENDING, LOCATED):
-                    self._fail(object_id, entry)
+                    self._fail(object_id, entry, self._owner_died(entry.owner))
                 self._acknowledge(object_id)
         for receiver, sequence in [key for key in self._transit if key[0] == peer]:
             self.on_took(receiver, sequence)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from afield.errors import GetTimeoutError, RuntimeDiedError
@@ -86,7 +86,7 @@ class Streams:
         self._table.entries[oid] = Entry(state=kind, value=value, pins=1, contained=contained or None)
         stream.produced += 1
 
-    def finish(self, task: Task, kind: int, data: bytes) -> None:
+    def finish(self, task: Task, kind: int, data: bytes, contained: Sequence[bytes] = ()) -> None:
         """The task ended: with the number of its items, or with an error, which becomes the last item."""
         stream = self._streams.get(task.task_id)
         end = task.task_id + STREAM_END_INDEX
@@ -95,7 +95,7 @@ class Streams:
             self._table.fulfil(end, INLINE, b"")
         else:
             total = None
-            self._table.fulfil(end, FAILED, data)
+            self._table.fulfil(end, FAILED, data, contained)
         if stream is not None:
             if total is None:
                 self._append(stream, FAILED, data, [])

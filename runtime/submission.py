@@ -203,7 +203,11 @@ class Submitter:
         channel = lease.channel
         state: PeerState = channel.context
         for task in tasks:
-            lease.inflight[self.send_push(channel, state, task)] = task
+            error = self.arguments.failure(task) if task.dependencies is not None else None
+            if error is not None:  # an argument was lost since the task became ready
+                self.fail(task, error)
+            else:
+                lease.inflight[self.send_push(channel, state, task)] = task
 
     def send_push(self, channel: Channel, state: PeerState, task: Task) -> int:
         """Send one push, preceded by its function's definition where the peer does not know it yet."""
@@ -303,7 +307,7 @@ class Submitter:
         if reply.kind == FAILED and self._retry(channel, task, reply.data):
             return True
         if task.num_returns == m.STREAMING:
-            self.streams.finish(task, reply.kind, reply.data)
+            self.streams.finish(task, reply.kind, reply.data, self._receive(channel, reply.contained))
         else:
             self._fulfil(channel, task, 0, reply)
         return False

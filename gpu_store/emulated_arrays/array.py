@@ -261,7 +261,7 @@ class EmulatedArray(NDArrayOperatorsMixin, Held):
         dl_device: Any = dlpack.LEFT_OUT,
         copy: Any = dlpack.LEFT_OUT,
     ) -> Any:
-        return dlpack.export(self, stream, max_version, dl_device, copy)
+        return dlpack.export(self, max_version, dl_device, copy)
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return dlpack.CPU_DEVICE

@@ -30,21 +30,19 @@ CPU_DEVICE = (1, 0)
 LEFT_OUT: Any = object()
 
 
-def export(
-    held: Held, stream: Any, max_version: tuple[int, int] | None, dl_device: Any, copy: Any
-) -> Any:
+def export(held: Held, max_version: tuple[int, int] | None, dl_device: Any, copy: Any) -> Any:
     """Return a DLPack capsule; raises BufferError for a consumer that may not have the memory as it is."""
-    asks_for_host = dl_device is not LEFT_OUT and dl_device is not None
-    if asks_for_host and tuple(dl_device) != CPU_DEVICE:
-        raise BufferError(f"an emulated device array can be exported to host memory {CPU_DEVICE}, not to {dl_device}")
-    if dl_device is None and copy is None:
+    if dl_device is None:
         raise BufferError(
             "Unsupported device: NumPy cannot take a device array without a copy; use x.get() or asnumpy(x) "
             "(or np.from_dlpack(x, device='cpu'))"
         )
     wanted = None if copy is LEFT_OUT else copy
-    if asks_for_host and dl_device is not None and wanted is None and copy is None:
-        # On a real device the way to the host is a copy, so it is one here.
+    if dl_device is not LEFT_OUT:
+        if tuple(dl_device) != CPU_DEVICE:
+            raise BufferError(f"an emulated device array can be exported to host memory {CPU_DEVICE}, not to {dl_device}")
+        if wanted is False:
+            raise BufferError("device memory reaches the host by a copy only")
         wanted = True
     return held._array.__dlpack__(max_version=max_version, copy=wanted)
 
