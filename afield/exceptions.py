@@ -31,7 +31,9 @@ raised                             when
 `PendingCallsLimitExceededError`   an actor has `max_pending_calls` calls pending.
 **Something was lost** (`LossError`)
 `WorkerCrashedError`               the process that ran a task died, and the task has no retries left.
-`ActorDiedError`                   a call of an actor that was killed, crashed, left, or whose constructor raised.
+`ActorDiedError`                   a call of an actor that was killed, crashed or left.
+`ActorConstructionError`           a call of an actor whose constructor raised: an `ActorDiedError`, a `TaskError` with the
+                                   cause, and an instance of what was raised.
 `ActorUnavailableError`            a call that may not be retried, of an actor that is being restarted.
 `ObjectLostError`                  no copy of a value is left, and it cannot be computed again.
 `OwnerDiedError`                   the process that owned an object is gone, and all knowledge of the object with it.
@@ -43,6 +45,7 @@ raised                             when
 from __future__ import annotations
 
 from afield.errors import (
+    ActorConstructionError,
     ActorDiedError,
     ActorUnavailableError,
     ActorUnschedulableError,
@@ -72,6 +75,7 @@ from afield.errors import (
 )
 
 __all__ = [
+    "ActorConstructionError",
     "ActorDiedError",
     "ActorUnavailableError",
     "ActorUnschedulableError",

@@ -226,10 +226,11 @@ class HostStoreClient:
         # `View` is the last owner of the memory: every array derived from it keeps it alive.
         owner = flat.view(View)
         self._born[offset] = extent
-        weakref.finalize(owner, self._born_died, extent).atexit = False
+        weakref.finalize(owner, self.on_born_died, extent).atexit = False
         return np.frombuffer(owner.data, kind, count).reshape(shape)
 
-    def _born_died(self, extent: BornExtent) -> None:
+    def on_born_died(self, extent: BornExtent) -> None:
+        """Nothing refers to an `empty` array any more; called by the garbage collector."""
         extent.dead = True
         if not extent.claimed:
             self._born.pop(extent.offset, None)

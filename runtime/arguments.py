@@ -14,6 +14,7 @@ from afield.runtime.process import Process
 from afield.runtime.refs import ObjectRef
 from afield.runtime.serialization import Serialized, dumps_plain, serialize
 from afield.runtime.values import INLINE_BYTES, Values
+from afield.transport.pump import uninterruptible
 
 
 class Arg:
@@ -61,6 +62,7 @@ class Arguments:
         task.arguments = data
         task.pinned = (task.pinned or []) + refs + nested or None
 
+    @uninterruptible
     def _store(self, task: Task, value: Serialized) -> None:
         """Large arguments become an object of their own that lives as long as the task."""
         process = self.process

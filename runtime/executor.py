@@ -21,7 +21,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from types import FrameType
 from typing import Any
 
 from afield.errors import TaskCancelledError
@@ -82,7 +81,7 @@ class Executor:
         process.on_peer_lost.append(self._forget_peer)
         self.values.on_block = self._block
         self.values.on_unblock = self._unblock
-        signal.signal(signal.SIGINT, self._on_sigint)
+        signal.signal(signal.SIGINT, process.pump.on_sigint)
         process.pump.may_interrupt = self._may_interrupt
         current.in_actor = lambda: bool(self.actor_id)
 
@@ -350,14 +349,6 @@ class Executor:
 
     def _may_interrupt(self) -> bool:
         return self._interrupt is not None and self._interruptible == self._interrupt
-
-    def _on_sigint(self, number: int, frame: FrameType | None) -> None:
-        """Interrupt the task that is to be cancelled, and nothing else."""
-        if self._may_interrupt():
-            if self.process.pump.in_transition(frame):
-                self.process.pump.interrupted = True
-            else:
-                raise KeyboardInterrupt
 
     # -- blocking ------------------------------------------------------------------------------------------------
 

@@ -333,8 +333,13 @@ class Process:
 
     # -- requests to the daemon ------------------------------------------------------------------------------------
 
-    def request(self, make: Callable[[int], Any]) -> Any:
-        """Send the daemon a message with a request number and block until it is answered."""
+    def request(self, make: Callable[[int], Any], give_up: Callable[[Any], None] | None = None) -> Any:
+        """Send the daemon a message with a request number and block until it is answered.
+
+        Args:
+            make: returns the message.
+            give_up: called with an answer that came although the wait was interrupted.
+        """
         waiter = Waiter()
         slot: list[Any] = [waiter, None]
 
@@ -346,18 +351,28 @@ class Process:
             self.daemon.send(make(self._request))
 
         self.locked(send)
-        while not self.pump.wait_for(waiter):
-            self.check_alive()
+        try:
+            while not self.pump.wait_for(waiter):
+                self.check_alive()
+        except BaseException:
+            with self.pump.lock:
+                for number in [number for number, asked in self._requests.items() if asked is slot]:
+                    del self._requests[number]
+            if waiter.done and give_up is not None and not isinstance(slot[1], BaseException):
+                give_up(slot[1])
+            raise
         if isinstance(slot[1], BaseException):
             raise slot[1]
         return slot[1]
 
-    def answered(self, request: int, value: Any) -> None:
-        """Hand a value (or an error to raise) to the thread that made the request."""
+    def answered(self, request: int, value: Any) -> bool:
+        """Hand a value (or an error to raise) to the thread that made the request; return False if it has given up."""
         slot = self._requests.pop(request, None)
-        if slot is not None:
-            slot[1] = value
-            slot[0].finish()
+        if slot is None:
+            return False
+        slot[1] = value
+        slot[0].finish()
+        return True
 
     def _on_answer(self, channel: Channel, message: m.Answer) -> None:
         self.answered(message.request, AfieldError(message.error) if message.error else message.value)

@@ -12,6 +12,7 @@ import msgspec
 from afield.errors import NotInitializedError
 from afield.runtime import current
 from afield.runtime.serialization import collector
+from afield.transport.pump import uninterruptible
 
 
 class ObjectRef(msgspec.Struct, gc=False, eq=False, repr_omit_defaults=True):
@@ -51,6 +52,7 @@ class ObjectRef(msgspec.Struct, gc=False, eq=False, repr_omit_defaults=True):
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ObjectRef) and self.id == other.id
 
+    @uninterruptible
     def __del__(self) -> None:
         process = current.process
         if process is not None:

@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from afield.errors import GetTimeoutError, ObjectLostError, ObjectStoreFullError, RuntimeDiedError
-from afield.gpu_store.client import HostStoreClient
+from afield.gpu_store.client import HostStoreClient, View
 from afield.ids import PUT_INDEX
 from afield.runtime import messages as m
 from afield.runtime.context import calling_context, running
@@ -20,7 +20,7 @@ from afield.runtime.process import Process
 from afield.runtime.refs import ObjectRef
 from afield.runtime.serialization import Serialized, deserialize, dumps_plain, serialize
 from afield.transport.channel import Channel
-from afield.transport.pump import Waiter
+from afield.transport.pump import Waiter, uninterruptible
 
 if TYPE_CHECKING:
     from afield.runtime.streams import ObjectRefGenerator
@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 INLINE_BYTES = 100 * 1024
 #: How long a wait inside a task may last before the task gives its CPUs back.
 MOMENT_S = 0.001
+
+# The interpreter calls these at any moment, and an exception in them would be lost, with what they had to do.
+uninterruptible(View.__del__)
+uninterruptible(HostStoreClient.on_born_died)
 
 
 class Values:
@@ -59,13 +63,17 @@ class Values:
 
     def _on_store_grant(self, channel: Channel, message: m.StoreGrant) -> None:
         refused = ObjectStoreFullError(message.refusal) if message.refusal else None
-        self.process.answered(message.request, refused or (message.offset, message.size))
+        if not self.process.answered(message.request, refused or (message.offset, message.size)) and refused is None:
+            self._give_back(message.offset, message.size)  # whoever asked was interrupted
 
     def _lease_store(self, size: int) -> tuple[int, int]:
         wait_s = self.process.config.store_wait_s
-        granted: tuple[int, int] = self.process.request(lambda request: m.StoreLease(request, size, wait_s))
+        granted: tuple[int, int] = self.process.request(
+            lambda request: m.StoreLease(request, size, wait_s), lambda unwanted: self._give_back(*unwanted)
+        )
         return granted
 
+    @uninterruptible
     def write_object(self, object_id: bytes, owner: bytes, value: Serialized, holder: list[Any]) -> m.Location:
         """Write a value into the store as object `object_id` of `owner`; blocks while there is no room."""
         (offset, size), pieces = self.store.store(value, holder)
@@ -75,32 +83,35 @@ class Values:
 
     # -- values --------------------------------------------------------------------------------------------------
 
-    def encode(self, value: Any, object_id: bytes, what: str) -> tuple[int, bytes | m.Location, list[bytes]]:
-        """Serialise a value for an object of ours: (INLINE, bytes, refs) or (LOCATED, location, refs)."""
-        data = dumps_plain(value)
-        if data is None:
-            serialized = serialize(value, what)
-            holder = [value]
-            del value
-            if serialized.size > INLINE_BYTES:
-                return (
-                    LOCATED,
-                    self.write_object(object_id, self.process.process_id, serialized, holder),
-                    serialized.refs,
-                )
-            return INLINE, serialized.pack(), serialized.refs
-        if len(data) > INLINE_BYTES:
-            return LOCATED, self.write_object(object_id, self.process.process_id, Serialized(data, [], []), [value]), []
-        return INLINE, data, []
-
     def put(self, value: Any) -> ObjectRef:
         """Make an object of ours out of `value`."""
         self.process.check_alive()
         object_id = calling_context().next_task_id() + PUT_INDEX
-        kind, stored, refs = self.encode(value, object_id, "the value given to put()")
-        self.table.put(object_id, kind, stored, refs) if not refs else self.process.locked(
-            self.table.put, object_id, kind, stored, refs
-        )
+        data = dumps_plain(value)
+        large: Serialized | None = None
+        refs: list[bytes] = []
+        if data is None:
+            serialized = serialize(value, "the value given to put()")
+            refs = serialized.refs
+            if serialized.size > INLINE_BYTES:
+                large = serialized
+            else:
+                data = serialized.pack()
+        elif len(data) > INLINE_BYTES:
+            large = Serialized(data, [], [])
+        return self._own(object_id, data, large, refs)
+
+    @uninterruptible
+    def _own(self, object_id: bytes, data: bytes | None, large: Serialized | None, refs: list[bytes]) -> ObjectRef:
+        """Enter a value of ours; what has been stored has a holder from here on, whatever interrupts."""
+        kind: int = INLINE
+        stored: Any = data
+        if large is not None:
+            kind, stored = LOCATED, self.write_object(object_id, self.process.process_id, large, [])
+        if refs:
+            self.process.locked(self.table.put, object_id, kind, stored, refs)
+        else:
+            self.table.put(object_id, kind, stored, refs)
         if len(self.process.dropped) > 256:
             self.process.locked(self.process.after_events)
         return ObjectRef(object_id)
@@ -191,12 +202,7 @@ class Values:
         if entry.state == INLINE and not entry.value:
             return None
         if entry.state == LOCATED:
-            location = entry.value
-            view = self.store.view(location.offset, location.size, self.process.handle_dropped)
-            entry.handles += 1
-            view.hold = object_id
-            data: Any = view.data
-            del view
+            data: Any = self._map(object_id, entry, entry.value.offset, entry.value.size)
         else:
             data = entry.value
         value = deserialize(data, "the value", self._on_ref_in(object_id), self._resolver(object_id, entry))
@@ -211,13 +217,15 @@ class Values:
         return on_ref
 
     def _resolver(self, object_id: bytes, entry: Entry) -> Callable[[int, int], memoryview]:
-        def resolve(offset: int, size: int) -> memoryview:
-            view = self.store.view(offset, size, self.process.handle_dropped)
-            entry.handles += 1
-            view.hold = object_id
-            return view.data
+        return lambda offset, size: self._map(object_id, entry, offset, size)
 
-        return resolve
+    @uninterruptible
+    def _map(self, object_id: bytes, entry: Entry, offset: int, size: int) -> memoryview:
+        """Return stored bytes whose last view gives up the handle that it has of the object."""
+        view = self.store.view(offset, size, self.process.handle_dropped)
+        entry.handles += 1
+        view.hold = object_id
+        return view.data
 
     def wait(
         self, refs: Sequence[ObjectRef | ObjectRefGenerator], ids: list[bytes], num_returns: int, deadline: float | None

@@ -15,7 +15,7 @@ from afield import errors, exceptions
 from afield.errors import AfieldError, TaskError
 
 KINDS = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, AfieldError)]
-PLAIN = [kind for kind in KINDS if kind is not TaskError]
+PLAIN = [kind for kind in KINDS if not issubclass(kind, TaskError)]
 PATIENCE_S = 30.0
 
 

@@ -19,6 +19,7 @@ looks for them on the main thread's stack, which costs nothing until somebody pr
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import os
 import select
@@ -36,6 +37,8 @@ from afield.transport.loop import Loop
 TICK_S = 0.005
 #: After this many ticks without any activity the standby thread sleeps until it is called.
 IDLE_TICKS = 20
+#: A KeyboardInterrupt that was held back comes after this time at the latest, once it may.
+REMIND_S = 0.005
 #: `close` waits this long for the thread that drives the loop; it is late only if `close` was called from its own handlers.
 LEAVE_S = 1.0
 
@@ -119,6 +122,7 @@ class Pump:
         self.interrupted = False
         #: Called if the standby thread ends by an exception.
         self.on_crash: Callable[[BaseException], None] = lambda error: None
+        self._reminding = False
         #: A worker says here whether the task that is to be interrupted still runs.
         self.may_interrupt: Callable[[], bool] = lambda: True
         #: True while the standby thread blocks in the loop, so that state left for it needs a kick.
@@ -253,18 +257,34 @@ class Pump:
         if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
             return lambda: None
 
-        def on_sigint(number: int, frame: FrameType | None) -> None:
-            if self.in_transition(frame):
-                self.interrupted = True
-            else:
-                raise KeyboardInterrupt
+        handler = self.on_sigint
 
         def restore() -> None:
-            if signal.getsignal(signal.SIGINT) is on_sigint:
+            if signal.getsignal(signal.SIGINT) is handler:
                 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-        signal.signal(signal.SIGINT, on_sigint)
+        signal.signal(signal.SIGINT, handler)
         return restore
+
+    def on_sigint(self, number: int, frame: FrameType | None) -> None:
+        """Handle SIGINT: raise KeyboardInterrupt now, or as soon as no transition is on the stack."""
+        reminder, self._reminding = self._reminding, False
+        if (reminder and not self.interrupted) or not self.may_interrupt():
+            return
+        if self.in_transition(frame):
+            self.interrupted = True
+            # Not every transition's caller looks, and `__del__` has no caller that could.
+            _thread.start_new_thread(self._remind, ())
+        else:
+            self.interrupted = False
+            raise KeyboardInterrupt
+
+    def _remind(self) -> None:
+        """Interrupt the main thread again if it has not raised by itself."""
+        time.sleep(REMIND_S)
+        if self.interrupted:
+            self._reminding = True
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
     @contextlib.contextmanager
     def driven_elsewhere(self) -> Iterator[None]:

@@ -56,7 +56,9 @@ class DeviceUsageError(UsageError, ValueError):
 
 
 class DeviceCallError(AfieldError):
-    """The driver refused a call for a reason that nothing here knows; the message holds its code and text."""
+    """The driver refused a call for a reason that nothing here knows; `code` is the driver's, 0 where it has none."""
+
+    code: int = 0
 
 
 class DeviceInfo(msgspec.Struct, frozen=True):
@@ -154,7 +156,7 @@ class Stream(Protocol):
         """Let what is put into this stream from now on happen after `event`; does not block."""
 
     def close(self) -> None:
-        """Finish what is in the stream and give it up; closing twice is allowed, and nothing is raised."""
+        """Finish what is in the stream and give it up; until then it is the device's. Twice is allowed, nothing is raised."""
 
 
 class Device(Protocol):
@@ -308,7 +310,7 @@ def check_export(export: SlabExport, info: DeviceInfo, epoch: int) -> None:
 
 def check_host(memory: memoryview, *, writable: bool) -> None:
     """Raise DeviceUsageError unless the host memory is contiguous and, where it is written to, writable."""
-    if not memory.contiguous:
+    if not memory.c_contiguous:
         raise DeviceUsageError("host memory has to be contiguous: copy rows one by one, or pack them first")
     if writable and memory.readonly:
         raise DeviceUsageError("the host memory to copy to is read-only")

@@ -74,7 +74,7 @@ def failed_import(device_uuid: str, at: int = 1) -> Fault:
 
 
 def sticky_error(device_uuid: str, code: int = 700, at: int = 1, pid: int = 0) -> Fault:
-    """The `at`-th call breaks the context of the process that makes it: its calls fail until it ends, or the device is reset."""
+    """The `at`-th call breaks the context of the process that makes it, until that ends or the device is reset."""
     if code not in STICKY_CODES:
         raise DeviceUsageError(
             f"{code} is not the code of a sticky error; those are {', '.join(map(str, STICKY_CODES))}"
@@ -121,7 +121,7 @@ def strike(board: Board, index: int, call: Call) -> list[tuple[FaultKind, int]]:
     """Count a call; return (kind, code) of the faults that the call itself has to raise, in no order."""
     if not board.armed(index):
         return []
-    of_the_call = []
+    of_the_call: list[tuple[FaultKind, int]] = []
     for number, code, factor in board.count_down(index, _COUNTED[call]):
         kind = FaultKind(number)
         if kind in (FaultKind.OUT_OF_MEMORY, FaultKind.FAILED_IMPORT, FaultKind.STICKY_ERROR):

@@ -1,0 +1,117 @@
+"""Which names the emulated array module has: those of CuPy 14's NumPy API, as far as NumPy can do their work.
+
+Theory of operation. A name that NumPy has and CuPy does not must fail here as it will fail on a real device, so what the
+module delegates is an explicit list. `QUESTIONS` look at types and shapes and are NumPy's own functions; `CREATION` makes
+device arrays out of host values; `FUNCTIONS` take device arrays. `LACKING` are names of CuPy that cannot be emulated, with
+the reason, for messages.
+"""
+
+from __future__ import annotations
+
+CONSTANTS_AND_TYPES = frozenset(
+    """
+    e euler_gamma inf nan newaxis pi s_ index_exp
+    dtype finfo iinfo generic number integer signedinteger unsignedinteger inexact floating complexfloating
+    bool bool_ int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64 complex64 complex128
+    byte ubyte short ushort intc uintc int_ uint intp uintp long ulong longlong ulonglong half single double csingle cdouble
+    get_printoptions set_printoptions printoptions format_float_positional format_float_scientific broadcast_shapes
+    """.split()
+)
+
+QUESTIONS = frozenset(
+    """
+    base_repr binary_repr can_cast common_type iscomplexobj isdtype isfortran isrealobj isscalar issubdtype
+    may_share_memory min_scalar_type mintypecode ndim promote_types result_type shape shares_memory size typename
+    array_repr array_str array2string
+    """.split()
+)
+
+CREATION = frozenset(
+    """
+    arange bartlett blackman diag_indices eye frombuffer fromfile fromiter fromstring genfromtxt hamming hanning identity
+    indices kaiser linspace loadtxt logspace mask_indices tri tril_indices triu_indices
+    """.split()
+)
+
+UFUNCS = frozenset(
+    """
+    abs absolute add arccos arccosh arcsin arcsinh arctan arctan2 arctanh bitwise_and bitwise_not bitwise_or bitwise_xor
+    cbrt ceil conj conjugate copysign cos cosh deg2rad degrees divide divmod equal exp exp2 expm1 fabs float_power floor
+    floor_divide fmax fmin fmod frexp gcd greater greater_equal heaviside hypot invert isfinite isinf isnan lcm ldexp
+    left_shift less less_equal log log10 log1p log2 logaddexp logaddexp2 logical_and logical_not logical_or logical_xor
+    matmul maximum minimum mod modf multiply negative nextafter not_equal positive power rad2deg radians reciprocal
+    remainder right_shift rint sign signbit sin sinh sqrt square subtract tan tanh true_divide trunc
+    acos acosh asin asinh atan atan2 atanh bitwise_count bitwise_invert bitwise_left_shift bitwise_right_shift pow vecdot
+    """.split()
+)
+
+FUNCTIONS = frozenset(
+    """
+    all allclose amax amin angle any append apply_along_axis argmax argmin argpartition argsort argwhere around
+    array_equal array_split asarray_chkfinite astype atleast_1d atleast_2d atleast_3d average bincount block
+    broadcast_arrays broadcast_to choose clip column_stack compress concat concatenate convolve copyto corrcoef correlate
+    count_nonzero cov cross cumprod cumsum delete diag diag_indices_from diagflat diagonal diff digitize dot dsplit dstack
+    ediff1d einsum expand_dims extract fill_diagonal fix flatnonzero flip fliplr flipud gradient histogram histogram2d
+    histogramdd hsplit hstack i0 imag inner insert interp intersect1d isclose iscomplex isin isneginf isposinf isreal ix_
+    kron lexsort matrix_transpose max mean median meshgrid min moveaxis nan_to_num nanargmax nanargmin nancumprod nancumsum
+    nanmax nanmean nanmedian nanmin nanprod nanstd nansum nanvar nonzero outer packbits pad partition percentile
+    permute_dims piecewise place polyfit polyval prod ptp put put_along_axis putmask quantile ravel ravel_multi_index real
+    real_if_close repeat require reshape resize roll rollaxis roots rot90 round searchsorted select setdiff1d setxor1d sinc
+    sort sort_complex split squeeze stack std sum swapaxes take take_along_axis tensordot tile trace transpose trapezoid
+    tril tril_indices_from trim_zeros triu triu_indices_from union1d unique unpackbits unravel_index unstack unwrap
+    vander var vdot vsplit vstack where
+    """.split()
+)
+
+LINALG = frozenset(
+    """
+    cholesky cond det eig eigh eigvals eigvalsh inv lstsq matrix_power matrix_rank norm pinv qr slogdet solve svd
+    tensorinv tensorsolve
+    """.split()
+)
+
+FFT = frozenset(
+    """
+    fft fft2 fftn fftshift hfft ifft ifft2 ifftn ifftshift ihfft irfft irfft2 irfftn rfft rfft2 rfftn
+    """.split()
+)
+FFT_CREATION = frozenset({"fftfreq", "rfftfreq"})
+
+TESTING = frozenset(
+    """
+    assert_allclose assert_array_almost_equal assert_array_almost_equal_nulp assert_array_equal assert_array_less
+    assert_array_max_ulp
+    """.split()
+)
+
+RANDOM = frozenset(
+    """
+    beta binomial bytes chisquare choice dirichlet exponential f gamma geometric gumbel hypergeometric laplace logistic
+    lognormal logseries multinomial multivariate_normal negative_binomial noncentral_chisquare noncentral_f normal pareto
+    permutation poisson power rand randint randn random random_integers random_sample ranf rayleigh sample shuffle
+    standard_cauchy standard_exponential standard_gamma standard_normal standard_t triangular uniform vonmises wald weibull
+    zipf
+    """.split()
+)
+
+_CUDA_CODE = "it compiles CUDA code, and there is no CUDA device; keep such kernels behind a test for a real one"
+_NOT_YET = "afield's emulation does not have it; write it with other functions, or run this on a real device"
+
+LACKING = {
+    **dict.fromkeys(("RawKernel", "RawModule", "ElementwiseKernel", "ReductionKernel", "vectorize"), _CUDA_CODE),
+    **dict.fromkeys(
+        "apply_over_axes broadcast c_ r_ flatiter fromfunction memoize clear_memo poly1d polyadd polymul polysub poly".split(),
+        _NOT_YET,
+    ),
+}
+LACKING_IN_CUDA = {
+    **dict.fromkeys("Function Module compile_with_cache nvrtc cub jitify".split(), _CUDA_CODE),
+    **dict.fromkeys(
+        """
+        ExternalStream Graph Memory ManagedMemory MemoryAsyncPool MemoryPointer PythonFunctionAllocator UnownedMemory
+        alloc alloc_pinned_memory cublas cudnn curand cusolver cusparse driver malloc_async malloc_managed nccl nvtx profiler
+        texture using_allocator
+        """.split(),
+        _NOT_YET,
+    ),
+}
