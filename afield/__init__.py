@@ -68,7 +68,7 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> Any:
-    module = _LAZY.get(name, name if name in ("exceptions", "util") else None)
+    module = _LAZY.get(name, name if name in ("actor", "exceptions", "util") else None)
     if module is None:
         raise AttributeError(f"module 'afield' has no attribute {name!r}")
     loaded = importlib.import_module("afield." + module)

@@ -48,7 +48,7 @@ class NotInitializedError(UsageError):
     """The runtime was shut down (or lost by a fork) and the call needs it; call `afield.init()` again."""
 
 
-class AlreadyInitializedError(UsageError):
+class AlreadyInitializedError(UsageError, RuntimeError):
     """`init` was called twice without `ignore_reinit_error=True` or a `shutdown` in between."""
 
 
@@ -96,11 +96,15 @@ class WorkerCrashedError(LossError):
     """The worker process that ran the task died, and its retries are used up."""
 
 
-class ActorDiedError(LossError):
+class ActorError(LossError):
+    """An actor could not take or finish a call: it is dead, or not there at the moment."""
+
+
+class ActorDiedError(ActorError):
     """The actor's process is gone (killed, crashed, or its constructor raised) and will not be restarted."""
 
 
-class ActorUnavailableError(LossError):
+class ActorUnavailableError(ActorError):
     """The actor is being restarted and the call may not be retried; call again later."""
 
 

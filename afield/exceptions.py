@@ -30,6 +30,7 @@ raised                             when
 `OutOfDeviceMemoryError`           the same for a device.
 `PendingCallsLimitExceededError`   an actor has `max_pending_calls` calls pending.
 **Something was lost** (`LossError`)
+`ActorError`                       never by itself: either of `ActorDiedError` and `ActorUnavailableError`.
 `WorkerCrashedError`               the process that ran a task died, and the task has no retries left.
 `ActorDiedError`                   a call of an actor that was killed, crashed or left.
 `ActorConstructionError`           a call of an actor whose constructor raised: an `ActorDiedError`, a `TaskError` with the
@@ -47,6 +48,7 @@ from __future__ import annotations
 from afield.errors import (
     ActorConstructionError,
     ActorDiedError,
+    ActorError,
     ActorUnavailableError,
     ActorUnschedulableError,
     AfieldError,
@@ -77,6 +79,7 @@ from afield.errors import (
 __all__ = [
     "ActorConstructionError",
     "ActorDiedError",
+    "ActorError",
     "ActorUnavailableError",
     "ActorUnschedulableError",
     "AfieldError",
@@ -103,3 +106,9 @@ __all__ = [
     "UsageError",
     "WorkerCrashedError",
 ]
+
+# The names of Ray, so that its `except` clauses mean the same here; the other names are the same in both.
+RayError = AfieldError
+RayTaskError = TaskError
+RayActorError = ActorError
+PendingCallsLimitExceeded = PendingCallsLimitExceededError

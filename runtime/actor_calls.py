@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
-from afield.errors import ActorUnavailableError, PendingCallsLimitExceededError, TaskCancelledError
+from afield.errors import ActorConstructionError, ActorUnavailableError, PendingCallsLimitExceededError, TaskCancelledError
 from afield.ids import FIRST_RETURN, TASK_ID_BYTES
 from afield.runtime import messages as m
 from afield.runtime.dispatch import Task
 from afield.runtime.process import Process
+from afield.runtime.serialization import deserialize, serialize
 from afield.runtime.submission import Function, PeerState, Submitter
 from afield.transport.channel import Channel
 from afield.transport.pump import uninterruptible
@@ -63,7 +64,7 @@ class ActorCalls:
         def send(ready: Task) -> None:
             error = self.submitter.arguments.failure(ready)
             if error is not None:
-                self._die(caller, error)
+                self._die(caller, self._argument_failed(spec.class_name, error))
                 return
             spec.arguments, spec.location = ready.arguments, ready.location
             spec.dependencies = self.submitter.arguments.describe(ready)
@@ -79,6 +80,13 @@ class ActorCalls:
             self.submitter.arguments.when_resolved(task, send)
 
         self.process.locked(enter)
+
+    def _argument_failed(self, class_name: str, data: bytes) -> bytes:
+        """The constructor never runs: to every caller it is as if it had raised what its argument did."""
+        error = deserialize(data, "the error of an argument", None)
+        cause = getattr(error, "cause", None) or error
+        text = getattr(error, "remote_traceback", "")
+        return serialize(ActorConstructionError.from_exception(f"{class_name}.__init__", cause, text), "it").pack()
 
     def caller(self, actor_id: bytes) -> Caller:
         """Return the caller of an actor, asking the daemon where it is on first use; the caller holds the lock."""

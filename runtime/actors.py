@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
-from afield.errors import NotInitializedError
+from afield.errors import InvalidOptionError, NotInitializedError
 from afield.runtime import current
 from afield.runtime import messages as m
 from afield.runtime.actor_calls import actor_ref_id
 from afield.runtime.context import calling_context
 from afield.runtime.dispatch import Task
 from afield.runtime.options import ACTOR_OPTIONS, METHOD_OPTIONS, retry_on, returns_of, shape_of, validate
+from afield.runtime.parameters import Parameters, describe
 from afield.runtime.refs import ObjectRef, rebuild_ref
 from afield.runtime.runtime_context import inherited_environment
-from afield.runtime.serialization import serialize
+from afield.runtime.serialization import deserialize, serialize
 from afield.runtime.strategies import placement_of, settle
-from afield.runtime.submission import Function
+from afield.runtime.submission import Function, RetryOn
 
 if TYPE_CHECKING:
     from afield.runtime.participant import Participant
@@ -29,6 +30,8 @@ _METHOD_FIELDS = {
     "backpressure": "_generator_backpressure_num_objects",
     "retries": "max_task_retries",
 }
+#: Options of an actor that each handle to it must know.
+OWN_HANDLE_OPTIONS = ("max_task_retries", "max_pending_calls", "groups")
 #: Methods that every actor has: ready when the constructor is done; ends the actor after the calls before it.
 SPECIAL_METHODS = ("__afield_ready__", "__afield_terminate__")
 SPECIAL_METHODS_BY_ALIAS = {"__ray_ready__": "__afield_ready__", "__ray_terminate__": "__afield_terminate__"}
@@ -80,6 +83,7 @@ class ActorClass:
         """
         participant = current.participant or current.ensure()
         _check_signature(self._cls, args, kwargs, self.__name__)
+        self._check_options()
         if self._session is not participant.key:
             serialized = serialize(self._cls, f"the class {self.__name__}")
             for ref in serialized.refs:
@@ -105,6 +109,7 @@ class ActorClass:
             "detached": detached,
             "max_concurrency": self._options.get("max_concurrency") or 0,
             "concurrency_groups": self._options.get("concurrency_groups") or {},
+            **{option: description[option] for option in OWN_HANDLE_OPTIONS},
         }
         placement = placement_of(self._options, inherited_environment())
         spec = m.CreateActor(
@@ -115,14 +120,21 @@ class ActorClass:
 
     def _describe(self, actor_id: bytes, creator: bytes) -> dict[str, Any]:
         """Return what a handle must know, in a form that travels."""
-        return {
-            "actor_id": actor_id,
-            "class_name": self.__name__,
-            "methods": _methods(self._cls),
+        own = {
             "max_task_retries": self._options.get("max_task_retries") or 0,
             "max_pending_calls": max(0, self._options.get("max_pending_calls") or 0),
-            "owner": b"" if self._options.get("lifetime") == "detached" else creator,
+            "groups": list(self._options.get("concurrency_groups") or {}),
         }
+        owner = b"" if self._options.get("lifetime") == "detached" else creator
+        return describe_actor(actor_id, self.__name__, self._cls, own, owner)
+
+    def _check_options(self) -> None:
+        """What can be told only of all options together, once they are all there."""
+        if self._options.get("get_if_exists") and not self._options.get("name"):
+            raise InvalidOptionError(f"{self.__name__}: get_if_exists=True needs a name")
+        groups = self._options.get("concurrency_groups") or {}
+        for name, known in _methods(self._cls).items():
+            _check_group(known.get("group"), groups, f"{self.__name__}.{name}()")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _empty_actor_class, (), (self._cls, self._options)
@@ -181,13 +193,26 @@ def get_actor(name: str, namespace: str | None = None) -> ActorHandle:
     return ActorHandle.from_description(description)
 
 
+def _check_group(group: str | None, groups: Collection[str], what: str) -> None:
+    if group and group not in groups:
+        declared = ", ".join(map(repr, groups)) or "none"
+        raise InvalidOptionError(f"{what}: there is no concurrency group {group!r}; concurrency_groups declares {declared}")
+
+
+def describe_actor(actor_id: bytes, class_name: str, cls: type, options: dict[str, Any], owner: bytes) -> dict[str, Any]:
+    """Return what a handle must know of an actor, in a form that travels; `options` are the `OWN_HANDLE_OPTIONS`."""
+    described = {"actor_id": actor_id, "class_name": class_name, "methods": _methods(cls), "owner": owner}
+    return described | {option: options[option] for option in OWN_HANDLE_OPTIONS}
+
+
 def _methods(cls: type) -> dict[str, dict[str, Any]]:
-    """Return what is to be known of each method of an actor class: returns, group, back-pressure, retries."""
+    """Return what is to be known of each method of an actor class: parameters, returns, group, back-pressure, retries."""
     methods: dict[str, dict[str, Any]] = {name: {"num_returns": 1} for name in SPECIAL_METHODS}
     for name in dir(cls):
-        if name.startswith("__") and name != "__call__":
-            continue
+        if name.startswith("__") and hasattr(ActorHandle, name):
+            continue  # what every object has: it means the handle
         member = inspect.getattr_static(cls, name)
+        bound = not isinstance(member, staticmethod)
         if isinstance(member, (staticmethod, classmethod)):
             member = member.__func__
         if callable(member):
@@ -197,8 +222,20 @@ def _methods(cls: type) -> dict[str, dict[str, Any]]:
                 "group": options.get("concurrency_group") or "",
                 "backpressure": options.get("_generator_backpressure_num_objects") or 0,
                 "retries": options.get("max_task_retries"),
+                "retry_on": _pack_types(retry_on(options)),
+                "parameters": describe(member, bound=bound) if inspect.isfunction(member) else None,
             }
     return methods
+
+
+def _pack_types(retry: RetryOn) -> bool | bytes:
+    """The actor directory keeps descriptions and knows no classes of the user."""
+    return retry if isinstance(retry, bool) else serialize(retry, "retry_exceptions").pack()
+
+
+def _unpack_types(packed: bool | bytes) -> RetryOn:
+    retry: RetryOn = packed if isinstance(packed, bool) else deserialize(packed, "retry_exceptions", None)
+    return retry
 
 
 class ActorHandle:
@@ -258,13 +295,14 @@ class ActorMethod:
         self._name = name
         self._retries: int = description["max_task_retries"] if retries is None else retries
         self._max_pending: int = description["max_pending_calls"]
+        self._parameters = Parameters(known.get("parameters"), f"{handle._class_name}.{name}")
         self._function = Function(
             name,
             b"",
             known["num_returns"],
             backpressure=known.get("backpressure") or 0,
             group=known.get("group") or "",
-            retry_on=known.get("retry_on") or False,
+            retry_on=_unpack_types(known.get("retry_on") or False),
         )
         #: A reference to the object of the actor's life, not to the handle, which would be a cycle.
         self._life = handle._life
@@ -280,20 +318,24 @@ class ActorMethod:
         """Return the method with other options; see `afield.method`."""
         validate(options, METHOD_OPTIONS, f"{self._owner_name}.{self._name}.options()")
         known = dict(self._known)
+        _check_group(options.get("concurrency_group"), self._handle_description["groups"], f"{self._name}.options()")
         if options.get("num_returns") is not None:
             known["num_returns"] = returns_of(options, self.options)
         for name, option in _METHOD_FIELDS.items():
             if options.get(option) is not None:
                 known[name] = options[option]
-        known["retry_on"] = retry_on(options) or known.get("retry_on")
+        if options.get("retry_exceptions") is not None:
+            known["retry_on"] = _pack_types(retry_on(options))
         return ActorMethod(ActorHandle(self._handle_description, self._life), self._name, known)
 
     def remote(self, *args: Any, **kwargs: Any) -> Any:
         """Call the method; return its outcome's `ObjectRef` without waiting (see `RemoteFunction.remote`).
 
         Raises:
+            TypeError: the arguments do not fit the method.
             PendingCallsLimitExceededError: `max_pending_calls` of the actor are reached.
         """
+        self._parameters.check(args, kwargs)
         participant = current.participant
         if participant is None:
             raise NotInitializedError(f"the actor {self._owner_name} belongs to a runtime that was shut down")

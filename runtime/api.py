@@ -11,21 +11,18 @@ from dataclasses import dataclass
 from typing import Any, ParamSpec, Protocol, TypeVar, overload
 
 import numpy.typing as npt
-import psutil
 
 from afield.errors import (
     AlreadyInitializedError,
-    InvalidOptionError,
-    NoDeviceError,
     NotInitializedError,
 )
 from afield.runtime import current
 from afield.runtime import messages as m
 from afield.runtime.actors import ActorClass, ActorHandle
-from afield.runtime.bootstrap import STORE_SHARE, Session, SessionOptions
+from afield.runtime.bootstrap import Session, SessionOptions
 from afield.runtime.context import ActorExit
-from afield.runtime.environment import Environment
 from afield.runtime.functions import RemoteFunction
+from afield.runtime.init_options import session_options
 from afield.runtime.memory import MemoryEntry, assemble
 from afield.runtime.participant import Participant
 from afield.runtime.printing import Printer
@@ -33,10 +30,8 @@ from afield.runtime.process import Process
 from afield.runtime.refs import ObjectRef
 from afield.runtime.runtime_context import Facts, install
 from afield.runtime.streams import ObjectRefGenerator
-from afield.scheduler.devices import parse_devices
-from afield.scheduler.resources import ResourceSet
 from afield.transport.pump import Waiter
-from afield.units import format_bytes, parse_bytes
+from afield.units import format_bytes
 
 #: How long `shutdown` waits for whoever reads our output to take the last lines of the workers.
 LAST_LINES_S = 2.0
@@ -55,12 +50,18 @@ _starting = threading.RLock()
 
 @dataclass(frozen=True, slots=True)
 class ClusterInfo:
-    """What `init` started."""
+    """What `init` started; as a context manager it ends it."""
 
     session: str
     num_cpus: float
     devices: list[str]
     host_memory: int
+
+    def __enter__(self) -> ClusterInfo:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        shutdown()
 
     def __str__(self) -> str:
         devices = ", ".join(self.devices) or "no devices"
@@ -80,6 +81,7 @@ def init(
     runtime_env: Mapping[str, Any] | None = None,
     ignore_reinit_error: bool = False,
     log_to_driver: bool = True,
+    **others: Any,
 ) -> ClusterInfo:
     """Start a runtime on this machine and connect to it as its driver.
 
@@ -95,6 +97,8 @@ def init(
         runtime_env: what tasks and actors run in unless they say otherwise: `env_vars`, `working_dir`, `py_modules`.
         ignore_reinit_error: return quietly if the runtime is running already.
         log_to_driver: show what workers print.
+        others: `object_store_memory` for `host_memory` and `_temp_dir` for `spill_dir`; other arguments of Ray's `init` are
+            accepted where they ask for nothing that is missing here, such as `include_dashboard=False`.
 
     Raises:
         AlreadyInitializedError: the runtime is running.
@@ -109,17 +113,18 @@ def init(
                 "afield is already initialised; call afield.shutdown() first, or pass ignore_reinit_error=True"
             )
         return _start(
-            _session_options(
-                address,
-                num_cpus,
-                num_gpus,
-                devices,
-                resources,
-                host_memory,
-                spill_dir,
-                namespace,
-                log_to_driver,
-                runtime_env,
+            session_options(
+                others,
+                address=address,
+                num_cpus=num_cpus,
+                num_gpus=num_gpus,
+                devices=devices,
+                resources=resources,
+                host_memory=host_memory,
+                spill_dir=spill_dir,
+                namespace=namespace,
+                log_to_driver=log_to_driver,
+                runtime_env=runtime_env,
             )
         )
 
@@ -131,41 +136,6 @@ def _start(options: SessionOptions) -> ClusterInfo:
     install(Facts(session.name, session.node_id, options.namespace, options.environment))
     _install_driver(session.participant)
     return _info(session)
-
-
-def _session_options(
-    address: str | None,
-    num_cpus: float | None,
-    num_gpus: float | None,
-    devices: str | int | None,
-    resources: dict[str, float] | None,
-    host_memory: int | str | None,
-    spill_dir: str | None,
-    namespace: str | None,
-    log_to_driver: bool,
-    runtime_env: Mapping[str, Any] | None,
-) -> SessionOptions:
-    if address not in (None, "local"):
-        raise InvalidOptionError(f"address={address!r}: joining another runtime is not supported yet; leave it out")
-    cpus = num_cpus if num_cpus is not None else float(os.cpu_count() or 1)
-    ResourceSet.from_options(num_cpus=cpus, num_gpus=num_gpus, resources=resources)
-    found = parse_devices(devices if devices is not None else os.environ.get("AFIELD_DEVICES"))
-    if num_gpus is not None and num_gpus > len(found):
-        raise NoDeviceError(
-            f"num_gpus={num_gpus} but there are {len(found)} devices; "
-            f'pass devices="emulated:{int(num_gpus)}" or set AFIELD_DEVICES=emulated:{int(num_gpus)}'
-        )
-    try:
-        size = parse_bytes(host_memory) if host_memory is not None else int(psutil.virtual_memory().total * STORE_SHARE)
-    except (ValueError, TypeError) as error:
-        raise InvalidOptionError(f"host_memory={host_memory!r}: {error}") from None
-    if size < 1 << 20:
-        raise InvalidOptionError(f"host_memory={host_memory!r}: at least 1 MiB is needed")
-    amounts = {name: float(amount) for name, amount in (resources or {}).items()}
-    environment = Environment.of(runtime_env)
-    return SessionOptions(
-        float(cpus), found, amounts, size & -4096, spill_dir, namespace or "", log_to_driver, environment
-    )
 
 
 def _info(session: Session) -> ClusterInfo:
@@ -291,6 +261,8 @@ def remote(*args: Any, **options: Any) -> Any:
 
 
 def _make_remote(target: Any, options: dict[str, Any]) -> Any:
+    if isinstance(target, (RemoteFunction, ActorClass)):
+        raise TypeError(f"{target!r} is remote already; use .options(...) for other options")
     if isinstance(target, type):
         return ActorClass(target, options)
     if callable(target) and hasattr(target, "__qualname__"):
@@ -320,6 +292,8 @@ def get(refs: ObjectRef | Sequence[ObjectRef], *, timeout: float | None = None) 
     deadline = None if timeout is None else time.monotonic() + timeout
     if type(refs) is ObjectRef:
         return values.get(refs, deadline)
+    if isinstance(refs, ObjectRefGenerator):
+        return refs  # what num_returns="dynamic" made: the value of its ref was a generator of refs
     if not isinstance(refs, (list, tuple)):
         raise TypeError(f"get() takes an ObjectRef or a list of them, not {_describe(refs)}")
     for ref in refs:
@@ -371,9 +345,13 @@ def wait(
 
     Raises:
         TypeError: not a list of refs.
-        ValueError: duplicates, or `num_returns` out of range.
+        ValueError: duplicates, `num_returns` out of range, or `timeout` less than 0.
     """
     ids = _distinct(refs)
+    if not ids:
+        return [], []
+    if timeout is not None and timeout < 0:
+        raise ValueError(f"timeout={timeout!r} is less than 0")
     if type(num_returns) is not int or num_returns < 1:
         raise ValueError(f"num_returns={num_returns!r} must be a whole number of at least 1")
     if num_returns > len(refs):

@@ -18,6 +18,7 @@ from afield.errors import TaskCancelledError
 from afield.runtime import current
 from afield.runtime import messages as m
 from afield.runtime.context import TaskContext, enter, leave_copy
+from afield.runtime.invocation import in_full
 from afield.transport.channel import Channel
 from afield.transport.pump import Waiter
 
@@ -182,6 +183,8 @@ class EventLoop:
                     value = await self._stream(value, channel, push, definition)
                 elif inspect.isawaitable(value):
                     value = await value
+                if definition.num_returns != 1:
+                    value = in_full(value, definition.num_returns)
                 in_user_code = False
                 if current.process is not executor.process:
                     leave_copy(None)

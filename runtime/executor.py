@@ -26,9 +26,10 @@ from typing import Any
 from afield.errors import TaskCancelledError
 from afield.runtime import current
 from afield.runtime import messages as m
+from afield.runtime.actors import ActorHandle, describe_actor
 from afield.runtime.concurrency import Concurrency, make_concurrency
 from afield.runtime.context import ActorExit, TaskContext, enter, leave_copy
-from afield.runtime.invocation import Definition, Invocations
+from afield.runtime.invocation import Definition, Invocations, in_full
 from afield.runtime.participant import Participant
 from afield.runtime.serialization import deserialize
 from afield.transport.channel import Channel
@@ -51,6 +52,7 @@ class Executor:
         self.queue: deque[Job] = deque()
         self.actor: Any = None
         self.actor_id = b""
+        self._own_description: dict[str, Any] = {}
         self.assignment: m.Assign | None = None
         self._concurrency: Concurrency | None = None
         self._definitions: dict[tuple[bytes, int], Definition] = {}
@@ -58,6 +60,7 @@ class Executor:
         self._actor_spec: m.BecomeActor | None = None
         self._ending = False
         self._goodbye = ""
+        self._left = False
         self._running: Channel | None = None
         self._running_push: m.Push | None = None
         self._running_name = ""
@@ -91,6 +94,8 @@ class Executor:
         self._definitions[channel.peer_id, message.index] = Definition(message)
 
     def _on_push(self, channel: Channel, message: m.Push) -> None:
+        if self._left:
+            return  # the daemon will tell the caller that the actor is dead
         if self._concurrency is not None:
             self._concurrency.start(channel, message)
             return
@@ -221,6 +226,8 @@ class Executor:
             if definition.num_returns == m.STREAMING:
                 count = self._stream(holder, channel, push, definition)
                 holder = [count]
+            elif definition.num_returns != 1:
+                holder.append(in_full(holder.pop(), definition.num_returns))
             self._interruptible = None
             in_user_code = False
             if current.process is not self.process:
@@ -390,6 +397,8 @@ class Executor:
                 args, kwargs, views = self.invocations.arguments(push, context, become.owner)
             else:
                 args, kwargs, views = (), {}, []
+            owner = b"" if spec.options["detached"] else become.owner
+            self._own_description = describe_actor(spec.actor_id, spec.class_name, cls, spec.options, owner)
             self.actor = cls(*args, **kwargs)
             del args, kwargs
             self.invocations.keep_views(views, context)
@@ -404,9 +413,15 @@ class Executor:
             self._concurrency.serve()
             self._ending = True
 
+    def own_handle(self) -> ActorHandle | None:
+        """Return a handle to the actor that lives here, None if there is none."""
+        return ActorHandle.from_description(self._own_description) if self._own_description else None
+
     def _say_goodbye(self) -> None:
         """Tell the daemon that this actor ends by its own will, after its caller has its answer."""
         reason, self._goodbye = self._goodbye, ""
+        self._left = True
+        self.queue.clear()
         self.flush()
         self.process.locked(self.process.daemon.send, m.KillActor(self.actor_id, True, reason, True))
 

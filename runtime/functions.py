@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
 
 from afield.runtime import current
-from afield.runtime.options import TASK_OPTIONS, retry_on, returns_of, shape_of, validate
+from afield.runtime.options import TASK_OPTIONS, check_task, retry_on, returns_of, shape_of, validate
+from afield.runtime.parameters import Parameters, describe
 from afield.runtime.runtime_context import inherited_environment
 from afield.runtime.serialization import serialize
 from afield.runtime.strategies import placement_of, settle
@@ -31,6 +32,7 @@ class RemoteFunction(Generic[P, R]):
 
     def __init__(self, function: Callable[P, R], options: dict[str, Any]) -> None:
         validate(options, TASK_OPTIONS, f"@remote on {function.__name__}()")
+        check_task(function)
         self._set(function, settle(options))
 
     def _set(self, function: Callable[P, R], options: dict[str, Any]) -> None:
@@ -40,6 +42,7 @@ class RemoteFunction(Generic[P, R]):
         self._num_returns = returns_of(options, function)
         self._retries: int = DEFAULT_MAX_RETRIES if retries is None else retries
         self._name: str = options.get("name") or function.__qualname__.replace("<locals>.", "")
+        self._parameters = Parameters(describe(function), self._name)
         self._shape = shape_of(options, default_cpus=1)
         # Known once the function is used in a session: what is pushed, and the lane for its shape.
         self._session: object = None
@@ -62,9 +65,11 @@ class RemoteFunction(Generic[P, R]):
         With `num_returns=N` that is a list of N refs; a generator function returns an `ObjectRefGenerator`.
 
         Raises:
+            TypeError: the arguments do not fit the function.
             SerializationError: an argument cannot be pickled.
         """
         participant = current.participant or current.ensure()
+        self._parameters.check(args, kwargs)
         if self._session is not participant.key:
             self._bind(participant)
         return participant.submitter.submit(self._pushed, self._lane, args, kwargs, self._retries)

@@ -42,6 +42,13 @@ class Definition:
         return self._callable
 
 
+def in_full(value: Any, num_returns: int) -> Any:
+    """Return what a generator yields as a list, where several results are due and it is not streamed."""
+    if num_returns == m.STREAMING or not hasattr(value, "__next__"):
+        return value
+    return list(itertools.islice(value, num_returns + 1))  # one more, so that it is seen that there are too many
+
+
 class Invocations:
     """Rebuilds arguments and encodes outcomes for all executors of a worker."""
 

@@ -42,6 +42,10 @@ def _retry_exceptions(value: Any) -> str:
     return "" if kinds else "True, False or a list of exception types"
 
 
+def _name(value: Any) -> str:
+    return "" if isinstance(value, str) and value else "a string that is not empty"
+
+
 def _groups(value: Any) -> str:
     fine = isinstance(value, dict) and all(isinstance(k, str) and not _whole(1)(v) for k, v in value.items())
     return "" if fine else "a dict of group names and their numbers of concurrent calls"
@@ -76,6 +80,7 @@ TASK_OPTIONS: dict[str, Check] = _COMMON | {
     "_generator_backpressure_num_objects": _whole(1),
 }
 ACTOR_OPTIONS: dict[str, Check] = _COMMON | {
+    "name": _name,
     "max_restarts": _whole(-1),
     "max_task_retries": _whole(-1),
     "max_pending_calls": _whole(-1),
@@ -106,6 +111,15 @@ def validate(options: Mapping[str, Any], known: Mapping[str, Check], what: str) 
         expected = check(value) if value is not None else ""
         if expected:
             raise InvalidOptionError(f"{what}: {name}={value!r} is not valid; expected {expected}")
+
+
+def check_task(function: Callable[..., Any]) -> None:
+    """Raise `InvalidOptionError` for a function that can be no task."""
+    if inspect.iscoroutinefunction(function):
+        raise InvalidOptionError(
+            f"{function.__name__}() is `async def`, and tasks have no event loop: make it a method of an actor, or a plain "
+            "function that calls asyncio.run()"
+        )
 
 
 def shape_of(options: Mapping[str, Any], default_cpus: float) -> tuple[tuple[str, int], ...]:

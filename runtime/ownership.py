@@ -358,6 +358,7 @@ class OwnershipTable:
                 del self._lent_to[peer]
         if entry is not None and entry.borrowers and peer in entry.borrowers:
             entry.borrowers.discard(peer)
+            entry.borrowers = entry.borrowers or None  # an empty set is larger than the entry
             if entry.subscribers:
                 entry.subscribers.discard(peer)
             self._maybe_collect(object_id, entry)
@@ -398,6 +399,7 @@ class OwnershipTable:
             entry = self.entries.get(object_id)
             if entry is not None and entry.borrowers:
                 entry.borrowers.discard(peer)
+                entry.borrowers = entry.borrowers or None  # an empty set is larger than the entry
                 if entry.subscribers:
                     entry.subscribers.discard(peer)
                 self._maybe_collect(object_id, entry)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from afield.errors import NotInitializedError
 from afield.runtime import context, current
@@ -29,6 +30,8 @@ class Facts:
     environment: Environment = field(default_factory=Environment)
     #: Returns what this process, a worker, has leased at the moment.
     assigned: Callable[[], m.Assign | None] = lambda: None
+    #: Returns a handle to the actor that this process is, or None.
+    own_handle: Callable[[], Any] = lambda: None
 
 
 _facts = Facts()
@@ -111,6 +114,18 @@ class RuntimeContext:
         """Return the name of the actor that this process is, "" if it was given none; None outside of actors."""
         actor = self._actor()
         return actor.name if actor is not None else None
+
+    @property
+    def current_actor(self) -> Any:
+        """A handle to the actor that this process is; it keeps the actor alive for as long as somebody has it.
+
+        Raises:
+            RuntimeError: this is no actor.
+        """
+        handle = self._known().own_handle()
+        if handle is None:
+            raise RuntimeError("current_actor was asked for outside of an actor")
+        return handle
 
     @property
     def namespace(self) -> str:

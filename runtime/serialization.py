@@ -38,7 +38,7 @@ _PLACE = struct.Struct("<QQ")
 
 #: Types that plain pickle treats exactly as cloudpickle does, so the slower pickler is not needed.
 _PLAIN = frozenset([int, float, str, bytes, bool, type(None), complex, bytearray])
-_MAX_PLAIN_ITEMS = 64
+_MAX_PLAIN_ITEMS = 128
 
 Buffers = list[pickle.PickleBuffer]
 
@@ -118,22 +118,31 @@ def copy_bytes(target: memoryview, source: memoryview) -> None:
         np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))
 
 
-def _is_plain(value: Any) -> bool:
+def _room_after(value: Any, room: int) -> int:
+    """Return how many more plain items there may be after `value`; less than 0 if it is not plain or has too many.
+
+    So it also comes to an end with a list that contains itself.
+    """
     kind = type(value)
     if kind in _PLAIN:
-        return True
-    if kind is tuple or kind is list:
-        return len(value) <= _MAX_PLAIN_ITEMS and all(_is_plain(item) for item in value)
+        return room - 1
+    if (kind is not tuple and kind is not list and kind is not dict) or len(value) > room:
+        return -1
     if kind is dict:
-        return len(value) <= _MAX_PLAIN_ITEMS and all(_is_plain(k) and _is_plain(v) for k, v in value.items())
-    return False
+        value = [*value, *value.values()]
+    room -= 1
+    for item in value:
+        room = room - 1 if type(item) in _PLAIN else _room_after(item, room)
+        if room < 0:
+            return -1
+    return room
 
 
 def dumps_plain(value: Any) -> bytes | None:
     """Return the pickle of a small value made of builtins, which contains no refs; None if it is not one."""
     if value is None:
         return b""
-    if _is_plain(value):
+    if type(value) in _PLAIN or _room_after(value, _MAX_PLAIN_ITEMS) >= 0:
         return pickle.dumps(value, 5)
     return None
 

@@ -32,7 +32,10 @@ def run_worker(config: ForkServerConfig, worker_id: bytes, variables: dict[str, 
     np.random.seed()
     participant = Participant(config.session_config(), worker_id, "worker")
     executor = Executor(participant)
-    install(Facts(config.session, config.node_id, config.namespace, environment, lambda: executor.assignment))
+    namespace = config.namespace
+    install(
+        Facts(config.session, config.node_id, namespace, environment, lambda: executor.assignment, executor.own_handle)
+    )
     participant.process.handlers[m.Retire] = lambda channel, message: _retire(executor, channel)
 
     def speaker() -> tuple[str, bytes]:

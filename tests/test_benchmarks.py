@@ -253,3 +253,15 @@ def test_micro_quick(tmp_path: Path) -> None:
         if one.limit:
             assert data["limit"]["median"] > 0
             assert data["limit"]["ratio"] > 0
+
+
+def test_references_in_small(tmp_path: Path) -> None:
+    """What references cost is printed, and the table is empty afterwards (the benchmark asserts it)."""
+    path = tmp_path / "references.json"
+    command = [sys.executable, "-m", "benchmarks.references", "--objects", "2000", "--borrowers", "50"]
+    command += ["--refs", "2000", "--json", str(path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads(path.read_text(encoding="utf-8"))
+    assert results["objects"] == 2000 and results["refs"] == 2000
+    assert "bytes_per_borrower" in done.stdout

@@ -154,7 +154,7 @@ class Channel:
 
     def _write(self, data: bytes | memoryview) -> None:
         try:
-            sent = self.sock.send(data)
+            sent = self.sock.send(data, socket.MSG_NOSIGNAL)  # whatever the program does about SIGPIPE
         except BlockingIOError:
             sent = 0
         except OSError:

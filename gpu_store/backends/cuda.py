@@ -349,12 +349,12 @@ class CudaDevice:
     def check(self) -> None:
         """Raise what stands against any call on this device."""
         self._backend.check_process()
-        if self.closed:
-            raise DeviceUsageError(f"device {self.info.uuid} was used after it was closed")
         self._backend.check_life(self.info.uuid, self.epoch)
         cause = self._backend.poisoned.get((self.info.uuid, self.epoch))
         if cause is not None:
             raise PoisonedContextError(cause)
+        if self.closed:
+            raise DeviceUsageError(f"device {self.info.uuid} was used after it was closed")
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         """Call the CUDA runtime with this device current; errors are translated."""

@@ -73,6 +73,10 @@ class CudaStream:
         event = CudaEvent(self.device, self.handle)
         with self._lock:
             self._held.append((event, memory))
+        self._let_go()
+
+    def _let_go(self) -> None:
+        with self._lock:
             while self._held and self._held[0][0].query():
                 self._held.popleft()
 
@@ -83,12 +87,8 @@ class CudaStream:
 
     def synchronize(self) -> None:
         self.check_open()
-        with self._lock:
-            held = len(self._held)
         self.device.call(self.device.runtime.streamSynchronize, self.handle)
-        with self._lock:
-            for _ in range(min(held, len(self._held))):
-                self._held.popleft()
+        self._let_go()
 
     def record(self) -> CudaEvent:
         self.check_open()

@@ -416,12 +416,12 @@ class EmulatedDevice:
 
     def _check(self) -> None:
         self._board.check_process()
-        if self.closed:
-            raise DeviceUsageError(f"device {self.info.uuid} was used after it was closed")
         self._check_life()
         error = self._poisoned.get((self.info.uuid, self.epoch))
         if error is not None:
             raise type(error)(*error.args) from error
+        if self.closed:
+            raise DeviceUsageError(f"device {self.info.uuid} was used after it was closed")
 
     def _check_life(self) -> None:
         epoch = self._board.epoch(self._index)

@@ -23,7 +23,6 @@ from afield.gpu_store.emulated_arrays.delegation import (
     SCALARS,
     Call,
     Held,
-    find,
     mixing_refused,
     run_function,
     run_ufunc,
@@ -38,12 +37,15 @@ from afield.gpu_store.emulated_arrays.devices import (
     holder_of,
     process_devices,
 )
+from afield.gpu_store.emulated_arrays.names import words
 
-_METHODS = """
+_METHODS = words(
+    """
     all any argmax argmin argpartition argsort choose clip compress conj conjugate cumprod cumsum diagonal dot fill
     flatten max mean min nonzero partition prod put ravel repeat reshape round sort squeeze std sum swapaxes take trace
     transpose var view
-""".split()
+    """
+)
 
 _ABSENT = {
     "__cuda_array_interface__": "the memory of an emulated device is host memory, and a CUDA library would take its "
@@ -53,6 +55,9 @@ _ABSENT = {
     "flat": "it is not emulated; use x.ravel()",
     "ctypes": "device memory has no address that host code may use",
 }
+
+_EQUAL: Any = np.equal
+_NOT_EQUAL: Any = np.not_equal
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +123,8 @@ class EmulatedArray(NDArrayOperatorsMixin, Held):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self._array.shape
+        shape: tuple[int, ...] = self._array.shape
+        return shape
 
     @shape.setter
     def shape(self, shape: int | tuple[int, ...]) -> None:
@@ -275,10 +281,10 @@ class EmulatedArray(NDArrayOperatorsMixin, Held):
         return run_function(type(self), func, types, args, kwargs)
 
     def __eq__(self, other: object) -> Any:
-        return np.equal(self, other) if _comparable(other) else NotImplemented
+        return _EQUAL(self, other) if _comparable(other) else NotImplemented
 
     def __ne__(self, other: object) -> Any:
-        return np.not_equal(self, other) if _comparable(other) else NotImplemented
+        return _NOT_EQUAL(self, other) if _comparable(other) else NotImplemented
 
     def astype(
         self, dtype: Any, order: Any = "K", casting: Any = "unsafe", subok: Any = None, copy: bool = True
@@ -343,7 +349,7 @@ class EmulatedArray(NDArrayOperatorsMixin, Held):
         """Index arrays may come from the host, as with CuPy; a trailing ellipsis keeps scalars 0-d arrays."""
         call = Call("__getitem__", type(self), self._home)
         parts = [
-            part if part is None or isinstance(part, np.ndarray) else call.lower(_index_list(part))
+            part if part is None or isinstance(part, np.ndarray) else call.lower(part)
             for part in (key if isinstance(key, tuple) else (key,))
         ]
         call._see(self)
@@ -379,11 +385,6 @@ def _has_order(array: Array, order: str) -> bool:
     if order == "A":
         return array.flags.forc
     return array.flags.f_contiguous if order == "F" else array.flags.c_contiguous
-
-
-def _index_list(part: Any) -> Any:
-    """A list of 0-d device arrays or numbers is an index array."""
-    return np.asarray(part) if isinstance(part, list) and find(part, Held) is None and part else part
 
 
 def _from_pickle(kind: type[EmulatedArray], host: Array, uuid: str) -> EmulatedArray:

@@ -16,11 +16,12 @@ from afield.gpu_store.emulated_arrays import dlpack
 from afield.gpu_store.emulated_arrays.array import EmulatedArray
 from afield.gpu_store.emulated_arrays.delegation import Call, Held, find
 from afield.gpu_store.emulated_arrays.devices import Array, DeviceSet, checked_dtype
+from afield.gpu_store.emulated_arrays.names import words
 
-NAMES = (
+NAMES = words(
     "array asarray asanyarray ascontiguousarray asfortranarray asnumpy copy empty zeros ones full "
     "empty_like zeros_like ones_like full_like from_dlpack load save savez savez_compressed savetxt mgrid ogrid fuse"
-).split()
+)
 
 
 class Grid:
@@ -114,7 +115,9 @@ class Creation:
             dtype = fill_value.dtype if isinstance(fill_value, EmulatedArray) else np.asarray(fill_value).dtype
         return self._filled(self.empty(shape, dtype, order), fill_value)
 
-    def empty_like(self, a: EmulatedArray, dtype: Any = None, order: Any = "K", subok: Any = None, shape: Any = None) -> Any:
+    def empty_like(
+        self, a: EmulatedArray, dtype: Any = None, order: Any = "K", subok: Any = None, shape: Any = None
+    ) -> Any:
         _need_device_array("empty_like", a)
         if shape is not None or order in ("C", "F"):
             layout = order if order in ("C", "F") else "C"
@@ -122,14 +125,24 @@ class Creation:
         home = self._devices.current
         return EmulatedArray._hold(home.empty_like(a._array, dtype), home)
 
-    def zeros_like(self, a: EmulatedArray, dtype: Any = None, order: Any = "K", subok: Any = None, shape: Any = None) -> Any:
+    def zeros_like(
+        self, a: EmulatedArray, dtype: Any = None, order: Any = "K", subok: Any = None, shape: Any = None
+    ) -> Any:
         return self._filled(self.empty_like(a, dtype, order, subok, shape), 0)
 
-    def ones_like(self, a: EmulatedArray, dtype: Any = None, order: Any = "K", subok: Any = None, shape: Any = None) -> Any:
+    def ones_like(
+        self, a: EmulatedArray, dtype: Any = None, order: Any = "K", subok: Any = None, shape: Any = None
+    ) -> Any:
         return self._filled(self.empty_like(a, dtype, order, subok, shape), 1)
 
     def full_like(
-        self, a: EmulatedArray, fill_value: Any, dtype: Any = None, order: Any = "K", subok: Any = None, shape: Any = None
+        self,
+        a: EmulatedArray,
+        fill_value: Any,
+        dtype: Any = None,
+        order: Any = "K",
+        subok: Any = None,
+        shape: Any = None,
     ) -> Any:
         return self._filled(self.empty_like(a, dtype, order, subok, shape), fill_value)
 
@@ -162,10 +175,11 @@ class Creation:
         np.save(file, self.asnumpy(arr))
 
     def savez(self, file: Any, *args: Any, **kwds: Any) -> None:
-        np.savez(file, *map(self.asnumpy, args), **{name: self.asnumpy(value) for name, value in kwds.items()})
+        hosts: dict[str, Any] = {name: self.asnumpy(value) for name, value in kwds.items()}
+        np.savez(file, *map(self.asnumpy, args), **hosts)
 
     def savez_compressed(self, file: Any, *args: Any, **kwds: Any) -> None:
-        hosts = {name: self.asnumpy(value) for name, value in kwds.items()}
+        hosts: dict[str, Any] = {name: self.asnumpy(value) for name, value in kwds.items()}
         np.savez_compressed(file, *map(self.asnumpy, args), **hosts)
 
     def savetxt(self, fname: Any, X: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N803 - NumPy's name

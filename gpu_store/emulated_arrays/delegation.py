@@ -22,6 +22,7 @@ from typing import Any, Self
 import numpy as np
 
 from afield.gpu_store.emulated_arrays.devices import Array, DeviceMemory, holder_of
+from afield.gpu_store.emulated_arrays.names import words
 
 #: Values that may be mixed with device arrays: they are passed to a kernel by value.
 SCALARS = (bool, int, float, complex, np.bool_, np.number)
@@ -30,8 +31,8 @@ SCALARS = (bool, int, float, complex, np.bool_, np.number)
 _COUNTED_ON_DEVICE = frozenset({"allclose", "array_equal", "array_equiv", "count_nonzero"})
 
 #: Functions that CuPy, too, lets take a list where NumPy's dispatcher sees an array.
-_TAKE_LISTS = frozenset(
-    "array_split split hsplit vsplit dsplit delete insert percentile quantile nanpercentile nanquantile compress".split()
+_TAKE_LISTS = words(
+    "append array_split split hsplit vsplit dsplit delete insert place put percentile quantile tile compress"
 )
 
 #: Functions that call back with arrays.
@@ -56,9 +57,10 @@ class Held:
 
 def mixing_refused(name: str, value: object) -> TypeError:
     """The error for a host value where a device array is needed."""
-    kind = type(value)
+    kind = next((base for base in (list, tuple) if isinstance(value, base)), type(value))
+    what = "arrays" if isinstance(value, np.ndarray) else "values"
     return TypeError(
-        f"{name}: Unsupported type {kind}: device arrays do not mix with host {'arrays' if kind is np.ndarray else 'values'}; "
+        f"{name}: Unsupported type <class {kind.__name__!r}>: device arrays do not mix with host {what}; "
         "copy to the device with asarray(x), or to the host with asnumpy(x) or x.get()"
     )
 
@@ -238,6 +240,9 @@ def run_function(
         if not issubclass(other, Held | np.ndarray | HostList | HostTuple):
             return NotImplemented
     everything = (*args, *kwargs.values())
+    listed = next((other for other in types if issubclass(other, HostList | HostTuple)), None)
+    if listed is not None:
+        raise mixing_refused(func.__name__, next(value for value in everything if find(value, listed) is not None))
     if func.__name__ not in _TAKE_LISTS and any(type(value) in (list, tuple) for value in everything):
         return func(*[_mark(value) for value in args], **{key: _mark(value) for key, value in kwargs.items()})
     return Call(func.__name__, kind).run(func, args, kwargs)

@@ -16,7 +16,7 @@ import math
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, cast
 
 import numpy as np
 
@@ -122,7 +122,7 @@ class CappedAllocator:
         lease = self._account.take(nbytes)
         block = np.empty(nbytes + ALIGNMENT, np.uint8)
         start = -block.ctypes.data % ALIGNMENT
-        return memoryview(block)[start : start + nbytes], lease
+        return memoryview(cast(Any, block))[start : start + nbytes], lease
 
 
 class Holder:
@@ -151,7 +151,8 @@ def checked_dtype(dtype: Any) -> np.dtype[Any]:
     checked = np.dtype(dtype)
     if checked.itemsize > _LARGEST_ITEM.get(checked.kind, 0):
         raise ValueError(f"Unsupported dtype {checked}: device arrays hold bools, integers, floats and complex numbers")
-    return checked.newbyteorder("=")
+    native: np.dtype[Any] = checked.newbyteorder("=")
+    return native
 
 
 class DeviceMemory:
@@ -265,9 +266,13 @@ class DeviceSet:
     def __init__(self, devices: Iterable[DeviceMemory], initial: Callable[[], int] | None = None) -> None:
         self.devices = tuple(devices)
         if not self.devices:
-            raise NoDeviceError("an array module needs a device: write devices='emulated:1' or AFIELD_DEVICES=emulated:1")
+            raise NoDeviceError(
+                "an array module needs a device: write devices='emulated:1' or AFIELD_DEVICES=emulated:1"
+            )
         self._initial = initial or (lambda: 0)
         self._of_thread = threading.local()
+        #: The array module that was made where a pickled one named no importable module.
+        self.module: Any = None
         for device in self.devices:
             device.set = self
         #: `cuda.Device` of this set.

@@ -40,7 +40,9 @@ def export(held: Held, max_version: tuple[int, int] | None, dl_device: Any, copy
     wanted = None if copy is LEFT_OUT else copy
     if dl_device is not LEFT_OUT:
         if tuple(dl_device) != CPU_DEVICE:
-            raise BufferError(f"an emulated device array can be exported to host memory {CPU_DEVICE}, not to {dl_device}")
+            raise BufferError(
+                f"an emulated device array can be exported to host memory {CPU_DEVICE}, not to {dl_device}"
+            )
         if wanted is False:
             raise BufferError("device memory reaches the host by a copy only")
         wanted = True

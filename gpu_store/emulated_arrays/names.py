@@ -8,32 +8,38 @@ the reason, for messages.
 
 from __future__ import annotations
 
-CONSTANTS_AND_TYPES = frozenset(
+
+def words(text: str) -> frozenset[str]:
+    """Return the words of a text, for tables that are easier to read as text."""
+    return frozenset(text.split())
+
+
+CONSTANTS_AND_TYPES = words(
     """
     e euler_gamma inf nan newaxis pi s_ index_exp
     dtype finfo iinfo generic number integer signedinteger unsignedinteger inexact floating complexfloating
     bool bool_ int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64 complex64 complex128
     byte ubyte short ushort intc uintc int_ uint intp uintp long ulong longlong ulonglong half single double csingle cdouble
     get_printoptions set_printoptions printoptions format_float_positional format_float_scientific broadcast_shapes
-    """.split()
+    """
 )
 
-QUESTIONS = frozenset(
+QUESTIONS = words(
     """
     base_repr binary_repr can_cast common_type iscomplexobj isdtype isfortran isrealobj isscalar issubdtype
     may_share_memory min_scalar_type mintypecode ndim promote_types result_type shape shares_memory size typename
     array_repr array_str array2string
-    """.split()
+    """
 )
 
-CREATION = frozenset(
+CREATION = words(
     """
     arange bartlett blackman diag_indices eye frombuffer fromfile fromiter fromstring genfromtxt hamming hanning identity
     indices kaiser linspace loadtxt logspace mask_indices tri tril_indices triu_indices
-    """.split()
+    """
 )
 
-UFUNCS = frozenset(
+UFUNCS = words(
     """
     abs absolute add arccos arccosh arcsin arcsinh arctan arctan2 arctanh bitwise_and bitwise_not bitwise_or bitwise_xor
     cbrt ceil conj conjugate copysign cos cosh deg2rad degrees divide divmod equal exp exp2 expm1 fabs float_power floor
@@ -42,13 +48,13 @@ UFUNCS = frozenset(
     matmul maximum minimum mod modf multiply negative nextafter not_equal positive power rad2deg radians reciprocal
     remainder right_shift rint sign signbit sin sinh sqrt square subtract tan tanh true_divide trunc
     acos acosh asin asinh atan atan2 atanh bitwise_count bitwise_invert bitwise_left_shift bitwise_right_shift pow vecdot
-    """.split()
+    """
 )
 
-FUNCTIONS = frozenset(
+FUNCTIONS = words(
     """
     all allclose amax amin angle any append apply_along_axis argmax argmin argpartition argsort argwhere around
-    array_equal array_split asarray_chkfinite astype atleast_1d atleast_2d atleast_3d average bincount block
+    array_equal array_split astype atleast_1d atleast_2d atleast_3d average bincount block
     broadcast_arrays broadcast_to choose clip column_stack compress concat concatenate convolve copyto corrcoef correlate
     count_nonzero cov cross cumprod cumsum delete diag diag_indices_from diagflat diagonal diff digitize dot dsplit dstack
     ediff1d einsum expand_dims extract fill_diagonal fix flatnonzero flip fliplr flipud gradient histogram histogram2d
@@ -56,42 +62,42 @@ FUNCTIONS = frozenset(
     kron lexsort matrix_transpose max mean median meshgrid min moveaxis nan_to_num nanargmax nanargmin nancumprod nancumsum
     nanmax nanmean nanmedian nanmin nanprod nanstd nansum nanvar nonzero outer packbits pad partition percentile
     permute_dims piecewise place polyfit polyval prod ptp put put_along_axis putmask quantile ravel ravel_multi_index real
-    real_if_close repeat require reshape resize roll rollaxis roots rot90 round searchsorted select setdiff1d setxor1d sinc
+    real_if_close repeat reshape resize roll rollaxis roots rot90 round searchsorted select setdiff1d setxor1d sinc
     sort sort_complex split squeeze stack std sum swapaxes take take_along_axis tensordot tile trace transpose trapezoid
     tril tril_indices_from trim_zeros triu triu_indices_from union1d unique unpackbits unravel_index unstack unwrap
     vander var vdot vsplit vstack where
-    """.split()
+    """
 )
 
-LINALG = frozenset(
+LINALG = words(
     """
     cholesky cond det eig eigh eigvals eigvalsh inv lstsq matrix_power matrix_rank norm pinv qr slogdet solve svd
     tensorinv tensorsolve
-    """.split()
+    """
 )
 
-FFT = frozenset(
+FFT = words(
     """
     fft fft2 fftn fftshift hfft ifft ifft2 ifftn ifftshift ihfft irfft irfft2 irfftn rfft rfft2 rfftn
-    """.split()
+    """
 )
 FFT_CREATION = frozenset({"fftfreq", "rfftfreq"})
 
-TESTING = frozenset(
+TESTING = words(
     """
     assert_allclose assert_array_almost_equal assert_array_almost_equal_nulp assert_array_equal assert_array_less
     assert_array_max_ulp
-    """.split()
+    """
 )
 
-RANDOM = frozenset(
+RANDOM = words(
     """
     beta binomial bytes chisquare choice dirichlet exponential f gamma geometric gumbel hypergeometric laplace logistic
     lognormal logseries multinomial multivariate_normal negative_binomial noncentral_chisquare noncentral_f normal pareto
     permutation poisson power rand randint randn random random_integers random_sample ranf rayleigh sample shuffle
     standard_cauchy standard_exponential standard_gamma standard_normal standard_t triangular uniform vonmises wald weibull
     zipf
-    """.split()
+    """
 )
 
 _CUDA_CODE = "it compiles CUDA code, and there is no CUDA device; keep such kernels behind a test for a real one"
@@ -100,18 +106,20 @@ _NOT_YET = "afield's emulation does not have it; write it with other functions, 
 LACKING = {
     **dict.fromkeys(("RawKernel", "RawModule", "ElementwiseKernel", "ReductionKernel", "vectorize"), _CUDA_CODE),
     **dict.fromkeys(
-        "apply_over_axes broadcast c_ r_ flatiter fromfunction memoize clear_memo poly1d polyadd polymul polysub poly".split(),
-        _NOT_YET,
+        words("apply_over_axes broadcast c_ r_ flatiter fromfunction memoize clear_memo require"), _NOT_YET
     ),
+    **dict.fromkeys(words("asarray_chkfinite poly poly1d polyadd polymul polysub"), _NOT_YET),
 }
 LACKING_IN_CUDA = {
-    **dict.fromkeys("Function Module compile_with_cache nvrtc cub jitify".split(), _CUDA_CODE),
+    **dict.fromkeys(words("Function Module compile_with_cache nvrtc cub jitify"), _CUDA_CODE),
     **dict.fromkeys(
-        """
+        words(
+            """
         ExternalStream Graph Memory ManagedMemory MemoryAsyncPool MemoryPointer PythonFunctionAllocator UnownedMemory
         alloc alloc_pinned_memory cublas cudnn curand cusolver cusparse driver malloc_async malloc_managed nccl nvtx profiler
         texture using_allocator
-        """.split(),
+            """
+        ),
         _NOT_YET,
     ),
 }

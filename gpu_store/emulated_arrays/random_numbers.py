@@ -15,7 +15,7 @@ import numpy as np
 from afield.gpu_store.emulated_arrays.array import EmulatedArray
 from afield.gpu_store.emulated_arrays.delegation import Call
 from afield.gpu_store.emulated_arrays.devices import DeviceSet
-from afield.gpu_store.emulated_arrays.names import RANDOM
+from afield.gpu_store.emulated_arrays.names import RANDOM, words
 
 #: Methods of NumPy that take `dtype` themselves; for the others the result is converted.
 _OWN_DTYPE = {
@@ -23,7 +23,7 @@ _OWN_DTYPE = {
     "Generator": frozenset({"integers", "random", "standard_exponential", "standard_gamma", "standard_normal"}),
 }
 
-_OF_GENERATOR = RANDOM - frozenset("rand randn randint random_integers random_sample ranf sample bytes".split()) | {
+_OF_GENERATOR = RANDOM - words("rand randn randint random_integers random_sample ranf sample bytes") | {
     "integers",
     "permuted",
 }
@@ -43,6 +43,7 @@ class Draws:
     def __getattr__(self, name: str) -> Callable[..., Any]:
         if name.startswith("_") or name not in self._names:
             raise AttributeError(f"emulated random numbers have no {name!r}", name=name, obj=self)
+        name = "random_sample" if name in ("random", "ranf", "sample") and self._names is RANDOM else name
         own_dtype = name in _OWN_DTYPE[type(self._source).__name__]
 
         def draw(*args: Any, dtype: Any = None, **kwargs: Any) -> Any:
