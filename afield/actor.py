@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from afield.runtime.actors import ActorClass, ActorHandle, ActorMethod
+from afield.runtime.actors import ActorClass, ActorHandle, ActorMethod, list_named_actors
 from afield.runtime.api import exit_actor
 
-__all__ = ["ActorClass", "ActorHandle", "ActorMethod", "exit_actor"]
+__all__ = ["ActorClass", "ActorHandle", "ActorMethod", "exit_actor", "list_named_actors"]

@@ -11,7 +11,12 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
-from afield.errors import ActorConstructionError, ActorUnavailableError, PendingCallsLimitExceededError, TaskCancelledError
+from afield.errors import (
+    ActorConstructionError,
+    ActorUnavailableError,
+    PendingCallsLimitExceededError,
+    TaskCancelledError,
+)
 from afield.ids import FIRST_RETURN, TASK_ID_BYTES
 from afield.runtime import messages as m
 from afield.runtime.dispatch import Task
@@ -57,6 +62,7 @@ class ActorCalls:
         self.submitter = submitter
         self.callers: dict[bytes, Caller] = {}
         process.handlers[m.ActorState] = self._on_state
+        process.handlers[m.WatchActor] = self._on_asked
 
     def create(self, spec: m.CreateActor, task: Task, detached: bool) -> None:
         """Send the actor to the daemon once its constructor's arguments are there; the task keeps them pinned."""
@@ -65,6 +71,7 @@ class ActorCalls:
             error = self.submitter.arguments.failure(ready)
             if error is not None:
                 self._die(caller, self._argument_failed(spec.class_name, error))
+                self.process.daemon.send(m.ActorGone(spec.actor_id, caller.error))
                 return
             spec.arguments, spec.location = ready.arguments, ready.location
             spec.dependencies = self.submitter.arguments.describe(ready)
@@ -93,8 +100,15 @@ class ActorCalls:
         caller = self.callers.get(actor_id)
         if caller is None:
             caller = self.callers[actor_id] = Caller(actor_id)
-            self.process.daemon.send(m.WatchActor(actor_id))
+            life = self.process.table.entries.get(caller.life)
+            self.process.daemon.send(m.WatchActor(actor_id, life.owner if life is not None else b""))
         return caller
+
+    def _on_asked(self, channel: Channel, message: m.WatchActor) -> None:
+        """Somebody has a handle to an actor that the daemon does not know."""
+        caller = self.callers.get(message.actor_id)
+        if caller is None or caller.state == "dead":
+            channel.send(m.ActorGone(message.actor_id, caller.error if caller is not None else b""))
 
     def submit(
         self,

@@ -16,7 +16,7 @@ from afield.runtime.dispatch import Task
 from afield.runtime.options import ACTOR_OPTIONS, METHOD_OPTIONS, retry_on, returns_of, shape_of, validate
 from afield.runtime.parameters import Parameters, describe
 from afield.runtime.refs import ObjectRef, rebuild_ref
-from afield.runtime.runtime_context import inherited_environment
+from afield.runtime.runtime_context import get_runtime_context, inherited_environment
 from afield.runtime.serialization import deserialize, serialize
 from afield.runtime.strategies import placement_of, settle
 from afield.runtime.submission import Function, RetryOn
@@ -193,6 +193,14 @@ def get_actor(name: str, namespace: str | None = None) -> ActorHandle:
     return ActorHandle.from_description(description)
 
 
+def list_named_actors(all_namespaces: bool = False) -> list[str] | list[dict[str, str]]:
+    """Return the names of the living actors that have one, or for all namespaces dicts of `namespace` and `name`."""
+    participant = current.participant or current.ensure()
+    namespace = None if all_namespaces else get_runtime_context().namespace
+    named: list[dict[str, str]] = participant.process.request(lambda n: m.Query(n, "actor_names", namespace))
+    return named if all_namespaces else [each["name"] for each in named]
+
+
 def _check_group(group: str | None, groups: Collection[str], what: str) -> None:
     if group and group not in groups:
         declared = ", ".join(map(repr, groups)) or "none"
@@ -209,7 +217,7 @@ def _methods(cls: type) -> dict[str, dict[str, Any]]:
     """Return what is to be known of each method of an actor class: parameters, returns, group, back-pressure, retries."""
     methods: dict[str, dict[str, Any]] = {name: {"num_returns": 1} for name in SPECIAL_METHODS}
     for name in dir(cls):
-        if name.startswith("__") and hasattr(ActorHandle, name):
+        if name.startswith("__") and any(name in vars(kind) for kind in ActorHandle.__mro__):
             continue  # what every object has: it means the handle
         member = inspect.getattr_static(cls, name)
         bound = not isinstance(member, staticmethod)

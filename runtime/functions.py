@@ -44,8 +44,9 @@ class RemoteFunction(Generic[P, R]):
         self._name: str = options.get("name") or function.__qualname__.replace("<locals>.", "")
         self._parameters = Parameters(describe(function), self._name)
         self._shape = shape_of(options, default_cpus=1)
-        # Known once the function is used in a session: what is pushed, and the lane for its shape.
-        self._session: object = None
+        # Known once the function is used in a session: its key, what is pushed, and the lane for its shape. One tuple, as
+        # another thread may use the function in the next session already.
+        self._bound: tuple[object, Function, Lane] | None = None
         functools.update_wrapper(self, function, updated=())
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -70,15 +71,16 @@ class RemoteFunction(Generic[P, R]):
         """
         participant = current.participant or current.ensure()
         self._parameters.check(args, kwargs)
-        if self._session is not participant.key:
-            self._bind(participant)
-        return participant.submitter.submit(self._pushed, self._lane, args, kwargs, self._retries)
+        bound = self._bound
+        if bound is None or bound[0] is not participant.key:
+            bound = self._bind(participant)
+        return participant.submitter.submit(bound[1], bound[2], args, kwargs, self._retries)
 
-    def _bind(self, participant: Participant) -> None:
+    def _bind(self, participant: Participant) -> tuple[object, Function, Lane]:
         serialized = serialize(self._function, f"the function {self._name}()")
         for ref in serialized.refs:  # captured by the function: they live as long as it may be called
             participant.process.pin_for_ever(ref, f"captured by the function {self._name}()")
-        self._pushed = Function(
+        pushed = Function(
             self._name,
             serialized.pack(),
             self._num_returns,
@@ -86,8 +88,9 @@ class RemoteFunction(Generic[P, R]):
             retry_on=retry_on(self._options),
             once=not self._retries,
         )
-        self._lane = participant.submitter.lane(self._shape, placement_of(self._options, inherited_environment()))
-        self._session = participant.key
+        lane = participant.submitter.lane(self._shape, placement_of(self._options, inherited_environment()))
+        self._bound = participant.key, pushed, lane
+        return self._bound
 
     def __reduce__(self) -> tuple[Any, ...]:
         # State apart from construction, so that a function that refers to itself can be pickled.

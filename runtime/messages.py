@@ -352,9 +352,17 @@ class ActorBorn(msgspec.Struct, array_like=True, tag=42):
 
 
 class WatchActor(msgspec.Struct, array_like=True, tag=43):
-    """Tell me the actor's state now and whenever it changes."""
+    """Tell me the actor's state now and whenever it changes. Daemon to creator: will there be such an actor?"""
 
     actor_id: bytes
+    creator: bytes = b""  # empty if the actor is detached
+
+
+class ActorGone(msgspec.Struct, array_like=True, tag=48):
+    """Creator to daemon: the actor will not be created (any more); `error`: serialised cause, or empty."""
+
+    actor_id: bytes
+    error: bytes
 
 
 class ActorState(msgspec.Struct, array_like=True, tag=44):
@@ -459,6 +467,7 @@ Message = (
     | BecomeActor
     | ActorBorn
     | WatchActor
+    | ActorGone
     | ActorState
     | KillActor
     | Terminate

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Generator
 from concurrent.futures import Future
+from types import GenericAlias
 from typing import Any
 
 import msgspec
@@ -42,6 +43,11 @@ class ObjectRef(msgspec.Struct, gc=False, eq=False, repr_omit_defaults=True):
 
     def __await__(self) -> Generator[Any, None, Any]:
         return current.require(f"{self!r} belongs to a runtime that was shut down").values.result(self).__await__()
+
+    @classmethod
+    def __class_getitem__(cls, item: Any) -> GenericAlias:
+        """Allow `ObjectRef[int]` in annotations."""
+        return GenericAlias(cls, (item,))
 
     def __repr__(self) -> str:
         return f"ObjectRef({self.id.hex()})"

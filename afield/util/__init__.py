@@ -6,8 +6,9 @@ them, and nothing below imports them.
 
 from __future__ import annotations
 
+from afield.actor import list_named_actors
 from afield.libraries.actor_pool import ActorPool
 from afield.libraries.joblib_backend import register_joblib
 from afield.libraries.queue import Queue
 
-__all__ = ["ActorPool", "Queue", "register_joblib"]
+__all__ = ["ActorPool", "Queue", "list_named_actors", "register_joblib"]

@@ -201,6 +201,10 @@ def run_ufunc(
     function = getattr(ufunc, method)
     if method == "__call__" and ufunc.signature is None and not kwargs.keys() - {"where", "casting"}:
         return _run_elementwise(call, ufunc, inputs, kwargs)
+    if method == "at" and isinstance(inputs[0], Held) and not inputs[0]._array.flags.writeable:
+        # NumPy's `at` does not look at this flag: it would write into an immutable object, or into a page that is
+        # mapped read-only, which ends the process.
+        raise ValueError("output array is read-only")
     return call.run(function, inputs, kwargs)
 
 

@@ -149,7 +149,7 @@ def holder_of(array: Array) -> Holder | None:
 def checked_dtype(dtype: Any) -> np.dtype[Any]:
     """Return the dtype in native byte order; raises ValueError for one that no device array can have."""
     checked = np.dtype(dtype)
-    if checked.itemsize > _LARGEST_ITEM.get(checked.kind, 0):
+    if checked.itemsize > _LARGEST_ITEM.get(checked.kind, -1):
         raise ValueError(f"Unsupported dtype {checked}: device arrays hold bools, integers, floats and complex numbers")
     native: np.dtype[Any] = checked.newbyteorder("=")
     return native

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _ACTOR_OWNER = b"actor:"
 #: The end of an actor is remembered for this many actors, for handles that ask late.
 MAX_DEAD = 10_000
+_FORGOTTEN = pickle.dumps(ActorDiedError("the actor is gone, and how it ended is no longer known"), 5)
 
 
 class Actor:
@@ -57,6 +58,10 @@ class ActorDirectory:
         self.actors: dict[bytes, Actor] = {}
         self._names: dict[tuple[str, str], Reserved] = {}
         self._dead: dict[bytes, bytes] = {}
+        #: Actors that are still to be created, as far as others have asked for them already: creator, and who asked.
+        self._early: dict[bytes, tuple[bytes, set[bytes]]] = {}
+        #: Why actors were ended that are still to be created.
+        self._ended_early: dict[bytes, str] = {}
 
     def is_actor_lease(self, owner: bytes) -> bool:
         """Tell whether a lease is for an actor."""
@@ -65,7 +70,13 @@ class ActorDirectory:
     def on_create(self, channel: Channel, spec: m.CreateActor) -> None:
         """A process creates an actor."""
         actor = self.actors[spec.actor_id] = Actor(spec, channel.peer_id)
-        self._ask_for_worker(actor)
+        _, watchers = self._early.pop(spec.actor_id, (b"", set()))
+        actor.watchers |= watchers
+        reason = self._ended_early.pop(spec.actor_id, "")
+        if reason:
+            self._end(actor, self._death(actor, reason))
+        else:
+            self._ask_for_worker(actor)
 
     # -- names ---------------------------------------------------------------------------------------------------
 
@@ -131,14 +142,41 @@ class ActorDirectory:
     def on_watch(self, channel: Channel, message: m.WatchActor) -> None:
         """A process wants to call an actor."""
         actor = self.actors.get(message.actor_id)
-        if actor is None:
-            error = self._dead.get(message.actor_id)
-            if error is None:
-                error = pickle.dumps(ActorDiedError("the actor is gone, and how it ended is no longer known"), 5)
-            channel.send(m.ActorState(message.actor_id, "dead", b"", error))
-        else:
+        if actor is not None:
             actor.watchers.add(channel.peer_id)
             channel.send(self._state_of(actor))
+        elif message.actor_id in self._dead:
+            channel.send(m.ActorState(message.actor_id, "dead", b"", self._dead[message.actor_id]))
+        else:
+            self._ask_creator(channel, message)
+
+    def _ask_creator(self, channel: Channel, message: m.WatchActor) -> None:
+        """An actor may be unknown because its creator waits for the constructor's arguments, or because it is forgotten."""
+        actor_id, creator = message.actor_id, message.creator
+        if not creator:
+            creator = next((known.creator for known in self._names.values() if known.actor_id == actor_id), b"")
+        if creator in self._daemon.channels:
+            self._early.setdefault(actor_id, (creator, set()))[1].add(channel.peer_id)
+            self._daemon.send(creator, m.WatchActor(actor_id))
+        else:
+            channel.send(m.ActorState(actor_id, "dead", b"", _FORGOTTEN))
+
+    def on_gone(self, channel: Channel, message: m.ActorGone) -> None:
+        """An actor that others may wait for will not be created; the creator sends this after all that it did create."""
+        actor_id = message.actor_id
+        if actor_id in self.actors:
+            return
+        error = self._dead[actor_id] = message.error or self._dead.get(actor_id) or _FORGOTTEN
+        self._trim(self._dead)
+        self._forget_names(lambda reserved: reserved.actor_id == actor_id)
+        self._ended_early.pop(actor_id, None)
+        for watcher in self._early.pop(actor_id, (b"", set()))[1]:
+            self._daemon.send(watcher, m.ActorState(actor_id, "dead", b"", error))
+
+    @staticmethod
+    def _trim(remembered: dict[bytes, Any]) -> None:
+        if len(remembered) > MAX_DEAD:
+            del remembered[next(iter(remembered))]
 
     def _state_of(self, actor: Actor) -> m.ActorState:
         worker = actor.worker.id if actor.worker is not None else b""
@@ -152,6 +190,9 @@ class ActorDirectory:
         """A process ends an actor."""
         actor = self.actors.get(message.actor_id)
         if actor is None:
+            if message.no_restart and message.actor_id not in self._dead:
+                self._ended_early[message.actor_id] = message.reason
+                self._trim(self._ended_early)
             return
         if message.no_restart:
             actor.restarts_left = 0
@@ -178,8 +219,7 @@ class ActorDirectory:
         del self.actors[actor_id]
         self._forget_names(lambda reserved: reserved.actor_id == actor_id)
         self._dead[actor_id] = error
-        if len(self._dead) > MAX_DEAD:
-            del self._dead[next(iter(self._dead))]
+        self._trim(self._dead)
         self._daemon.leases.demand(_ACTOR_OWNER + actor_id, ResourceSet(actor.spec.shape), 0, 0)
         if actor.worker is not None:
             self._daemon.workers.kill(actor.worker)
@@ -203,6 +243,12 @@ class ActorDirectory:
     def on_process_died(self, process_id: bytes) -> None:
         """The creator of an actor is gone: so is the actor, unless it is detached."""
         self._forget_names(lambda reserved: reserved.creator == process_id and reserved.actor_id not in self.actors)
+        for actor_id, (creator, watchers) in list(self._early.items()):
+            watchers.discard(process_id)
+            if creator == process_id:
+                del self._early[actor_id]
+                for watcher in watchers:
+                    self._daemon.send(watcher, m.ActorState(actor_id, "dead", b"", _FORGOTTEN))
         for actor in list(self.actors.values()):
             actor.watchers.discard(process_id)
             if actor.creator == process_id and not actor.spec.options.get("detached"):

@@ -81,6 +81,7 @@ class NodeDaemon:
             m.Retire: self.workers.on_retire_refused,
             m.ActorBorn: self.actors.on_born,
             m.WatchActor: self.actors.on_watch,
+            m.ActorGone: self.actors.on_gone,
             m.KillActor: self.actors.on_kill,
             m.KillWorker: lambda c, x: self.workers.kill_leased(x.lease_id),
             m.Query: self._on_query,
@@ -228,6 +229,7 @@ class NodeDaemon:
         reason = self._misplaced(spec.placement) if spec.placement is not None else ""
         if reason:
             error = pickle.dumps(ActorUnschedulableError(f"{spec.class_name}: {reason}"), 5)
+            self.actors.on_gone(channel, m.ActorGone(spec.actor_id, error))
             channel.send(m.ActorState(spec.actor_id, "dead", b"", error))
         else:
             self.actors.on_create(channel, spec)
