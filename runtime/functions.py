@@ -27,8 +27,6 @@ R = TypeVar("R")
 class RemoteFunction(Generic[P, R]):
     """A function that runs elsewhere: `f.remote(...)` returns a future at once."""
 
-    _pushed: Function
-    _lane: Lane
 
     def __init__(self, function: Callable[P, R], options: dict[str, Any]) -> None:
         validate(options, TASK_OPTIONS, f"@remote on {function.__name__}()")

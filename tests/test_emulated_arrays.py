@@ -98,17 +98,21 @@ def test_layout_follows_the_operands(cp: Any) -> None:
 HOST = np.ones(3)
 
 MIXED = """
-    x + HOST | HOST + x | x * [1, 2, 3] | [1, 2, 3] * x | np.add(x, HOST) | np.add(HOST, x) | np.maximum(x, np.array(1.0)) | x == HOST | x < [1, 2, 3]
-    xp.add(x, HOST) | xp.exp(HOST) | xp.exp([1.0]) | xp.sum(HOST) | xp.sum([1, 2]) | xp.dot(x, HOST) | x.dot(HOST) | x.dot([1, 2, 3]) | np.dot(x, [1, 2, 3])
-    xp.concatenate([x, HOST]) | np.concatenate([HOST, x]) | xp.concatenate([x, [1.0]]) | xp.concatenate([HOST, HOST]) | xp.stack([[1], [2]]) | x @ HOST
-    HOST @ x | xp.where(x > 0, x, HOST) | xp.where([True] * 3, x, x) | x.__iadd__(HOST) | HOST.__iadd__(x) | x.__setitem__(0, HOST) | x.__setitem__(0, [1, 2, 3])
-    HOST.__setitem__(slice(None), x) | np.add(HOST, 1, out=x) | np.add(x, 1, out=HOST) | xp.linalg.norm(HOST) | xp.fft.fft([1.0]) | xp.copyto(x, HOST) | np.copyto(HOST, x)
-    xp.full_like(HOST, 1) | xp.zeros_like([1]) | xp.array([x, HOST]) | xp.random.permutation(HOST) | x + "1" | x + None | np.logical_and.reduce([x, HOST])
-    np.sum(x, where=HOST > 0) | xp.einsum("i,i", x, HOST) | xp.add.reduce(HOST) | xp.isin(x, [1]) | x.put([0], HOST) | xp.add.at(x, [0], HOST)
+    x + HOST | HOST + x | x * [1, 2, 3] | [1, 2, 3] * x | np.add(x, HOST) | np.add(HOST, x)
+    np.maximum(x, np.array(1.0)) | x == HOST | x < [1, 2, 3] | xp.add(x, HOST) | xp.exp(HOST) | xp.exp([1.0])
+    xp.sum(HOST) | xp.sum([1, 2]) | xp.dot(x, HOST) | x.dot(HOST) | x.dot([1, 2, 3]) | np.dot(x, [1, 2, 3])
+    xp.concatenate([x, HOST]) | np.concatenate([HOST, x]) | xp.concatenate([x, [1.0]]) | xp.concatenate([HOST, HOST])
+    xp.stack([[1], [2]]) | x @ HOST | HOST @ x | xp.where(x > 0, x, HOST) | xp.where([True] * 3, x, x)
+    x.__iadd__(HOST) | HOST.__iadd__(x) | x.__setitem__(0, HOST) | x.__setitem__(0, [1, 2, 3])
+    HOST.__setitem__(slice(None), x) | np.add(HOST, 1, out=x) | np.add(x, 1, out=HOST) | xp.linalg.norm(HOST)
+    xp.fft.fft([1.0]) | xp.copyto(x, HOST) | np.copyto(HOST, x) | xp.full_like(HOST, 1) | xp.zeros_like([1])
+    xp.array([x, HOST]) | xp.random.permutation(HOST) | x + "1" | x + None | np.logical_and.reduce([x, HOST])
+    np.sum(x, where=HOST > 0) | xp.einsum("i,i", x, HOST) | xp.add.reduce(HOST) | xp.isin(x, [1]) | x.put([0], HOST)
+    xp.add.at(x, [0], HOST)
 """
 IMPLICIT = """
-    np.asarray(x) | np.array(x) | np.array([x, x]) | np.asarray(x, dtype=float) | x.__array__() | np.frombuffer(x) | memoryview(x) | np.random.permutation(x)
-    HOST.dot(x) | np.ma.array(x) | float(x) | np.float64(x) | hash(x)
+    np.asarray(x) | np.array(x) | np.array([x, x]) | np.asarray(x, dtype=float) | x.__array__() | np.frombuffer(x)
+    memoryview(x) | np.random.permutation(x) | HOST.dot(x) | np.ma.array(x) | float(x) | np.float64(x) | hash(x)
 """
 
 
@@ -354,9 +358,10 @@ def test_memory_handed_in_by_the_store() -> None:
 
 
 WRITES = """
-    x += 1 | x[0] = 1 | x.fill(1) | x.sort() | x.set(np.ones(3)) | x[1:][0] = 2 | x.T[0] = 2 | xp.add(x, 1, out=x) | xp.copyto(x, x + 1) | x.reshape(3, 1)[0] = 1
-    xp.add.at(x, [0], 1.0) | xp.sum(xp.ones((2, 3)), axis=0, out=x) | x.put([0], 1.0) | xp.random.shuffle(x) | xp.from_dlpack(x)[0] = 1 | x.real = 1
-    xp.fill_diagonal(x[None], 1) | x.ravel()[0] = 3 | x.partition(1)
+    x += 1 | x[0] = 1 | x.fill(1) | x.sort() | x.set(np.ones(3)) | x[1:][0] = 2 | x.T[0] = 2 | xp.add(x, 1, out=x)
+    xp.copyto(x, x + 1) | x.reshape(3, 1)[0] = 1 | xp.add.at(x, [0], 1.0) | xp.sum(xp.ones((2, 3)), axis=0, out=x)
+    x.put([0], 1.0) | xp.random.shuffle(x) | xp.from_dlpack(x)[0] = 1 | x.real = 1 | xp.fill_diagonal(x[None], 1)
+    x.ravel()[0] = 3 | x.partition(1)
 """
 
 
@@ -508,8 +513,8 @@ def imported(cp: Any) -> Iterator[Any]:
 def test_import_cupy(imported: Any) -> None:
     assert importlib.import_module("cupy") is imported
     importlib.import_module("cupy.cuda.runtime")
-    program = "from cupy.random import rand\nfrom cupy.cuda import Device\nimport cupy.linalg as la\nfrom cupy import RawKernel, zeros"
-    exec(program, {})
+    exec("from cupy.random import rand\nfrom cupy.cuda import Device\nimport cupy.linalg as la", {})
+    exec("from cupy import RawKernel, zeros", {})
     for absent in ("cupyx", "cupyx.scipy", "cupy.cutensor"):
         with pytest.raises(ModuleNotFoundError, match="emulated by afield"):
             importlib.import_module(absent)
