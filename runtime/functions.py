@@ -27,7 +27,6 @@ R = TypeVar("R")
 class RemoteFunction(Generic[P, R]):
     """A function that runs elsewhere: `f.remote(...)` returns a future at once."""
 
-
     def __init__(self, function: Callable[P, R], options: dict[str, Any]) -> None:
         validate(options, TASK_OPTIONS, f"@remote on {function.__name__}()")
         check_task(function)

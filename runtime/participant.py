@@ -35,11 +35,12 @@ class Participant:
         Tasks and entries are hidden from the garbage collector, so the ring of references through them is cut by hand.
         """
         self.process.close()
-        self.process.table.entries.clear()
-        for lane in self.submitter.lanes.values():
-            lane.close()
-            for lease in lane.leases:
-                lease.inflight.clear()
+        with self.process.pump.lock:  # other threads may be in the middle of a submission
+            self.process.table.entries.clear()
+            for lane in self.submitter.lanes.values():
+                lane.close()
+                for lease in lane.leases:
+                    lease.inflight.clear()
         self.values.store.close()
 
     def counters(self) -> dict[str, float]:

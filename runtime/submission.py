@@ -165,6 +165,8 @@ class Submitter:
 
     def own(self, task: Task, object_ids: list[bytes]) -> None:
         """Enter a task's outputs into the table and pin its arguments; the caller holds the lock."""
+        if self.process.dead:  # another thread may have ended the runtime since the arguments were encoded
+            self.process.check_alive()
         self.tasks_submitted += 1
         for oid in object_ids:
             self.process.table.own(oid, task)

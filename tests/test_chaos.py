@@ -182,7 +182,7 @@ def test_threads_that_use_a_runtime_while_it_ends_get_errors_of_ours(no_runtime:
     for thread in threads:
         thread.join(PATIENCE_S)
         assert not thread.is_alive()
-    assert not wrong, wrong
+    assert not wrong, "".join(wrong)
 
 
 def test_a_spill_dir_that_cannot_be_used_is_named(no_runtime: None) -> None:
@@ -344,11 +344,11 @@ while time.monotonic() < deadline and not died:
         try:
             assert case()
             good += 1
-        except afield.exceptions.LossError:
-            lost += 1
         except afield.RuntimeDiedError:
             died = True
             break
+        except afield.exceptions.LossError:
+            lost += 1
 del echo, case
 empty = died or poll(lambda: not afield.runtime.api.query("store")["objects"], 10.0)
 report(good=good, lost=lost, died=died, empty=bool(empty))

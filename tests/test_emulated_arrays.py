@@ -9,24 +9,27 @@ from __future__ import annotations
 import copy
 import gc
 import importlib
+import importlib.util
 import io
 import pickle
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import cloudpickle
 import numpy as np
 import pytest
 
-from afield.errors import NoDeviceError, OutOfDeviceMemoryError
+from afield.errors import DeviceLostError, NoDeviceError, OutOfDeviceMemoryError
 from afield.gpu_store.emulated_arrays import (
     CappedAllocator,
     DeviceMemory,
     DeviceSet,
     EmulatedArray,
     allocation_of,
+    array_over,
+    inner_array,
     installed_as_import,
     make_module,
     set_process_devices,
@@ -247,7 +250,7 @@ def test_dlpack(cp: Any) -> None:
     with pytest.raises(BufferError, match=r"\.get\(\)"):
         np.from_dlpack(x)
     host = np.from_dlpack(x, device="cpu")
-    assert type(host) is np.ndarray and not np.shares_memory(host, back._array)
+    assert type(host) is np.ndarray and not np.shares_memory(host, inner_array(back))
     with pytest.raises(BufferError):
         x.__dlpack__(dl_device=(2, 0))
     with pytest.raises(BufferError):
@@ -291,7 +294,7 @@ def test_memory_is_the_allocators_and_goes_back(cp: Any) -> None:
     part = x[3:, 1]
     del x
     assert pool.used_bytes() == MIB
-    inner = part._array
+    inner = inner_array(part)
     del part
     assert pool.used_bytes() == MIB
     del inner
@@ -348,13 +351,14 @@ def test_memory_handed_in_by_the_store() -> None:
     assert slab.memory[64:72].cast("i").tolist() == [7, 7]
     home, owner, offset = allocation_of(second[1:])
     assert (owner, offset) == (("piece", 64), 4) and home.uuid == first.device.uuid
-    shared = EmulatedArray._hold(home.adopt(slab.memory[64:128], owner, (2,), "i4"), home)
+    shared = array_over(home, slab.memory[64:128], owner, (2,), "i4")
     second += 1
     assert shared.tolist() == [8, 8] and allocation_of(shared)[1] == owner
     for shape, strides, offset in (((17,), None, 0), ((2,), (-4,), 0), ((2,), None, 60), ((2,), None, -4)):
         with pytest.raises(ValueError, match="do not lie"):
-            home.adopt(slab.memory[64:128], owner, shape, "i4", strides, offset)
-    assert home.adopt(slab.memory[64:128], owner, (2,), "i4", (-4,), 4).tolist() == [8, 8]
+            array_over(home, slab.memory[64:128], owner, shape, "i4", strides, offset)
+    assert array_over(home, slab.memory[64:128], owner, (2,), "i4", (-4,), 4).tolist() == [8, 8]
+    assert np.shares_memory(inner_array(shared), np.frombuffer(slab.memory, np.uint8))
 
 
 WRITES = """
@@ -369,7 +373,7 @@ WRITES = """
 def test_read_only_arrays_cannot_be_written(statement: str, cp: Any) -> None:
     memory = memoryview(np.array([3.0, 1.0, 2.0]).tobytes())
     home = cp.devices[0]
-    x = EmulatedArray._hold(home.adopt(memory, memory, (3,), "f8"), home)
+    x = array_over(home, memory, memory, (3,), "f8")
     assert not x.flags.writeable
     with pytest.raises(ValueError, match="read-only"):
         exec(statement, {"x": x, "xp": cp, "np": np})
@@ -395,13 +399,14 @@ def test_devices(cp2: Any) -> None:
         assert seen == [0]
     assert x.device.id == 0 and cuda.Device().id == 0
     assert (y + 1).device.id == 1 and y.sum().device.id == 1 and y[1:].device == y.device
-    for mix in (
+    mixes: list[Callable[[], Any]] = [
         lambda: x + y,
         lambda: cp2.concatenate([x, y]),
         lambda: x.__iadd__(y),
         lambda: x.__setitem__(0, y[0]),
         lambda: x[y > 0],
-    ):
+    ]
+    for mix in mixes:
         with pytest.raises(ValueError, match="different devices"):
             mix()
     assert (x + cp2.asarray(y)).tolist() == [2, 2, 2]
@@ -412,6 +417,18 @@ def test_devices(cp2: Any) -> None:
         cuda.Device(2)
     with pytest.raises(NoDeviceError):
         make_module([])
+
+
+def test_a_lost_device_shows_at_the_next_operation(cp: Any) -> None:
+    def lost() -> None:
+        raise DeviceLostError("device 0 was lost")
+
+    x = cp.ones(3)
+    cp.devices[0].on_use = lost
+    uses: list[Callable[[], Any]] = [lambda: x + 1, lambda: x.fill(0), x.get, lambda: cp.zeros(2), lambda: x[0], x.sum]
+    for use in uses:
+        with pytest.raises(DeviceLostError):
+            use()
 
 
 def test_the_current_device_can_be_the_runtimes_choice() -> None:
@@ -466,13 +483,14 @@ def test_random(cp: Any) -> None:
 
 
 def test_what_it_lacks_says_so(cp: Any) -> None:
-    for call in (
+    calls: list[Callable[[], Any]] = [
         lambda: cp.RawKernel("code", "name"),
         lambda: cp.ElementwiseKernel("T x", "T y", "y = x", "k"),
         lambda: cp.cuda.ExternalStream(0),
         lambda: cp.r_[1, 2],
         lambda: cp.cuda.nvtx.RangePush("x"),
-    ):
+    ]
+    for call in calls:
         with pytest.raises(NotImplementedError, match="not there on emulated devices"):
             call()
     for name in ("matrix", "busday_count", "no_such_thing", "loadtxtx", "memmap", "object_"):
@@ -513,6 +531,7 @@ def imported(cp: Any) -> Iterator[Any]:
 def test_import_cupy(imported: Any) -> None:
     assert importlib.import_module("cupy") is imported
     importlib.import_module("cupy.cuda.runtime")
+    assert importlib.util.find_spec("cupy") is not None and importlib.util.find_spec("cupy.linalg") is not None
     exec("from cupy.random import rand\nfrom cupy.cuda import Device\nimport cupy.linalg as la", {})
     exec("from cupy import RawKernel, zeros", {})
     for absent in ("cupyx", "cupyx.scipy", "cupy.cutensor"):

@@ -15,7 +15,7 @@ goes back to its allocator when the last view of it is gone.
 Nothing here imports CuPy, and nothing here guesses: what CuPy has and this does not raises an error that says so.
 """
 
-from afield.gpu_store.emulated_arrays.array import EmulatedArray, allocation_of
+from afield.gpu_store.emulated_arrays.array import EmulatedArray, allocation_of, array_over, inner_array
 from afield.gpu_store.emulated_arrays.devices import (
     Allocator,
     CappedAllocator,
@@ -36,5 +36,7 @@ __all__ = [
     "DeviceMemory",
     "DeviceSet",
     "allocation_of",
+    "array_over",
+    "inner_array",
     "set_process_devices",
 ]

@@ -196,6 +196,7 @@ class EmulatedArray(NDArrayOperatorsMixin, Held):
 
     def get(self, stream: Any = None, order: Any = "C", out: Array | None = None, blocking: bool = True) -> Array:
         """Return a copy in host memory, in `out` if that is given (same dtype and shape)."""
+        self._home.touch()
         if out is None:
             return np.array(self._array, order=order)
         if not isinstance(out, np.ndarray):
@@ -215,6 +216,7 @@ class EmulatedArray(NDArrayOperatorsMixin, Held):
             raise TypeError(f"{arr.dtype} array cannot be set to {self.dtype} array")
         if arr.shape != self.shape:
             raise ValueError(f"Shape mismatch. Old shape: {self.shape}, new shape: {arr.shape}")
+        self._home.touch()
         np.copyto(self._array, arr)
 
     def __array__(self, *args: Any, **kwargs: Any) -> NoReturn:
@@ -392,6 +394,27 @@ def _from_pickle(kind: type[EmulatedArray], host: Array, uuid: str) -> EmulatedA
     devices = process_devices()
     home = devices.by_uuid(uuid) or devices.current
     return kind._hold(home.copy_in(host), home)
+
+
+def array_over(
+    home: DeviceMemory,
+    memory: memoryview,
+    owner: object,
+    shape: tuple[int, ...],
+    dtype: Any,
+    strides: tuple[int, ...] | None = None,
+    offset_bytes: int = 0,
+) -> EmulatedArray:
+    """Return a device array over memory that the device's store handed out; read-only if `memory` is.
+
+    `owner` lives as long as any view. Raises ValueError where the array would reach outside `memory`.
+    """
+    return EmulatedArray._hold(home.adopt(memory, owner, shape, dtype, strides, offset_bytes), home)
+
+
+def inner_array(array: EmulatedArray) -> Array:
+    """Return the NumPy array inside, for afield's own adapters (the store's copies, kernels in a simulator)."""
+    return array._array
 
 
 def allocation_of(array: EmulatedArray) -> tuple[DeviceMemory, object, int]:

@@ -162,6 +162,7 @@ class Call:
         return self.home
 
     def _see(self, operand: Held) -> None:
+        operand._home.touch()
         first = self._operand
         if first is None:
             self._operand = operand

@@ -167,15 +167,23 @@ class DeviceMemory:
         #: What this process's arrays hold; the allocator has limits of its own.
         self.account = Account(f"the memory pool of device {index} ({self.uuid})", description.memory_bytes)
         self.set: DeviceSet | None = None
+        #: Called before an operation on this device's memory; raises where the device was lost.
+        self.on_use: Callable[[], None] | None = None
 
     def __repr__(self) -> str:
         return f"<memory of device {self.id}, {self.uuid}>"
+
+    def touch(self) -> None:
+        """An operation begins; raises what `on_use` raises."""
+        if self.on_use is not None:
+            self.on_use()
 
     def empty(self, shape: tuple[int, ...], dtype: Any, strides: tuple[int, ...] | None = None) -> Array:
         """Return an uninitialised array; `strides` must be a dense layout of `shape`. Raises OutOfDeviceMemoryError."""
         checked = checked_dtype(dtype)
         if any(extent < 0 for extent in shape):
             raise ValueError("negative dimensions are not allowed")
+        self.touch()
         nbytes = math.prod(shape) * checked.itemsize
         if nbytes == 0:
             return self._lay(None, None, None, shape, checked, strides, 0)
@@ -299,6 +307,14 @@ class DeviceSet:
         self._of_thread.index = index
         return before
 
+    def enter(self, index: int) -> None:
+        """Make a device current until this thread's next `leave`."""
+        stack = self._of_thread.__dict__.setdefault("stack", [])
+        stack.append(self.choose(index))
+
+    def leave(self) -> None:
+        self.choose(self._of_thread.stack.pop())
+
 
 class Device:
     """`cuda.Device`: a handle of one device, by its number; `with` makes it the thread's current one."""
@@ -308,7 +324,6 @@ class Device:
     def __init__(self, device: int | Device | None = None) -> None:
         self.id = self.devices.current.id if device is None else int(device)
         self._memory = self.devices[self.id]
-        self._before: list[int | None] = []
 
     @property
     def uuid(self) -> str:
@@ -327,11 +342,11 @@ class Device:
         """Wait for the device; every call on emulated arrays is complete when it returns."""
 
     def __enter__(self) -> Device:
-        self._before.append(self.devices.choose(self.id))
+        self.devices.enter(self.id)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.devices.choose(self._before.pop())
+        self.devices.leave()
 
     def __int__(self) -> int:
         return self.id

@@ -5,8 +5,9 @@ imports it makes a CPU tensor that shares the memory, which is what `afield.torc
 device. That is the honest part; the emulation is in who may take part:
 
 - NumPy may not take device memory unless it asks for a copy on the host (`np.from_dlpack(x, device="cpu")`), since with
-  CuPy `np.from_dlpack(x)` fails. NumPy is told apart by what it passes: always all of `dl_device`, `copy` and
-  `max_version`, the first two as None; no other consumer passes an explicit None (torch leaves them out).
+  CuPy `np.from_dlpack(x)` fails. NumPy is told apart by what it passes: always a `dl_device`, None if none was asked
+  for; torch leaves it out then. A consumer that also passes an explicit None is refused like NumPy. A NumPy older than
+  2.1 passes nothing and gets an alias.
 - `from_dlpack` of the array module refuses NumPy's arrays, as CuPy does, and takes other host-memory tensors (torch's)
   as memory of the current device, without a copy and outside of its account.
 

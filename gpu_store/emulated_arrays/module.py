@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -46,6 +47,8 @@ class EmulatedModule(ModuleType):
         self.__dict__["_known"] = frozenset(known)
         # Makes `import cupy.cuda` and `from cupy.random import rand` work once the tree is in sys.modules.
         self.__path__: list[str] = []
+        # Programs ask importlib.util.find_spec whether they may import CuPy.
+        self.__spec__ = ModuleSpec(name, None, is_package=True)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
