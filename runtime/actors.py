@@ -204,10 +204,14 @@ def list_named_actors(all_namespaces: bool = False) -> list[str] | list[dict[str
 def _check_group(group: str | None, groups: Collection[str], what: str) -> None:
     if group and group not in groups:
         declared = ", ".join(map(repr, groups)) or "none"
-        raise InvalidOptionError(f"{what}: there is no concurrency group {group!r}; concurrency_groups declares {declared}")
+        raise InvalidOptionError(
+            f"{what}: there is no concurrency group {group!r}; concurrency_groups declares {declared}"
+        )
 
 
-def describe_actor(actor_id: bytes, class_name: str, cls: type, options: dict[str, Any], owner: bytes) -> dict[str, Any]:
+def describe_actor(
+    actor_id: bytes, class_name: str, cls: type, options: dict[str, Any], owner: bytes
+) -> dict[str, Any]:
     """Return what a handle must know of an actor, in a form that travels; `options` are the `OWN_HANDLE_OPTIONS`."""
     described = {"actor_id": actor_id, "class_name": class_name, "methods": _methods(cls), "owner": owner}
     return described | {option: options[option] for option in OWN_HANDLE_OPTIONS}

@@ -287,12 +287,13 @@ def test_ctrl_c_is_not_lost_in_loops_that_never_wait() -> None:
             afield.get(afield.put(index))
 
     raised = interrupts(put_and_get, 30)
+    afield.cluster_resources()  # a transition, which collects what was dropped
     report(raised=raised, entries=len(afield.runtime.current.process.table.entries))
     """
     with program(INTERRUPT + "\n".join(line[4:] for line in source.splitlines())) as driver:
         facts = driver.read()
         status, _, error = driver.end()
-    assert facts["raised"] == 30 and facts["entries"] < 100, facts
+    assert facts["raised"] == 30 and facts["entries"] < 10, facts
     assert status == 0 and "Exception ignored" not in error, error
 
 

@@ -43,7 +43,7 @@ def test_the_module_of_actors() -> None:
 def test_a_ref_can_be_subscripted_in_annotations() -> None:
     def f(ref: ray.ObjectRef[int]) -> None: ...  # type: ignore[type-arg]
 
-    assert str(ray.ObjectRef[int]).endswith("ObjectRef[int]")  # type: ignore[type-arg]
+    assert str(ray.ObjectRef[int]).endswith("ObjectRef[int]")  # type: ignore[misc]
 
 
 def test_what_init_takes_from_ray(no_runtime: None, tmp_path: Path) -> None:
@@ -87,7 +87,6 @@ def test_a_wrong_call_fails_where_it_is_made(shared_runtime: None) -> None:
     def f(a: int, b: int = 2, *, c: int) -> int:
         return a + b + c
 
-    @ray.remote
     class A:
         def f(self, a: int, /, b: int = 2) -> int:
             return a + b
@@ -100,7 +99,7 @@ def test_a_wrong_call_fails_where_it_is_made(shared_runtime: None) -> None:
         def h(cls, a: int) -> int:
             return a
 
-    a = A.remote()
+    a = ray.remote(A).remote()
     remotes: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = [
         (f.remote, (1,), {}),
         (f.remote, (1, 2, 3), {}),
@@ -172,7 +171,6 @@ def test_wait_with_nothing_to_wait_for(shared_runtime: None) -> None:
 
 
 def test_special_methods_of_a_class_are_methods_of_its_actor(shared_runtime: None) -> None:
-    @ray.remote
     class Box:
         def __len__(self) -> int:
             return 3
@@ -183,12 +181,11 @@ def test_special_methods_of_a_class_are_methods_of_its_actor(shared_runtime: Non
         def __enter__(self) -> str:
             return "in"
 
-    box = Box.remote()
+    box = ray.remote(Box).remote()
     assert get([box.__len__.remote(), box.__call__.remote(4), box.__enter__.remote()]) == [3, 4, "in"]
 
 
 def test_an_actor_knows_itself(shared_runtime: None) -> None:
-    @ray.remote
     class A:
         def __init__(self) -> None:
             self.n = 0
@@ -203,7 +200,7 @@ def test_an_actor_knows_itself(shared_runtime: None) -> None:
         def again(self) -> Any:
             return ray.get_runtime_context().current_actor.inc.remote()
 
-    a = A.remote()
+    a = ray.remote(A).remote()
     assert get(get(a.me.remote()).inc.remote()) == 1
     assert get(get(a.again.remote())) == 2
     assert get(a.me.remote()) == a
@@ -263,7 +260,6 @@ def test_names_of_actors(shared_runtime: None) -> None:
 
 
 def test_calls_after_an_actor_has_left_fail(shared_runtime: None) -> None:
-    @ray.remote
     class A:
         def nap(self) -> None:
             time.sleep(0.1)
@@ -274,7 +270,7 @@ def test_calls_after_an_actor_has_left_fail(shared_runtime: None) -> None:
         def f(self) -> int:
             return 1
 
-    a = A.remote()
+    a = ray.remote(A).remote()
     before, _, after = a.f.remote(), a.leave.remote(), [a.f.remote() for _ in range(3)]
     assert get(before) == 1
     for ref in after:
