@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import threading
+from collections.abc import AsyncIterator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol
@@ -101,6 +102,13 @@ class Threads:
         self._ended.finish()
         if threading.current_thread() is not threading.main_thread():
             self._executor.process.loop.kick()
+
+
+async def _turn_by_turn(items: Iterable[Any]) -> AsyncIterator[Any]:
+    """Iterate without keeping other calls from running."""
+    for item in items:
+        yield item
+        await asyncio.sleep(0)
 
 
 class EventLoop:
@@ -207,18 +215,29 @@ class EventLoop:
         self._flush_soon()
 
     async def _stream(self, items: Any, channel: Channel, push: m.Push, definition: Any) -> int:
-        executor = self._executor
         count = 0
-        if hasattr(items, "__aiter__"):
-            async for item in items:
-                executor.send_item([item], count, channel, push, definition)
-                count += 1
-        else:
-            for item in items:
-                executor.send_item([item], count, channel, push, definition)
-                count += 1
-                await asyncio.sleep(0)
+        if not hasattr(items, "__aiter__"):
+            items = _turn_by_turn(items)
+        async for item in items:
+            self._executor.send_item([item], count, channel, push, definition)
+            count += 1
+            if definition.backpressure:
+                await self._wait_for_consumer(channel, push, count - definition.backpressure)
+        self._executor.forget_consumer(channel, push)
         return count
+
+    async def _wait_for_consumer(self, channel: Channel, push: m.Push, needed: int) -> None:
+        """Wait until the consumer has taken more than `needed` items."""
+        assert self._loop is not None
+        record = self._executor.consumer(channel, push)
+        while record.consumed <= needed and not channel.closed:
+            taken = asyncio.Event()
+            loop = self._loop
+            record.notify = lambda: loop.call_soon_threadsafe(taken.set)  # noqa: B023 - replaced before the next turn
+            if record.consumed <= needed:
+                with suppress(TimeoutError):  # looks again for a consumer that is gone
+                    await asyncio.wait_for(taken.wait(), 1.0)
+            record.notify = None
 
     def _flush_soon(self) -> None:
         """Send the replies of all calls that end in this turn of the event loop together."""

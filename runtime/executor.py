@@ -41,6 +41,16 @@ MAX_HOLD_S = 0.0005
 Job = tuple[Channel, m.Push]
 
 
+class Consumer:
+    """How far the consumer of a stream is, and how to wake the producer that waits for it."""
+
+    __slots__ = ("consumed", "notify")
+
+    def __init__(self) -> None:
+        self.consumed = 0
+        self.notify: Callable[[], object] | None = None
+
+
 class Executor:
     """Runs what is pushed to this worker."""
 
@@ -66,7 +76,7 @@ class Executor:
         self._running_name = ""
         self._interruptible: tuple[Channel, int] | None = None
         self._interrupt: tuple[Channel, int] | None = None
-        self._consumed: dict[tuple[bytes, int], list[Any]] = {}
+        self._consumers: dict[tuple[bytes, int], Consumer] = {}
         self._last_flush = 0.0
         self._replies: deque[tuple[Channel, Any]] = deque()
         process.handlers |= {
@@ -131,11 +141,11 @@ class Executor:
         self._wake()
 
     def _on_consumed(self, channel: Channel, message: m.Consumed) -> None:
-        record = self._consumed.get((channel.peer_id, message.sequence))
+        record = self._consumers.get((channel.peer_id, message.sequence))
         if record is not None:
-            record[0] = message.count
-            if record[1] is not None:
-                record[1].finish()
+            record.consumed = message.count
+            if record.notify is not None:
+                record.notify()
 
     def _forget_peer(self, peer: bytes) -> None:
         for key in [key for key in self._definitions if key[0] == peer]:
@@ -302,7 +312,7 @@ class Executor:
             try:
                 holder.append(next(items))
             except StopIteration:
-                self._consumed.pop((channel.peer_id, push.sequence), None)
+                self.forget_consumer(channel, push)
                 return index
             self.send_item(holder, index, channel, push, definition)
         raise AssertionError
@@ -310,21 +320,29 @@ class Executor:
     def send_item(self, holder: list[Any], index: int, channel: Channel, push: m.Push, definition: Definition) -> None:
         """Send one item; the first of a burst leaves at once."""
         self._replies.append((channel, self.invocations.item(holder, push, index, channel.peer_id, definition)))
-        if time.monotonic() - self._last_flush > MAX_HOLD_S:
-            self.flush()
+        if time.monotonic() - self._last_flush > MAX_HOLD_S or self._concurrency is not None:
+            self.flush()  # with concurrent calls the main thread drives the loop and does not look for items
         else:
             self.process.pump.wake_standby()
 
     def _wait_for_consumer(self, channel: Channel, push: m.Push, needed: int) -> None:
         """Wait until the consumer has taken more than `needed` items."""
-        record = self._consumed.setdefault((channel.peer_id, push.sequence), [0, None])
-        while record[0] < needed + 1 and needed >= 0 and not channel.closed:
+        record = self.consumer(channel, push)
+        while record.consumed <= needed and not channel.closed:
             waiter = Waiter()
-            record[1] = waiter
-            if record[0] < needed + 1:
+            record.notify = waiter.finish
+            if record.consumed <= needed:
                 self.flush()
                 self.process.pump.wait_for(waiter, 1.0)  # looks again for a consumer that is gone
-            record[1] = None
+            record.notify = None
+
+    def consumer(self, channel: Channel, push: m.Push) -> Consumer:
+        """Return what is known of the consumer of a stream with back-pressure."""
+        return self._consumers.setdefault((channel.peer_id, push.sequence), Consumer())
+
+    def forget_consumer(self, channel: Channel, push: m.Push) -> None:
+        """The stream has ended."""
+        self._consumers.pop((channel.peer_id, push.sequence), None)
 
     # -- cancelling ----------------------------------------------------------------------------------------------
 
