@@ -16,7 +16,7 @@ Methods are called under the process's lock. `Actions` is what the shell does fo
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import msgspec
@@ -91,13 +91,68 @@ class Actions(Protocol):
         """Ask the worker to hand back up to `count` tasks that have not started."""
 
 
+class ReadyQueue:
+    """Tasks that can start: first those that take results of others, then the rest, each in their order.
+
+    What consumes comes before what produces: it lets go of memory, where more producers would fill the store until
+    nobody can go on.
+    """
+
+    __slots__ = ("_consumers", "_others")
+
+    def __init__(self) -> None:
+        self._consumers: deque[Task] = deque()
+        self._others: deque[Task] = deque()
+
+    def append(self, task: Task) -> None:
+        """Add a task behind its like."""
+        (self._others if task.dependencies is None else self._consumers).append(task)
+
+    def put_back(self, tasks: Sequence[Task]) -> None:
+        """Add tasks that were taken, in their order, before all others of their kind."""
+        for task in reversed(tasks):
+            (self._others if task.dependencies is None else self._consumers).appendleft(task)
+
+    def popleft(self) -> Task:
+        """Take the next task."""
+        return (self._consumers or self._others).popleft()
+
+    def take_all(self) -> list[Task]:
+        """Take all tasks in their order."""
+        tasks = list(self)
+        self.clear()
+        return tasks
+
+    def clear(self) -> None:
+        """Forget all tasks."""
+        self._consumers.clear()
+        self._others.clear()
+
+    def remove(self, task: Task) -> None:
+        """Take a certain task out; raise ValueError if it is not here."""
+        (self._others if task.dependencies is None else self._consumers).remove(task)
+
+    def __contains__(self, task: Task) -> bool:
+        return task in (self._others if task.dependencies is None else self._consumers)
+
+    def __iter__(self) -> Iterator[Task]:
+        yield from self._consumers
+        yield from self._others
+
+    def __len__(self) -> int:
+        return len(self._consumers) + len(self._others)
+
+    def __bool__(self) -> bool:
+        return bool(self._consumers or self._others)
+
+
 class Lane:
     """All tasks of one shape, and the leases for them."""
 
     def __init__(self, key: int, shape: dict[str, int], actions: Actions) -> None:
         self.key = key
         self.shape = shape
-        self.ready: deque[Task] = deque()
+        self.ready = ReadyQueue()
         self.leases: list[Lease] = []
         self.demanded = 0
         self._actions: Any = actions
@@ -120,7 +175,7 @@ class Lane:
 
     def requeue(self, tasks: list[Task], now: float) -> None:
         """Tasks that came back unstarted, in their order: they go first."""
-        self.ready.extendleft(reversed(tasks))
+        self.ready.put_back(tasks)
         self.fill(now)
 
     def fill(self, now: float) -> None:
@@ -142,8 +197,7 @@ class Lane:
             if not inflight:
                 best.mark = now
             if count == len(ready):
-                batch = list(ready)
-                ready.clear()
+                batch = ready.take_all()
             else:
                 batch = [ready.popleft() for _ in range(count)]
             self._actions.push(best, batch)

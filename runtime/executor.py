@@ -377,18 +377,18 @@ class Executor:
 
     # -- blocking ------------------------------------------------------------------------------------------------
 
-    def _block(self) -> None:
+    def _block(self, for_store: bool) -> None:
         running = self._running
         if self.actor_id or running is None or threading.current_thread() is not threading.main_thread():
             return
-        self.process.locked(self._announce_block, running)
+        self.process.locked(self._announce_block, running, for_store)
 
-    def _announce_block(self, running: Channel) -> None:
+    def _announce_block(self, running: Channel, for_store: bool) -> None:
         self._queue_replies(0.0)
         jobs = list(self.queue)
         self.queue.clear()
         running.send(m.HandBack([push.sequence for _, push in jobs], True))
-        self.process.daemon.send(m.Blocked(True))
+        self.process.daemon.send(m.Blocked(True, for_store))
 
     def _unblock(self) -> None:
         running = self._running

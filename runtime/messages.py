@@ -242,9 +242,10 @@ class Reclaim(msgspec.Struct, array_like=True, tag=25):
 
 
 class Blocked(msgspec.Struct, array_like=True, tag=26):
-    """The sending worker waits inside a task (or, with False, computes again)."""
+    """The sending worker waits inside a task (or, with False, computes again); `for_store`: for room in the store."""
 
     blocked: bool
+    for_store: bool = False
 
 
 class ProcessDied(msgspec.Struct, array_like=True, tag=27):

@@ -333,12 +333,18 @@ class Process:
 
     # -- requests to the daemon ------------------------------------------------------------------------------------
 
-    def request(self, make: Callable[[int], Any], give_up: Callable[[Any], None] | None = None) -> Any:
+    def request(
+        self,
+        make: Callable[[int], Any],
+        give_up: Callable[[Any], None] | None = None,
+        wait: Callable[[Waiter], bool] | None = None,
+    ) -> Any:
         """Send the daemon a message with a request number and block until it is answered.
 
         Args:
             make: returns the message.
             give_up: called with an answer that came although the wait was interrupted.
+            wait: how to wait; the pump's way by default.
         """
         waiter = Waiter()
         slot: list[Any] = [waiter, None]
@@ -352,7 +358,7 @@ class Process:
 
         self.locked(send)
         try:
-            while not self.pump.wait_for(waiter):
+            while not (wait or self.pump.wait_for)(waiter):
                 self.check_alive()
         except BaseException:
             with self.pump.lock:

@@ -45,7 +45,7 @@ class Values:
         config = process.config
         self.store = HostStoreClient(config.slab_fd, config.capacity, self._lease_store, self._give_back)
         #: A worker sets these: what to do before and after a long wait inside a task.
-        self.on_block: Callable[[], None] | None = None
+        self.on_block: Callable[[bool], None] | None = None
         self.on_unblock: Callable[[], None] | None = None
         self._given_back: deque[tuple[int, int]] = deque()
         process.handlers[m.StoreGrant] = self._on_store_grant
@@ -69,7 +69,10 @@ class Values:
     def _lease_store(self, size: int) -> tuple[int, int]:
         wait_s = self.process.config.store_wait_s
         granted: tuple[int, int] = self.process.request(
-            lambda request: m.StoreLease(request, size, wait_s), lambda unwanted: self._give_back(*unwanted)
+            lambda request: m.StoreLease(request, size, wait_s),
+            give_up=lambda unwanted: self._give_back(*unwanted),
+            # While a producer waits for room, its CPU is for those whose work makes room.
+            wait=lambda waiter: self.blocking_wait(waiter, None, for_store=True),
         )
         return granted
 
@@ -144,14 +147,14 @@ class Values:
             if not waiter.done:
                 self.process.locked(self.table.stop_waiting, ref.id, finish)
 
-    def blocking_wait(self, waiter: Waiter, deadline: float | None) -> bool:
+    def blocking_wait(self, waiter: Waiter, deadline: float | None, *, for_store: bool = False) -> bool:
         """Wait for `waiter`; inside a task, give up its CPUs if it takes longer than a moment."""
         if self.on_block is None or running() is None:
             return self.pump.wait_for(waiter, None if deadline is None else deadline - time.monotonic())
         moment = MOMENT_S if deadline is None else min(MOMENT_S, deadline - time.monotonic())
         if self.pump.wait_for(waiter, moment):
             return True
-        self.on_block()
+        self.on_block(for_store)
         try:
             return self.pump.wait_for(waiter, None if deadline is None else deadline - time.monotonic())
         finally:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from afield.runtime.dispatch import IDLE_LEASE_S, MAX_WINDOW, WINDOW_S, Lane, Lease, Task
+from afield.runtime.dispatch import IDLE_LEASE_S, MAX_WINDOW, WINDOW_S, Lane, Lease, ReadyQueue, Task
 
 
 class Shell:
@@ -59,6 +59,11 @@ def grant(lane: Lane, number: int = 1, now: float = 0.0) -> Lease:
     lease = Lease(number, b"worker %d" % number, lane, None)
     lane.granted(lease, now)
     return lease
+
+
+def add(lane: Lane, tasks: Iterable[Task]) -> None:
+    for one in tasks:
+        lane.ready.append(one)
 
 
 def names(tasks: list[Task]) -> list[str]:
@@ -154,7 +159,7 @@ def test_work_is_shared_among_open_leases() -> None:
     leases = [grant(lane, i) for i in range(4)]
     for lease in leases:
         lease.window = 64
-    lane.ready.extend(task(str(i)) for i in range(40))
+    add(lane, (task(str(i)) for i in range(40)))
     lane.fill(0.0)
     counts = sorted(len(lease.inflight) for lease in leases)
     assert sum(counts) == 40 and counts[-1] <= 2 * counts[0] + 1
@@ -165,7 +170,7 @@ def test_tasks_behind_a_long_one_are_recalled_for_an_idle_worker() -> None:
     lane, shell = make_lane()
     busy = grant(lane, 1)
     busy.window = 16
-    lane.ready.extend(task(str(i)) for i in range(9))
+    add(lane, (task(str(i)) for i in range(9)))
     lane.fill(0.0)
     assert len(busy.inflight) == 9
     idle = grant(lane, 2)
@@ -196,7 +201,7 @@ def test_a_blocked_worker_gets_nothing_until_it_goes_on() -> None:
     lane, shell = make_lane()
     lease = grant(lane)
     lease.window = 8
-    lane.ready.extend(task(str(i)) for i in range(3))
+    add(lane, (task(str(i)) for i in range(3)))
     lane.fill(0.0)
     tasks = [lease.inflight.pop(sequence) for sequence in list(lease.inflight)[1:]]
     lane.handed_back(lease, tasks, True, 0.1)
@@ -212,7 +217,7 @@ def test_a_blocked_worker_gets_nothing_until_it_goes_on() -> None:
 
 def test_handed_back_tasks_go_first_and_in_their_order() -> None:
     lane, _ = make_lane()
-    lane.ready.extend([task("3"), task("4")])
+    add(lane, [task("3"), task("4")])
     lane.requeue([task("1"), task("2")], 0.0)
     assert names(list(lane.ready)) == ["1", "2", "3", "4"]
 
@@ -221,7 +226,7 @@ def test_a_lost_worker_s_tasks_come_back_oldest_first() -> None:
     lane, shell = make_lane()
     lease = grant(lane)
     lease.window = 8
-    lane.ready.extend(task(str(i)) for i in range(5))
+    add(lane, (task(str(i)) for i in range(5)))
     lane.fill(0.0)
     assert names(lane.lost(lease)) == ["0", "1", "2", "3", "4"]
     assert lane.leases == [] and not lease.inflight
@@ -352,3 +357,19 @@ class LaneMachine(RuleBasedStateMachine):
 
 LaneMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
 TestLane: Any = pytest.mark.slow(LaneMachine.TestCase)
+
+
+def test_what_consumes_comes_before_what_produces() -> None:
+    queue = ReadyQueue()
+    producers = [task(str(i)) for i in range(3)]
+    consumers = [task(f"c{i}") for i in range(2)]
+    for one in consumers:
+        one.dependencies = [b"an argument"]
+    for one in (producers[0], consumers[0], producers[1], consumers[1], producers[2]):
+        queue.append(one)
+    assert len(queue) == 5 and consumers[0] in queue
+    assert queue.popleft() is consumers[0]
+    queue.put_back([consumers[0]])
+    queue.remove(producers[1])
+    assert names(list(queue)) == ["c0", "c1", "0", "2"]
+    assert names(queue.take_all()) == ["c0", "c1", "0", "2"] and not queue

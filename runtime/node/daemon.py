@@ -59,6 +59,7 @@ class NodeDaemon:
         self.census = Census(self)
         self._placements: dict[bytes, dict[int, m.Placement]] = {}  # owner -> key of its demand -> what workers need
         self._device_numbers = {device.uuid: device.index for device in devices}
+        self._store_waits: set[int] = set()  # leases whose workers gave their CPUs back while they wait for room
         self._orphans: set[bytes] = set()
         self._question = 0
         self._asked: set[bytes] = set()
@@ -266,9 +267,19 @@ class NodeDaemon:
 
     def _on_blocked(self, channel: Channel, message: m.Blocked) -> None:
         worker = self.workers.by_id.get(channel.peer_id)
-        if worker is not None and worker.lease_id:
-            change = self.leases.block if message.blocked else self.leases.unblock
-            change(worker.lease_id)
+        if worker is None or not worker.lease_id:
+            return
+        if not message.blocked:
+            self._store_waits.discard(worker.lease_id)
+            self.leases.unblock(worker.lease_id)
+        elif not message.for_store:
+            self.leases.block(worker.lease_id)
+        else:
+            # Each that gives its CPU back lets another task start, which may be a producer too: there is an end to it.
+            self._store_waits = {lease for lease in self._store_waits if self.workers.is_leased(lease)}
+            if len(self._store_waits) < max(1, int(self.config.num_cpus)):
+                self._store_waits.add(worker.lease_id)
+                self.leases.block(worker.lease_id)
 
     def schedule(self) -> None:
         """Grant what can be granted and ask for what is needed."""

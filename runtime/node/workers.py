@@ -37,6 +37,10 @@ PRESTART_PER_CPU = 4
 Pool = tuple[tuple[str, ...], bytes]
 
 
+#: So many idle workers are kept in any case.
+MIN_SPARE = 4
+
+
 class Worker:
     """One worker process as the daemon knows it."""
 
@@ -75,6 +79,8 @@ class WorkerPool:
         self._idle: dict[Pool, deque[Worker]] = {}
         #: Idle workers with an environment of their own that may be asked to end, the longest idle first.
         self._spare: OrderedDict[bytes, Worker] = OrderedDict()
+        #: The same for workers that any task can use: many are forked while tasks wait inside for other tasks.
+        self._spare_plain: OrderedDict[bytes, Worker] = OrderedDict()
         self._max_spare = max(1, int(daemon.config.num_cpus))
         self._default_environment = bytes.fromhex(daemon.config.environment)
         self._failed_starts: dict[int, int] = {}  # lease -> workers that ended before they connected
@@ -89,8 +95,8 @@ class WorkerPool:
         """Find or make the worker for a grant."""
         pool = (grant.device_uuids, self._daemon.environment_of(grant))
         idle = self._idle.get(pool)
-        worker = idle.popleft() if idle else self._starting(pool) or self._fork(pool)
-        self._spare.pop(worker.id, None)
+        worker = idle.pop() if idle else self._starting(pool) or self._fork(pool)
+        self._not_spare(worker)
         worker.grant = grant
         self._by_lease[grant.lease_id] = worker
         if worker.ready:
@@ -132,11 +138,21 @@ class WorkerPool:
     def _set_idle(self, worker: Worker) -> None:
         self._idle.setdefault(worker.pool, deque()).append(worker)
         if worker.environment != self._default_environment:
-            self._spare[worker.id] = worker
-            if len(self._spare) > self._max_spare:
-                _, oldest = self._spare.popitem(last=False)
-                self._remove_idle(oldest)
-                self._daemon.send(oldest.id, m.Retire())
+            self._keep_spare(worker, self._spare, self._max_spare)
+        elif not worker.devices:  # one that has started a device stays warm for it
+            self._keep_spare(worker, self._spare_plain, max(MIN_SPARE, 2 * self._max_spare))
+
+    def _keep_spare(self, worker: Worker, spare: OrderedDict[bytes, Worker], limit: int) -> None:
+        """Keep so many idle workers and ask the one that was idle the longest to end."""
+        spare[worker.id] = worker
+        if len(spare) > limit:
+            _, oldest = spare.popitem(last=False)
+            self._remove_idle(oldest)
+            self._daemon.send(oldest.id, m.Retire())
+
+    def _not_spare(self, worker: Worker) -> None:
+        self._spare.pop(worker.id, None)
+        self._spare_plain.pop(worker.id, None)
 
     def _remove_idle(self, worker: Worker) -> None:
         idle = self._idle.get(worker.pool)
@@ -158,6 +174,10 @@ class WorkerPool:
             worker.grant = None
             if worker.ready and not worker.actor_id:
                 self._set_idle(worker)
+
+    def is_leased(self, lease_id: int) -> bool:
+        """Tell whether a lease still has its worker."""
+        return lease_id in self._by_lease
 
     def kill_leased(self, lease_id: int) -> None:
         """End the worker of a lease: its owner is gone, or wants what runs there to end."""
@@ -215,7 +235,7 @@ class WorkerPool:
         self._daemon.output.close(worker)
         del self.by_id[worker.id]
         self._remove_idle(worker)
-        self._spare.pop(worker.id, None)
+        self._not_spare(worker)
         reason = describe_exit(pid, status)
         if worker.grant is not None:
             self._by_lease.pop(worker.grant.lease_id, None)

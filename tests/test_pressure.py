@@ -1,0 +1,50 @@
+"""Under pressure: a store that is too small for all producers at once, and more workers than there is work for."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+
+import afield
+from afield.runtime.api import query
+
+MIB = 1 << 20
+PATIENCE_S = 30.0
+
+
+def test_consumers_make_room_for_waiting_producers(no_runtime: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sixty results of 4 MB pass through a store of 64 MiB: what takes results runs before what makes more of them."""
+    monkeypatch.setenv("AFIELD_STORE_WAIT_S", "20")
+    afield.init(num_cpus=2, host_memory="64MiB")
+
+    @afield.remote
+    def make(index: int) -> Any:
+        return np.full(4 * MIB, index, np.uint8)
+
+    @afield.remote
+    def use(array: Any) -> int:
+        return int(array[-1])
+
+    refs = [use.remote(make.remote(index)) for index in range(60)]
+    assert afield.get(refs, timeout=PATIENCE_S) == list(range(60))
+    afield.shutdown()
+
+
+def test_workers_beyond_the_need_end(no_runtime: None) -> None:
+    """Tasks that wait inside for others need a worker each; afterwards only a few of these stay."""
+    afield.init(num_cpus=1)
+
+    @afield.remote
+    def nest(depth: int) -> int:
+        return 0 if not depth else 1 + afield.get(nest.remote(depth - 1))
+
+    assert afield.get(nest.remote(15), timeout=PATIENCE_S) == 15
+    deadline = time.monotonic() + PATIENCE_S
+    while len(query("workers")) > 6:
+        assert time.monotonic() < deadline, query("workers")
+        time.sleep(0.02)
+    assert afield.get(nest.remote(1), timeout=PATIENCE_S) == 1
+    afield.shutdown()
