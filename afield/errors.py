@@ -56,6 +56,10 @@ class InvalidOptionError(UsageError, ValueError, TypeError):
     """An option is unknown or ill-typed; the message names it and the nearest valid one."""
 
 
+class NoClusterError(InvalidOptionError, ConnectionError):
+    """`init(address=...)` names a runtime that cannot be joined; also a ConnectionError, as programs expect of "auto"."""
+
+
 class NoDeviceError(UsageError):
     """A device was asked for and there is none; the message names the setting that provides one."""
 

@@ -17,6 +17,7 @@ raised                             when
                                    TypeError.
 `NotInitializedError`              something needs the runtime after `shutdown`, or in a forked copy of the driver.
 `AlreadyInitializedError`          a second `init` without `shutdown` or `ignore_reinit_error=True`, and `init` in a worker.
+`NoClusterError`                   `init(address=...)` names a runtime that cannot be joined; also a ConnectionError.
 `NoDeviceError`                    devices were asked for and there are none, or fewer.
 `SerializationError`               `put`, `.remote` or a return of a value that cannot be pickled; also a TypeError.
 **Values**
@@ -59,6 +60,7 @@ from afield.errors import (
     GetTimeoutError,
     InvalidOptionError,
     LossError,
+    NoClusterError,
     NoDeviceError,
     NotInitializedError,
     ObjectLostError,
@@ -90,6 +92,7 @@ __all__ = [
     "GetTimeoutError",
     "InvalidOptionError",
     "LossError",
+    "NoClusterError",
     "NoDeviceError",
     "NotInitializedError",
     "ObjectLostError",

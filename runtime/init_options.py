@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 
-from afield.errors import InvalidOptionError, NoDeviceError
+from afield.errors import InvalidOptionError, NoClusterError, NoDeviceError
 from afield.runtime.bootstrap import STORE_SHARE, SessionOptions
 from afield.runtime.environment import Environment
 from afield.scheduler.devices import parse_devices
@@ -66,7 +66,7 @@ def session_options(others: Mapping[str, Any], **given: Any) -> SessionOptions:
     given |= _translate(others, [*given, "ignore_reinit_error"])
     address, num_cpus, num_gpus = given["address"], given["num_cpus"], given["num_gpus"]
     if address not in (None, "local"):
-        raise InvalidOptionError(f"address={address!r}: joining another runtime is not supported yet; leave it out")
+        raise NoClusterError(f"address={address!r}: joining another runtime is not supported yet; leave it out")
     cpus = num_cpus if num_cpus is not None else float(os.cpu_count() or 1)
     resources: dict[str, float] | None = given["resources"]
     ResourceSet.from_options(num_cpus=cpus, num_gpus=num_gpus, resources=resources)
