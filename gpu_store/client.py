@@ -24,8 +24,12 @@ import numpy as np
 import numpy.typing as npt
 
 ALIGNMENT = 64
-#: Small objects are carved out of chunks of this size; above half of it an object gets an extent of its own.
-CHUNK_BYTES = 8 << 20
+#: An object above this size gets an extent of its own; smaller ones are carved out of chunks.
+LARGE_BYTES = 4 << 20
+#: A process that uses up its chunks gets larger ones, so that it asks less often; the first is small.
+MIN_CHUNK_BYTES, MAX_CHUNK_BYTES = 1 << 20, 32 << 20
+#: No chunk takes more than this part of the store.
+MAX_CHUNK_SHARE = 64
 
 Piece = tuple[int, int]
 
@@ -94,6 +98,7 @@ class HostStoreClient:
         self._lease = lease
         self._give_back = give_back
         self._chunk = self._chunk_end = 0
+        self._chunk_bytes = MIN_CHUNK_BYTES // 2  # doubled for each lease
         self._born: dict[int, BornExtent] = {}
         self._views: list[weakref.ref[View]] = []
         self._views_limit = 64
@@ -111,13 +116,13 @@ class HostStoreClient:
     def allocate(self, size: int) -> int:
         """Return the offset of `size` leased bytes, 64-byte aligned."""
         size = (size + ALIGNMENT - 1) & -ALIGNMENT
-        if size > CHUNK_BYTES // 2:
+        if size > LARGE_BYTES:
             offset = self._lease(size)[0]
             self._map_in(offset, size)
             return offset
         while self._chunk_end - self._chunk < size:
             # Another thread may take the chunk while this one waits for the grant: look again.
-            offset, granted = self._lease(CHUNK_BYTES if self.capacity >= 8 * CHUNK_BYTES else size)
+            offset, granted = self._lease(self._next_chunk(size))
             self._map_in(offset, granted)
             old, old_end = self._chunk, self._chunk_end
             self._chunk, self._chunk_end = offset, offset + granted
@@ -126,6 +131,11 @@ class HostStoreClient:
         offset = self._chunk
         self._chunk = offset + size
         return offset
+
+    def _next_chunk(self, size: int) -> int:
+        """Return how much to lease for an object of `size` bytes and those that follow it."""
+        self._chunk_bytes = min(2 * self._chunk_bytes, MAX_CHUNK_BYTES)
+        return max(size, min(self._chunk_bytes, self.capacity // MAX_CHUNK_SHARE))
 
     def _map_in(self, offset: int, size: int) -> None:
         """Enter pages that this process has not used yet into its page table at once.
