@@ -27,6 +27,7 @@ class Participant:
         self.actors = ActorCalls(self.process, self.submitter)
         self.cancellation = Cancellation(self.process, self.submitter, self.actors, self.streams)
         self.process.on_life_ended = self._on_life_ended
+        self.process.on_dead.append(self.streams.fail_all)
         self.process.questions |= {"stats": lambda _: self.counters(), "memory": lambda _: describe(self)}
 
     def close(self) -> None:

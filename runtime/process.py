@@ -88,6 +88,8 @@ class Process:
         self.on_batch: Callable[[Channel, list[Any]], None] = self._on_batch
         self.on_life_ended: Callable[[bytes], None] = lambda object_id: None
         self.on_settled: Callable[[Any], None] = lambda token: None
+        #: Called with the serialised error when nothing will be answered any more.
+        self.on_dead: list[Callable[[bytes], None]] = []
         self.on_peer_lost: list[Callable[[bytes], None]] = []
         self.on_process_died: list[Callable[[bytes, str], None]] = []
         self.tickers: list[Callable[[float], float | None]] = []
@@ -194,6 +196,8 @@ class Process:
                 if entry.owner:
                     entry.owner, entry.registration = b"", 0
                 self.table.fulfil(object_id, FAILED, error)
+        for tell in self.on_dead:
+            tell(error)
         self.table.effects.clear()
         for request in self._requests.values():
             request[1] = RuntimeDiedError(reason)

@@ -102,6 +102,12 @@ class Streams:
             stream.total = stream.produced
             stream.notify()
 
+    def fail_all(self, error: bytes) -> None:
+        """Nothing will arrive any more: end every open stream with an error in its next place."""
+        for stream in list(self._streams.values()):
+            if stream.total is None:
+                self.finish(stream.task, FAILED, error)
+
     def consume(self, task_id: bytes) -> ObjectRef | None:
         """Take the next item if it is there; the caller holds the lock and has seen `settled`."""
         stream = self._streams[task_id]

@@ -167,6 +167,7 @@ class Submitter:
         """Enter a task's outputs into the table and pin its arguments; the caller holds the lock."""
         if self.process.dead:  # another thread may have ended the runtime since the arguments were encoded
             self.process.check_alive()
+        self.process.check_alive()  # under the lock: what is entered later than the end would wait for ever
         self.tasks_submitted += 1
         for oid in object_ids:
             self.process.table.own(oid, task)

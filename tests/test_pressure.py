@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 import afield
@@ -47,4 +49,27 @@ def test_workers_beyond_the_need_end(no_runtime: None) -> None:
         assert time.monotonic() < deadline, query("workers")
         time.sleep(0.02)
     assert afield.get(nest.remote(1), timeout=PATIENCE_S) == 1
+    afield.shutdown()
+
+
+def test_a_stream_ends_when_the_node_dies(no_runtime: None) -> None:
+    """Whoever waits for the next item is told, as everybody else is."""
+    afield.init(num_cpus=1)
+
+    @afield.remote
+    def slow() -> Any:
+        yield 1
+        time.sleep(PATIENCE_S)
+        yield 2
+
+    items = slow.remote()
+    assert afield.get(next(items), timeout=PATIENCE_S) == 1
+    daemon = next(child for child in psutil.Process().children(recursive=True) if child.name() == "afield-node")
+    killer = threading.Timer(0.2, daemon.kill)
+    killer.start()
+    with pytest.raises(afield.RuntimeDiedError):
+        afield.get(next(items), timeout=PATIENCE_S)
+    killer.join()
+    with pytest.raises(afield.RuntimeDiedError):
+        slow.remote()
     afield.shutdown()
