@@ -123,6 +123,7 @@ class EventLoop:
         self._early: list[tuple[Channel, m.Push]] = []
         self._ended: asyncio.Event | None = None
         self._ending = False
+        self._flush_planned = False
 
     def serve(self) -> None:
         """Run the event loop until the end."""
@@ -245,8 +246,6 @@ class EventLoop:
         if not self._flush_planned:
             self._flush_planned = True
             self._loop.call_soon(self._flush)
-
-    _flush_planned = False
 
     def _flush(self) -> None:
         self._flush_planned = False

@@ -15,7 +15,7 @@ from afield.runtime.arguments import Arg
 from afield.runtime.context import TaskContext
 from afield.runtime.ownership import FAILED, INLINE, LOCATED, Obligation
 from afield.runtime.participant import Participant
-from afield.runtime.serialization import Serialized, collector, deserialize, dumps_plain, serialize
+from afield.runtime.serialization import Serialized, collector, deserialize, dumps_plain, serialize, serialize_error
 from afield.runtime.values import INLINE_BYTES
 from afield.transport.channel import Channel
 
@@ -207,7 +207,7 @@ class Invocations:
     def constructor_failure(self, class_name: str, error: BaseException) -> bytes:
         """Serialise what an actor's constructor raised."""
         text = "".join(traceback.format_exception(type(error), error, _user_frames(error)))
-        return serialize(_wrap(ActorConstructionError, f"{class_name}.__init__", error, text), "the error").pack()
+        return serialize_error(_wrap(ActorConstructionError, f"{class_name}.__init__", error, text))
 
     # -- who runs what -------------------------------------------------------------------------------------------
 

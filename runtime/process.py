@@ -32,7 +32,7 @@ from afield.runtime.ownership import (
     Send,
     Settled,
 )
-from afield.runtime.serialization import serialize
+from afield.runtime.serialization import serialize_error
 from afield.transport.auth import Handshake
 from afield.transport.channel import Channel, connect, listen, same_user
 from afield.transport.loop import Loop
@@ -190,7 +190,7 @@ class Process:
         if self.dead:
             return
         self.dead = reason
-        error = serialize(RuntimeDiedError(reason), "the error").pack()
+        error = serialize_error(RuntimeDiedError(reason))
         for object_id, entry in list(self.table.entries.items()):
             if entry.state == PENDING:
                 if entry.owner:
@@ -333,7 +333,7 @@ class Process:
             error: AfieldError = ObjectLostError("the object was freed: its last reference had been dropped")
         else:
             error = OwnerDiedError(f"the process that owned the object is gone (process {owner.hex()})")
-        return serialize(error, "the error").pack()
+        return serialize_error(error)
 
     # -- requests to the daemon ------------------------------------------------------------------------------------
 

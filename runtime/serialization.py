@@ -172,6 +172,11 @@ def serialize(value: Any, what: str) -> Serialized:
     return Serialized(pickled, raw, refs)
 
 
+def serialize_error(error: BaseException) -> bytes:
+    """Return the inline form of an error that stands for a value."""
+    return serialize(error, "the error").pack()
+
+
 def deserialize(
     data: bytes | memoryview,
     what: str,

@@ -16,7 +16,7 @@ from afield.runtime.dispatch import IDLE_LEASE_S, Lane, Lease, Task
 from afield.runtime.ownership import FAILED, INLINE, LOCATED, PENDING
 from afield.runtime.process import Process
 from afield.runtime.refs import ObjectRef
-from afield.runtime.serialization import deserialize, serialize
+from afield.runtime.serialization import deserialize, serialize_error
 from afield.runtime.strategies import PlacedLane
 from afield.runtime.streams import ObjectRefGenerator, Streams
 from afield.transport.channel import Channel
@@ -377,7 +377,7 @@ class Submitter:
 
     def fail_with(self, task: Task, error: Exception) -> None:
         """Like `fail`, with an exception."""
-        self.fail(task, serialize(error, "the error").pack())
+        self.fail(task, serialize_error(error))
 
     # -- leases --------------------------------------------------------------------------------------------------
 
