@@ -124,6 +124,16 @@ class DeviceLostError(LossError):
     """A device failed or was reset while something depended on it."""
 
 
+class SpillError(LossError):
+    """A spill file could not be written or read back; the message names the file and what to do.
+
+    Attributes:
+        kind: "disk_full", "unreadable", "corrupt" or "failed".
+    """
+
+    kind: str = "failed"
+
+
 class RuntimeDiedError(LossError):
     """The node daemon is gone; call `afield.shutdown()` and `afield.init()` to start afresh."""
 

@@ -40,6 +40,7 @@ raised                             when
 `ObjectLostError`                  no copy of a value is left, and it cannot be computed again.
 `OwnerDiedError`                   the process that owned an object is gone, and all knowledge of the object with it.
 `DeviceLostError`                  a device failed or was reset, and a value or task with it.
+`SpillError`                       a value could not be spilled to disk, or not be read back: full, unreadable, corrupt.
 `RuntimeDiedError`                 the node's daemon is gone, or the runtime could not start: `shutdown` and `init` again.
 =================================  ==========================================================================================
 """
@@ -71,6 +72,7 @@ from afield.errors import (
     RuntimeDiedError,
     SchedulingError,
     SerializationError,
+    SpillError,
     TaskCancelledError,
     TaskError,
     TaskUnschedulableError,
@@ -103,6 +105,7 @@ __all__ = [
     "RuntimeDiedError",
     "SchedulingError",
     "SerializationError",
+    "SpillError",
     "TaskCancelledError",
     "TaskError",
     "TaskUnschedulableError",

@@ -45,18 +45,30 @@ class Writable(Protocol):
     @property
     def size(self) -> int: ...
 
-    def write(self, target: memoryview, born: list[int | None] | None = None) -> int: ...
+    def write(self, target: memoryview, born: list[tuple[int, int] | None] | None = None) -> int: ...
+
+
+class Hold:
+    """What keeps one mapped part in its place; `on_death(hold)` is called when nothing uses the memory any more.
+
+    `object_id` is set once the memory counts as a handle of its object.
+    """
+
+    __slots__ = ("__weakref__", "object_id", "on_death", "slot")
+
+    def __init__(self, slot: int, object_id: bytes | None, on_death: Callable[[Hold], None]) -> None:
+        self.slot = slot
+        self.object_id = object_id
+        self.on_death = on_death
+
+    def __del__(self) -> None:
+        self.on_death(self)
 
 
 class View(np.ndarray[Any, np.dtype[np.uint8]]):
-    """Exports the memory of one stored object; `on_death(hold)` is called when the last view of it is gone."""
+    """Exports the memory of one part; the hold ends with the last view."""
 
     hold: Any = None
-    on_death: Callable[[Any], None] | None = None
-
-    def __del__(self) -> None:
-        if self.hold is not None and self.on_death is not None:
-            self.on_death(self.hold)
 
 
 class BornExtent:
@@ -100,8 +112,6 @@ class HostStoreClient:
         self._chunk = self._chunk_end = 0
         self._chunk_bytes = MIN_CHUNK_BYTES // 2  # doubled for each lease
         self._born: dict[int, BornExtent] = {}
-        self._views: list[weakref.ref[View]] = []
-        self._views_limit = 64
         self.bytes_copied_in = 0
         self.bytes_shared = 0
         self.bytes_born = 0
@@ -115,7 +125,7 @@ class HostStoreClient:
 
     def allocate(self, size: int) -> int:
         """Return the offset of `size` leased bytes, 64-byte aligned."""
-        size = (size + ALIGNMENT - 1) & -ALIGNMENT
+        size = _aligned(size)
         if size > LARGE_BYTES:
             offset = self._lease(size)[0]
             self._map_in(offset, size)
@@ -154,13 +164,24 @@ class HostStoreClient:
                 self._mapping.madvise(_MADV_POPULATE_READ, start, length)
             touched[first : last + 1] = b"\1" * (last + 1 - first)
 
-    def store(self, value: Writable, holder: list[Any]) -> tuple[Piece, list[Piece]]:
-        """Write a serialised value; return its main extent (offset, exact size) and all its pieces.
+    def store(
+        self,
+        value: Writable,
+        holder: list[Any],
+        inline_bytes: int = -1,
+        before_writing: Callable[[], None] = lambda: None,
+    ) -> tuple[bytes, list[Piece]]:
+        """Write a serialised value; return its frame if that takes at most `inline_bytes`, and its pieces (offset, size).
+
+        The pieces are the extents that were born in the store, in the order in which the frame numbers them, and last the
+        frame itself, unless it is returned.
 
         Args:
             value: what to write.
             holder: the only reference to the value itself; emptied here, so that memory born in the store and
                 referred to by nothing else can be kept instead of copied.
+            inline_bytes: see above.
+            before_writing: called when the value has been let go; it may still write into the value's buffers.
 
         Raises:
             ObjectStoreFullError: no room came free in time.
@@ -171,18 +192,34 @@ class HostStoreClient:
             size -= sum(b.nbytes for b, place in zip(value.buffers, born, strict=True) if place is not None)
             size += ALIGNMENT * len(born)
         try:
+            if size <= inline_bytes:
+                before_writing()
+                frame = bytearray(size)
+                return bytes(memoryview(frame)[: value.write(memoryview(frame), born)]), pieces
             offset = self.allocate(size)
+            try:
+                before_writing()
+            except BaseException:
+                self._give_back(offset, _aligned(size))
+                raise
         except BaseException:
             for piece in pieces:
                 self._give_back(*piece)
             raise
-        room = (size + ALIGNMENT - 1) & -ALIGNMENT
         written = value.write(self._writable[offset : offset + size], born)
         self.bytes_copied_in += written
-        pieces.append((offset, room))
-        return (offset, written), pieces
+        room, used = _aligned(size), _aligned(written)
+        if room > used:
+            self._give_back(offset + used, room - used)
+        pieces.append((offset, written))
+        return b"", pieces
 
-    def _keep_born(self, value: Writable, holder: list[Any]) -> tuple[list[int | None] | None, list[Piece]]:
+    @property
+    def has_born(self) -> bool:
+        """Whether arrays that were born in the store are alive."""
+        return bool(self._born)
+
+    def _keep_born(self, value: Writable, holder: list[Any]) -> tuple[list[tuple[int, int] | None] | None, list[Piece]]:
         if not self._born:
             holder.clear()
             return None, []
@@ -199,17 +236,20 @@ class HostStoreClient:
         holder.clear()
         if not found:
             return None, []
-        born: list[int | None] = [None] * len(value.buffers)
-        kept: dict[int, Piece] = {}
+        born: list[tuple[int, int] | None] = [None] * len(value.buffers)
+        kept: dict[int, int] = {}  # offset of an extent -> the part that it becomes
+        pieces: list[Piece] = []
         for index, place, extent in found:
             if extent.dead:
-                born[index] = place
-                kept[extent.offset] = (extent.offset, extent.size)
+                if extent.offset not in kept:
+                    kept[extent.offset] = len(pieces)
+                    pieces.append((extent.offset, extent.size))
+                born[index] = (kept[extent.offset], place - extent.offset)
                 self._born.pop(extent.offset, None)
                 self.bytes_born += value.buffers[index].nbytes
             else:
                 extent.claimed = False
-        return born, list(kept.values())
+        return born, pieces
 
     def _offset_of(self, buffer: memoryview) -> int | None:
         if not buffer.nbytes:
@@ -231,7 +271,7 @@ class HostStoreClient:
         count = math.prod(shape) if isinstance(shape, tuple) else int(shape)
         size = max(count * kind.itemsize, 1)
         offset = self.allocate(size)
-        extent = BornExtent(offset, (size + ALIGNMENT - 1) & -ALIGNMENT)
+        extent = BornExtent(offset, _aligned(size))
         flat = np.frombuffer(self._writable[offset : offset + count * kind.itemsize], np.uint8)
         # `View` is the last owner of the memory: every array derived from it keeps it alive.
         owner = flat.view(View)
@@ -248,18 +288,13 @@ class HostStoreClient:
 
     # -- reading -------------------------------------------------------------------------------------------------
 
-    def view(self, offset: int, size: int, on_death: Callable[[Any], None]) -> View:
-        """Map `size` bytes read-only; set the view's `hold` to be told through `on_death` when nothing uses it any more."""
+    def view(self, offset: int, size: int, hold: Hold) -> memoryview:
+        """Map `size` bytes read-only; `hold` lives as long as any view of them."""
         view = np.frombuffer(self._readable, np.uint8, size, offset).view(View)
-        view.on_death = on_death
+        view.hold = hold
         self.bytes_shared += size
-        self._views.append(weakref.ref(view))
-        if len(self._views) > self._views_limit:
-            self._views = [reference for reference in self._views if reference() is not None]
-            self._views_limit = max(64, 2 * len(self._views))
-        return view
+        return view.data
 
-    def views(self) -> list[Any]:
-        """Return the `hold` of each view that is in use, for tools."""
-        alive = [reference() for reference in self._views]
-        return [view.hold for view in alive if view is not None and view.hold is not None]
+
+def _aligned(size: int) -> int:
+    return (size + ALIGNMENT - 1) & -ALIGNMENT

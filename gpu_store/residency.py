@@ -1,405 +1,432 @@
-"""Host store core: decides who holds which bytes of one node's host store. Pure: no I/O, no clock, no threads.
+"""Core of residency: which copy of which part of which object lies where in a node's memory, and what moves when it is short.
 
-Theory of operation. The store is one range of `capacity` bytes, cut up by an `ExtentAllocator`. Every allocated byte
-is in exactly one of two states:
+Theory of operation. A stored object is a list of *parts*, each an immutable range of bytes with a home: the arena that it was
+made in. A part has copies in arenas (0: the host slab, 1 + i: the slab of device i) and perhaps on disk. Clients (processes)
+lease ranges of an arena, write there, and seal what they have written; from then on it belongs to an object and survives them.
+They read through the pin board without asking; where what they want is not, or no longer, they say what they `need`.
 
-- **leased**: part of a chunk granted to a client (a process) that may write there and tells nobody what it writes;
-- **sealed**: part of an object, immutable, until the object is freed.
+All decisions are made here and nothing is done here: every event is a method that returns effects (`tiers`), to be executed in
+their order; each job among them (Move, WriteFile, ReadFile) is answered with one `finished`. The work is divided:
 
-    free --lease--> leased --seal--> sealed --free--> free
-      ^               |
-      +--give_back,---+
-         client_died
+- `arena_books`: the bytes of one arena, the queue for them, the shelves in the order of use;
+- `disk_books`: spill files;
+- `catalogue`: objects, copies, owners, early frees, losses;
+- `copying`: copies in the making, and the jobs;
+- `eviction`: what goes when an arena is short of room;
+- `needs`: who waits for which parts, and to whom some were promised.
 
-A client leases a large chunk, fills it piece by piece without asking, seals the pieces, and gives the tail back. A
-sealed object survives the client that made it; leased space does not.
+After each event, while it helps: needs that have got all they want are answered, those who wait for room are served, in each
+arena strictly in the order of (priority, arrival), and where that does not help room is made. Whoever waits brings a deadline;
+`expire` refuses those whose time is over, and a refusal says how much was asked, how much there is, and who holds it. Nothing
+else blocks a queue for good: its head fits in an empty arena, or it would have been refused at once.
 
-Requests that find no room wait in one queue, strictly first in first out: while anybody waits, nobody overtakes, so a
-big request is served as soon as the frees before it add up, however many small ones come after it. Whoever waits
-brings a deadline; `expire` refuses those whose time is over, and a refusal says how much was asked, how much there is
-and who holds it. Nothing else blocks the queue for good: its head fits in an empty store, or it would have been
-refused at once.
-
-Messages about one object travel on different channels, so a free may overtake the seal it belongs to. It is
-remembered until the seal comes (at most `MAX_EARLY_FREES` of them, the oldest forgotten first). Ids are
-deterministic: a task that runs again seals the same object id. So an early free should name the process whose seal it
-expects: it then spares the seal of a later execution, and dies with that process. And a second seal while readers may
-still map the first copy adds to the object, which then consists of both copies until it is freed.
+A device that is lost takes its arena along: its copies, leases, queue and jobs. Parts with another copy live on; the owners of
+objects of which a part has none are told (`Lost`). The object stays in the books, to be sealed again or freed by its owner.
 """
 
 from __future__ import annotations
 
-import heapq
-from bisect import bisect_right
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
-from afield.gpu_store.extents import ExtentAllocator
-from afield.units import format_bytes
+from afield.gpu_store.arena_books import ArenaBooks
+from afield.gpu_store.catalogue import Catalogue, best_copy
+from afield.gpu_store.copying import Copying
+from afield.gpu_store.disk_books import DiskBooks
+from afield.gpu_store.eviction import RETRY_S, Eviction
+from afield.gpu_store.needs import Needs
+from afield.gpu_store.records import Key, LeaseRequest, Making, Need
+from afield.gpu_store.tiers import (
+    ARGUMENT,
+    DISK,
+    GET,
+    HOST,
+    NOWHERE,
+    PREFETCH,
+    ArenaUsage,
+    DeleteFile,
+    Effect,
+    Found,
+    Granted,
+    Lost,
+    Move,
+    NotFound,
+    PartCopy,
+    Pins,
+    ReadFile,
+    Refused,
+    StoreUsageError,
+    Trim,
+    WriteFile,
+)
 
-# A free overtakes its seal by milliseconds, so the number in flight is about the number of large results per
-# millisecond; the bound only matters for seals that never come. An entry takes about 150 bytes.
-MAX_EARLY_FREES = 65_536
-
-# An error message names the few holders that matter.
-TOP_HOLDERS = 5
-
-
-class StoreUsageError(AssertionError):
-    """A client named space that is not leased to it, or repeated a request id: its bug; nothing was changed."""
-
-
-@dataclass(frozen=True, slots=True)
-class Granted:
-    """`client` may write to [offset, offset + size); `size` is what it asked for, rounded up."""
-
-    client: bytes
-    request_id: int
-    offset: int
-    size: int
-
-
-@dataclass(frozen=True, slots=True)
-class Refused:
-    """`client` gets nothing; `never_fits` says that waiting longer or freeing objects would not help."""
-
-    client: bytes
-    request_id: int
-    reason: str
-    never_fits: bool = False
-
-
-Effect = Granted | Refused
-
-
-class _Waiting:
-    """One request in the queue."""
-
-    __slots__ = ("client", "deadline", "request_id", "size")
-
-    def __init__(self, client: bytes, request_id: int, size: int, deadline: float | None) -> None:
-        self.client = client
-        self.request_id = request_id
-        self.size = size
-        self.deadline = deadline
-
-
-class _Object:
-    """One sealed object: where it lies and who answers for it; `size` in bytes, rounding included."""
-
-    __slots__ = ("owner", "pieces", "size")
-
-    def __init__(self, owner: bytes) -> None:
-        self.owner = owner
-        self.pieces: list[tuple[int, int]] = []
-        self.size = 0
+__all__ = [
+    "ARGUMENT",
+    "DISK",
+    "GET",
+    "HOST",
+    "NOWHERE",
+    "PREFETCH",
+    "ArenaUsage",
+    "DeleteFile",
+    "Effect",
+    "Found",
+    "Granted",
+    "Lost",
+    "Move",
+    "NotFound",
+    "PartCopy",
+    "Pins",
+    "ReadFile",
+    "Refused",
+    "Residency",
+    "StoreUsageError",
+    "Trim",
+    "WriteFile",
+]
 
 
-class _Holdings:
-    """The objects of one owner and their bytes."""
+class Residency:
+    """The books of all tiers of one node; all sizes in bytes, all times on the caller's clock in seconds."""
 
-    __slots__ = ("ids", "size")
+    def __init__(
+        self,
+        host_bytes: int,
+        pins: Pins,
+        *,
+        high: float = 0.85,
+        low: float = 0.70,
+        disk_limit_bytes: int | None = None,
+        host_alignment: int = 64,
+        device_alignment: int = 512,
+    ) -> None:
+        """Keep the books of a host slab of `host_bytes`; devices are added when their slabs are there.
 
-    def __init__(self) -> None:
-        self.ids: dict[bytes, None] = {}
-        self.size = 0
+        Args:
+            host_bytes: size of the host slab.
+            pins: the pin board.
+            high: the part of an arena above which it is emptied,
+            low: and the part down to which.
+            disk_limit_bytes: what spill files may take; None: what the disk holds.
+            host_alignment: of extents in the host slab, in bytes,
+            device_alignment: and in those of devices.
+        """
+        self._disk = DiskBooks(disk_limit_bytes)
+        self._catalogue = Catalogue(pins, self._disk)
+        self._arenas = self._catalogue.arenas
+        self._copying = Copying(self._catalogue)
+        self._eviction = Eviction(self._catalogue, self._copying)
+        self._needs = Needs(self._catalogue, self._copying)
+        self._leases: dict[tuple[bytes, int], LeaseRequest] = {}
+        self._marks = high, low
+        self._device_alignment = device_alignment
+        self._arrivals = 0
+        self._arenas[HOST] = ArenaBooks(HOST, "the host store", host_bytes, host_alignment, high, low)
 
+    # -- arenas ---------------------------------------------------------------------------------------------------
 
-class _LeasedRanges:
-    """The leased and unsealed byte ranges of one client, sorted. Few: a client has one or two chunks open at a time."""
+    def add_arena(self, arena: int, capacity_bytes: int, label: str) -> list[Effect]:
+        """The slab of a device is there; `label` names it in errors. Raises StoreUsageError if it was there already."""
+        if arena <= HOST or arena in self._arenas:
+            raise StoreUsageError(f"arena {arena} is there already, or is not a device's")
+        self._arenas[arena] = ArenaBooks(arena, label, capacity_bytes, self._device_alignment, *self._marks)
+        return self._settle()
 
-    __slots__ = ("ends", "size", "starts")
+    def remove_arena(self, arena: int, cause: str) -> list[Effect]:
+        """A device is lost, with all that was in its slab; of an arena that was not there only the cause is noted.
 
-    def __init__(self) -> None:
-        self.starts: list[int] = []
-        self.ends: list[int] = []
-        self.size = 0
+        Call this when nothing reads or writes for the device any more. The jobs that it was part of end by this, and need
+        not be `finished`. Raises StoreUsageError for the host store.
+        """
+        if arena <= HOST:
+            raise StoreUsageError(f"arena {arena} is not a device's")
+        catalogue = self._catalogue
+        catalogue.gone[arena] = cause
+        books = self._arenas.pop(arena, None)
+        if books is None:
+            return []
+        catalogue.stale.update((client, arena) for client in books.leased)
+        for request in [request for request in self._leases.values() if request.arena == arena]:
+            del self._leases[request.client, request.request_id]
+            catalogue.effects.append(Refused(request.client, request.request_id, arena, cause, never_fits=True))
+        self._copying.arena_lost(books, cause)
+        self._unblock()
+        return self._settle()
 
-    def add(self, start: int, end: int) -> None:
-        at = bisect_right(self.starts, start)
-        self.starts.insert(at, start)
-        self.ends.insert(at, end)
-        self.size += end - start
+    def reserve(self, arena: int, size: int) -> list[Effect]:
+        """Of the arena, `size` bytes in all are for tasks' own use: what is sealed is kept below the rest."""
+        books = self._arenas.get(arena)
+        if books is not None:
+            books.reserved = min(size, books.capacity)
+        return self._settle()
 
-    def holds(self, start: int, end: int) -> bool:
-        at = bisect_right(self.starts, start) - 1
-        return at >= 0 and end <= self.ends[at]
-
-    def cut(self, start: int, end: int) -> None:
-        """Take [start, end), which one range holds, out of it."""
-        at = bisect_right(self.starts, start) - 1
-        first, last = self.starts[at], self.ends[at]
-        self.size -= end - start
-        if start == first and end == last:
-            del self.starts[at], self.ends[at]
-        elif start == first:
-            self.starts[at] = end
-        else:
-            self.ends[at] = start
-            if end != last:
-                self.starts.insert(at + 1, end)
-                self.ends.insert(at + 1, last)
-
-
-class HostStoreCore:
-    """Accounts for one node's host store; all sizes in bytes, all times on the caller's clock in seconds."""
-
-    __slots__ = ("_early_frees", "_extents", "_leased", "_objects", "_owners", "_sealed_bytes", "_waiting")
-
-    def __init__(self, capacity: int, alignment: int = 64) -> None:
-        self._extents = ExtentAllocator(capacity, alignment)
-        self._leased: dict[bytes, _LeasedRanges] = {}
-        self._waiting: OrderedDict[tuple[bytes, int], _Waiting] = OrderedDict()
-        self._objects: dict[bytes, _Object] = {}
-        self._owners: dict[bytes, _Holdings] = {}
-        self._early_frees: dict[bytes, bytes | None] = {}  # object id -> the client whose seal is expected, if known
-        self._sealed_bytes = 0
-
-    # -- space ----------------------------------------------------------------------------------------------------
+    # -- room -----------------------------------------------------------------------------------------------------
 
     def lease(
-        self, client: bytes, request_id: int, size: int, block: bool, deadline: float | None = None
+        self,
+        client: bytes,
+        request_id: int,
+        arena: int,
+        size: int,
+        *,
+        priority: int = ARGUMENT,
+        block: bool = True,
+        deadline: float | None = None,
     ) -> list[Effect]:
         """Grant a chunk of `size` bytes, or queue the request (`block`) until there is room or `deadline` is past.
 
-        Refuses at once what can never fit, and without `block` what does not fit now or would overtake a waiting
-        request.
+        Refuses at once what can never fit, and without `block` what does not fit now or would overtake a waiting request.
+        Raises StoreUsageError for a bad size, and for a request that waits already.
         """
-        if size <= 0 or (client, request_id) in self._waiting:
+        if size <= 0 or (client, request_id) in self._leases:
             raise StoreUsageError(
                 f"lease of {size} bytes as request {request_id}: bad size, or the request waits already"
             )
-        rounded = self._extents.rounded(size)
-        if rounded > self._extents.capacity:
-            return [Refused(client, request_id, self.describe_full(size), never_fits=True)]
-        if not self._waiting:
-            offset = self._extents.allocate(rounded)
+        books = self._arenas.get(arena)
+        if books is None or books.extents.rounded(size) > books.capacity:
+            return [Refused(client, request_id, arena, self.describe_full(arena, size), never_fits=True)]
+        room = books.extents.rounded(size)
+        key = self._next_key(priority)
+        if not books.queue.keeps_waiting(key):
+            offset = books.extents.allocate(room)
             if offset is not None:
-                return [self._grant(client, request_id, offset, rounded)]
-        if not block:
-            return [Refused(client, request_id, self.describe_full(size))]
-        self._waiting[client, request_id] = _Waiting(client, request_id, rounded, deadline)
-        return []
+                books.lease(client, offset, room)
+                granted = Granted(client, request_id, arena, offset, room)
+                return [granted, *self._settle()] if books.pressed else [granted]
+        request = LeaseRequest(key, room, client, request_id, arena, size, deadline)
+        if not books.queue:
+            books.trimming = False
+        books.queue.add(request)
+        self._leases[client, request_id] = request
+        self._work_off()
+        if not block and (client, request_id) in self._leases:
+            reason = self.describe_full(arena, size)
+            del self._leases[client, request_id]
+            books.queue.discard(request)
+            self._catalogue.effects.append(Refused(client, request_id, arena, reason))
+        return self._settle()
 
-    def give_back(self, client: bytes, offset: int, size: int) -> list[Effect]:
-        """Free [offset, offset + size), a leased and unsealed part (usually the tail) of a chunk of `client`."""
-        pieces = [(offset, size)]
-        ranges = self._check_leased(client, pieces)
-        self._cut(client, ranges, pieces)
-        self._extents.free(offset, size)
-        return self._serve_waiting()
+    def give_back(self, client: bytes, arena: int, offset: int, size: int) -> list[Effect]:
+        """Free [offset, offset + size), a leased and unsealed part (usually the tail) of a chunk of `client`.
+
+        Raises StoreUsageError, and changes nothing, if it is not. What is given back of a lost device is nothing any more.
+        """
+        books = self._arenas.get(arena)
+        if books is None:
+            if arena in self._catalogue.gone:
+                return []
+            raise StoreUsageError(f"there is no arena {arena}")
+        try:
+            books.check_leased(client, [(offset, size)])
+        except StoreUsageError:
+            if (client, arena) in self._catalogue.stale:
+                return []
+            raise
+        books.extents.free(offset, books.cut(client, offset, size))
+        books.trimming = False
+        return self._settle()
 
     def client_died(self, client: bytes) -> list[Effect]:
         """Free what `client` leased and did not seal, and forget its waiting requests; its sealed objects stay."""
-        for key in [key for key in self._waiting if key[0] == client]:
-            del self._waiting[key]
-        for object_id in [object_id for object_id, sealer in self._early_frees.items() if sealer == client]:
-            del self._early_frees[object_id]
-        ranges = self._leased.pop(client, None)
-        if ranges is not None:
-            for start, end in zip(ranges.starts, ranges.ends, strict=True):
-                self._extents.free(start, end - start)
-        return self._serve_waiting()
-
-    def expire(self, now: float) -> list[Effect]:
-        """Refuse the waiting requests whose deadline is not after `now`; those behind them may be granted."""
-        late = [w for w in self._waiting.values() if w.deadline is not None and w.deadline <= now]
-        effects: list[Effect] = []
-        for request in late:
-            effects.append(Refused(request.client, request.request_id, self.describe_full(request.size)))
-            del self._waiting[request.client, request.request_id]
-        return effects + self._serve_waiting() if late else effects
-
-    def next_deadline(self) -> float | None:
-        """Return the earliest deadline among the waiting requests: when to call `expire` at the latest."""
-        return min((w.deadline for w in self._waiting.values() if w.deadline is not None), default=None)
+        self._catalogue.client_died(client)
+        for request in [request for request in self._leases.values() if request.client == client]:
+            del self._leases[request.client, request.request_id]
+            self._arenas[request.arena].queue.discard(request)
+        self._needs.client_died(client)
+        for books in self._arenas.values():
+            books.end_leases(client)
+            books.trimming = False
+        self._unblock()
+        return self._settle()
 
     # -- objects --------------------------------------------------------------------------------------------------
 
-    def seal(self, client: bytes, object_id: bytes, owner: bytes, pieces: Sequence[tuple[int, int]]) -> list[Effect]:
-        """Make the pieces (offset, size), which lie in chunks leased to `client`, an object of `owner`.
+    def seal(self, client: bytes, object_id: bytes, owner: bytes, parts: Sequence[PartCopy]) -> list[Effect]:
+        """Make the parts, which lie in chunks leased to `client`, object `object_id` of `owner`; their slots are published.
 
-        Raises StoreUsageError when a piece is not leased to `client` or two overlap.
+        If the object is there already, its task ran again: the parts replace those that were lost, and are kept beside those
+        that are whole. Raises StoreUsageError, and changes nothing, when a part is not leased to `client` or two overlap.
         """
-        ranges = self._check_leased(client, pieces)
-        self._cut(client, ranges, pieces)
-        if object_id in self._early_frees and self._early_frees[object_id] in (None, client):
-            del self._early_frees[object_id]
-            for offset, size in pieces:
-                self._extents.free(offset, size)
-            return self._serve_waiting()
-        record = self._objects.get(object_id)
-        if record is None:
-            record = self._objects[object_id] = _Object(owner)
-            self._holdings(owner).ids[object_id] = None
-        elif record.owner != owner:
-            self.set_owner(object_id, owner)
-        rounded = self._extents.rounded
-        size = sum(rounded(size) for _, size in pieces)
-        record.pieces.extend(pieces)
-        record.size += size
-        self._owners[owner].size += size
-        self._sealed_bytes += size
-        return []
+        stored = self._catalogue.seal(client, object_id, owner, parts)
+        if stored is not None:
+            self._needs.sealed(stored)
+        return self._settle()
 
     def free(self, object_id: bytes, sealer: bytes | None = None) -> list[Effect]:
-        """Free all pieces of the object now, or, if it is not sealed yet, as soon as it is (by `sealer`, if given)."""
-        record = self._objects.pop(object_id, None)
-        if record is None:
-            early = self._early_frees
-            early[object_id] = sealer
-            if len(early) > MAX_EARLY_FREES:
-                del early[next(iter(early))]
-            return []
-        self._disown(object_id, record)
-        self._sealed_bytes -= record.size
-        for offset, size in record.pieces:
-            self._extents.free(offset, size)
-        return self._serve_waiting()
+        """Free all copies of the object now, or, if it is not sealed yet, as soon as it is (by `sealer`, if given).
+
+        Pins are not looked at: nobody reads what its owner frees. What a job reads is freed when the job ends.
+        """
+        stored = self._catalogue.objects.get(object_id)
+        if stored is not None:
+            if stored.needs:
+                self._needs.object_freed(stored)
+            self._copying.object_freed(stored.parts)
+        self._catalogue.free(object_id, sealer)
+        return self._settle()
 
     def set_owner(self, object_id: bytes, owner: bytes) -> bool:
         """Make `owner` answer for the object; returns False when there is no such object (it may be freed already)."""
-        record = self._objects.get(object_id)
-        if record is None:
-            return False
-        self._disown(object_id, record)
-        record.owner = owner
-        holdings = self._holdings(owner)
-        holdings.ids[object_id] = None
-        holdings.size += record.size
-        return True
+        return self._catalogue.set_owner(object_id, owner)
 
     def owner_died(self, owner: bytes) -> list[bytes]:
         """Return the ids of the objects of `owner`, oldest first; what becomes of them the caller decides."""
-        holdings = self._owners.get(owner)
-        return list(holdings.ids) if holdings else []
+        return list(self._catalogue.owners.get(owner, ()))
 
-    def pieces(self, object_id: bytes) -> list[tuple[int, int]] | None:
-        """Return the (offset, size) pieces of the object, or None when it is not sealed."""
-        record = self._objects.get(object_id)
-        return list(record.pieces) if record else None
+    def parts(self, object_id: bytes) -> list[PartCopy] | None:
+        """Return where each part is best read, as a hint (DISK: on disk only; NOWHERE: lost), or None without the object."""
+        stored = self._catalogue.objects.get(object_id)
+        return None if stored is None else [best_copy(part) for part in stored.parts]
 
-    def objects(self) -> Iterator[tuple[bytes, bytes, int]]:
-        """Yield (id, owner, bytes held) of every sealed object."""
-        for object_id, record in self._objects.items():
-            yield object_id, record.owner, record.size
+    def objects(self) -> Iterator[tuple[bytes, bytes, dict[int, int]]]:
+        """Yield (id, owner, bytes by arena, rounding included) of every object; DISK counts the pieces on disk."""
+        for object_id, stored in self._catalogue.objects.items():
+            sizes: dict[int, int] = {}
+            for copy in self._catalogue.copies_of(stored):
+                sizes[copy.arena] = sizes.get(copy.arena, 0) + copy.room
+            on_disk = sum(part.size for part in stored.parts if part.disk is not None)
+            if on_disk:
+                sizes[DISK] = on_disk
+            yield object_id, stored.owner, sizes
+
+    # -- reading --------------------------------------------------------------------------------------------------
+
+    def need(
+        self,
+        client: bytes,
+        request_id: int,
+        object_id: bytes,
+        wants: Sequence[tuple[int, int]],
+        *,
+        priority: int = GET,
+        deadline: float | None = None,
+    ) -> list[Effect]:
+        """Have parts (index, arena) of the object brought there; answered with Found, or NotFound at `deadline` at the latest.
+
+        Raises StoreUsageError for a request id that is in use, and if nothing is wanted, or on disk.
+        """
+        key = self._next_key(priority)
+        self._needs.ask(Need(key, client, request_id, object_id, list(wants), deadline))
+        return self._settle()
+
+    def mapped(self, client: bytes, request_id: int) -> list[Effect]:
+        """`client` has pinned what it was promised as `request_id`, or does not want it any more."""
+        self._needs.mapped(client, request_id)
+        return self._settle()
+
+    def prefetch(self, object_id: bytes, wants: Sequence[tuple[int, int]]) -> list[Effect]:
+        """Have parts brought to arenas when there is room to spare; nobody is told."""
+        self._needs.prefetch(object_id, wants, self._next_key(PREFETCH))
+        return self._settle()
+
+    def finished(self, job: int, error: str = "") -> list[Effect]:
+        """A Move, WriteFile or ReadFile is done, or failed and `error` says how."""
+        if self._copying.finished(job, error):
+            for books in self._arenas.values():
+                books.blocked = books.blocked and bool(error)
+        return self._settle()
+
+    # -- time -----------------------------------------------------------------------------------------------------
+
+    def expire(self, now: float) -> list[Effect]:
+        """Refuse the waiting requests whose deadline is not after `now`, and look again for what may leave by now."""
+        for request in [r for r in self._leases.values() if r.deadline is not None and r.deadline <= now]:
+            reason = self.describe_full(request.arena, request.size)
+            del self._leases[request.client, request.request_id]
+            self._arenas[request.arena].queue.discard(request)
+            self._catalogue.effects.append(Refused(request.client, request.request_id, request.arena, reason))
+        self._needs.expire(now)
+        if self._disk.expire(now):
+            self._arenas[HOST].blocked = False
+        for books in self._arenas.values():
+            if books.blocked:
+                if books.due is None:
+                    books.due = now + RETRY_S
+                elif books.due <= now:
+                    books.blocked = False
+        return self._settle()
+
+    def next_deadline(self) -> float | None:
+        """Return when to call `expire` at the latest; the times of what has just begun are known after the next call."""
+        times = [request.deadline for request in self._leases.values() if request.deadline is not None]
+        due = self._needs.next_deadline()
+        if due is not None:
+            times.append(due)
+        for books in self._arenas.values():
+            if books.blocked and books.due is not None and books.may_find_more:
+                times.append(books.due)
+        if self._disk.bad and self._disk.due is not None and self._arenas[HOST].queue:
+            times.append(self._disk.due)
+        return min(times, default=None)
 
     # -- arithmetic -----------------------------------------------------------------------------------------------
 
     @property
-    def capacity(self) -> int:
-        """Bytes in the store."""
-        return self._extents.capacity
+    def arenas(self) -> list[int]:
+        """The arenas that are there."""
+        return list(self._arenas)
 
     @property
-    def used_bytes(self) -> int:
-        """Bytes leased or sealed."""
-        return self._extents.used
+    def moved_bytes(self) -> dict[str, int]:
+        """Bytes moved so far: device_to_host, host_to_device, peer, disk_write, disk_read; counted at completion."""
+        return dict(self._copying.moved_bytes)
 
-    @property
-    def sealed_bytes(self) -> int:
-        """Bytes that belong to objects."""
-        return self._sealed_bytes
+    def usage(self, arena: int) -> ArenaUsage:
+        """Return how an arena, or the disk, is used. Raises KeyError for an arena that is not there."""
+        if arena != DISK:
+            return self._arenas[arena].usage()
+        disk = self._disk
+        return ArenaUsage("the disk", disk.limit or 0, disk.used, 0, disk.live_bytes, 0, 0, 0, 0, 0, 0, 0)
 
-    @property
-    def leased_bytes(self) -> int:
-        """Bytes that clients hold and have not sealed."""
-        return self._extents.used - self._sealed_bytes
-
-    @property
-    def high_water(self) -> int:
-        """One past the highest byte ever handed out: pages from here on are fresh."""
-        return self._extents.high_water
-
-    @property
-    def waiting_requests(self) -> int:
-        """Requests in the queue."""
-        return len(self._waiting)
-
-    def describe_full(self, asked: int) -> str:
-        """Return the sentence that tells a user why `asked` bytes were not granted, and what to do."""
-        extents = self._extents
-        if extents.rounded(asked) > extents.capacity:
-            verdict = "is larger than the whole host store and can never fit; raise host_memory= in afield.init()"
-        elif extents.rounded(asked) <= extents.largest_free:
-            verdict = "would fit in the host store, but larger requests wait before it and may not be overtaken"
-        else:
-            verdict = (
-                "does not fit in the host store now; drop references to large values, or raise host_memory= in init()"
-            )
-        holders = [(held.size, f"owner {o.hex()[:16]}", len(held.ids)) for o, held in self._owners.items()]
-        holders += [(r.size, f"process {c.hex()[:16]} (being written)", 0) for c, r in self._leased.items()]
-        top = [
-            f"{who}: {format_bytes(size)}" + (f" in {count} objects" if count else "")
-            for size, who, count in heapq.nlargest(TOP_HOLDERS, holders)
-        ]
-        return (
-            f"{format_bytes(asked)} ({asked} bytes) {verdict}. Capacity {format_bytes(extents.capacity)}, "
-            f"used {format_bytes(extents.used)} ({format_bytes(self._sealed_bytes)} in {len(self._objects)} objects, "
-            f"{format_bytes(self.leased_bytes)} leased to processes that write), "
-            f"largest free piece {format_bytes(extents.largest_free)}, {len(self._waiting)} requests waiting. "
-            f"Top holders: {'; '.join(top) or 'none'}."
-        )
+    def describe_full(self, arena: int, asked: int) -> str:
+        """Return what tells a user why `asked` bytes were not granted in an arena, and what to do; names each tier."""
+        return self._needs.describe_full(arena, asked)
 
     # -- inside ---------------------------------------------------------------------------------------------------
 
-    def _grant(self, client: bytes, request_id: int, offset: int, size: int) -> Granted:
-        ranges = self._leased.get(client)
-        if ranges is None:
-            ranges = self._leased[client] = _LeasedRanges()
-        ranges.add(offset, offset + size)
-        return Granted(client, request_id, offset, size)
+    def _next_key(self, priority: int) -> Key:
+        self._arrivals += 1
+        return priority, self._arrivals
 
-    def _serve_waiting(self) -> list[Effect]:
-        effects: list[Effect] = []
-        while self._waiting:
-            request = next(iter(self._waiting.values()))
-            offset = self._extents.allocate(request.size)
-            if offset is None:
-                break
-            del self._waiting[request.client, request.request_id]
-            effects.append(self._grant(request.client, request.request_id, offset, request.size))
-        return effects
+    def _unblock(self) -> None:
+        for books in self._arenas.values():
+            books.blocked = False
 
-    def _check_leased(self, client: bytes, pieces: Sequence[tuple[int, int]]) -> _LeasedRanges:
-        """Return the ranges of `client` if each piece lies in one of them and none overlaps another, else raise."""
-        ranges = self._leased.get(client)
-        rounded = self._extents.rounded
-        misaligned = self._extents.alignment - 1
-        free_from = 0
-        for offset, size in sorted(pieces) if len(pieces) > 1 else pieces:
-            end = offset + rounded(size)
-            if (
-                ranges is None
-                or size <= 0
-                or offset & misaligned
-                or offset < free_from
-                or not ranges.holds(offset, end)
-            ):
-                raise StoreUsageError(
-                    f"[{offset}, +{size}) is not an aligned, unsealed part of a chunk of {client.hex()}"
-                )
-            free_from = end
-        if ranges is None or not pieces:
-            raise StoreUsageError(f"no pieces of a chunk of {client.hex()} are named")
-        return ranges
+    def _settle(self) -> list[Effect]:
+        """Do all that follows from an event, and return what is to be done."""
+        self._work_off()
+        return self._catalogue.flush()
 
-    def _cut(self, client: bytes, ranges: _LeasedRanges, pieces: Sequence[tuple[int, int]]) -> None:
-        for offset, size in pieces:
-            ranges.cut(offset, offset + self._extents.rounded(size))
-        if not ranges.starts:
-            del self._leased[client]
+    def _work_off(self) -> None:
+        catalogue, needs = self._catalogue, self._needs
+        again = True
+        while again:
+            again = bool(catalogue.ready or catalogue.rewanted or catalogue.failed) and needs.work_off()
+            for books in self._arenas.values():
+                if books.pressed:
+                    again |= self._serve(books)
+                    again |= self._eviction.make_room(books)
 
-    def _holdings(self, owner: bytes) -> _Holdings:
-        holdings = self._owners.get(owner)
-        if holdings is None:
-            holdings = self._owners[owner] = _Holdings()
-        return holdings
-
-    def _disown(self, object_id: bytes, record: _Object) -> None:
-        holdings = self._owners[record.owner]
-        del holdings.ids[object_id]
-        holdings.size -= record.size
-        if not holdings.ids:
-            del self._owners[record.owner]
+    def _serve(self, books: ArenaBooks) -> bool:
+        """Give room to those who wait, in their order, until there is none."""
+        served = False
+        while (request := books.queue.head) is not None:
+            if isinstance(request, LeaseRequest):
+                offset = books.extents.allocate(request.room)
+                if offset is None:
+                    break
+                books.queue.discard(request)
+                del self._leases[request.client, request.request_id]
+                books.lease(request.client, offset, request.room)
+                granted = Granted(request.client, request.request_id, books.number, offset, request.room)
+                self._catalogue.effects.append(granted)
+            else:
+                assert isinstance(request, Making)
+                if request.key[0] >= PREFETCH and not books.admits_prefetch(request.room):
+                    break
+                offset = books.reserve_place(request.room)
+                if offset is None:
+                    break
+                books.queue.discard(request)
+                self._copying.place(request, offset)
+            served = True
+        return served

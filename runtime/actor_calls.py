@@ -4,6 +4,10 @@ Theory of operation. A `Caller` stands for one actor in one process. Calls enter
 made; the head leaves as soon as its arguments are there and the actor is alive, so the order of one caller is kept end to
 end. The daemon tells where the actor lives and when it dies or restarts (`ActorState`). What was on its way when the
 actor died is sent again if the call may be retried, else it fails with `ActorDiedError` and the cause.
+
+A call that could not read an argument, because its stored value is lost, waits at the head of the queue until the value has
+been made again. If calls behind it were on their way already they have run or will: it cannot take its place any more, and
+fails with `ObjectLostError`.
 """
 
 from __future__ import annotations
@@ -63,6 +67,7 @@ class ActorCalls:
         self.callers: dict[bytes, Caller] = {}
         process.handlers[m.ActorState] = self._on_state
         process.handlers[m.WatchActor] = self._on_asked
+        submitter.recovery.call_again = self._call_again
 
     def create(self, spec: m.CreateActor, task: Task, detached: bool) -> None:
         """Send the actor to the daemon once its constructor's arguments are there; the task keeps them pinned."""
@@ -147,10 +152,11 @@ class ActorCalls:
         process = self.process
         with process.pump.lock:
             self.submitter.own(task, object_ids)
+            if task.retries_left:
+                task.actor = actor_id
             caller = self.callers.get(actor_id) or self.caller(actor_id)
-            if not caller.held and caller.life in process.table.entries:
-                caller.held = True
-                process.table.pin(caller.life)
+            if not caller.held:
+                self._hold_life(caller)
             caller.queue.append(task)
             if task.dependencies is not None:
                 self.submitter.arguments.when_resolved(task, lambda ready: self._advance(caller))
@@ -179,9 +185,12 @@ class ActorCalls:
             if caller.channel is None or queue[0].unresolved:
                 return
             task = queue.popleft()
-            error = self.submitter.arguments.failure(task) if task.dependencies is not None else None
+            error = self.submitter.arguments.failure(task) if task.dependencies or task.location is not None else None
             if error is not None:
                 self.submitter.fail(task, error)
+            elif task.dependencies is not None and self.submitter.arguments.lost_again(task):
+                self._wait_again(caller, task)
+                return
             else:
                 state: PeerState = caller.channel.context
                 state.inflight[self.submitter.send_push(caller.channel, state, task)] = task
@@ -211,6 +220,7 @@ class ActorCalls:
         caller.state, caller.worker, caller.channel = "alive", worker, channel
         channel.context.on_batch = lambda replies: self._maybe_let_go(caller)
         channel.context.retry = lambda task: self._again(caller, task)
+        channel.context.argument_lost = lambda task: self._argument_lost(caller, task)
         if caller.creation is not None and not caller.creation.retries_left:
             self._forget_creation(caller)
         self._advance(caller)
@@ -225,7 +235,7 @@ class ActorCalls:
             if task.cancelled:
                 self.submitter.fail_with(task, TaskCancelledError(f"{task.function.name}() was cancelled"))
             elif task.retries_left:
-                task.retries_left -= 1 if task.retries_left > 0 else 0
+                self.submitter.use_retry(task)
                 again.append(task)
             else:
                 self.submitter.fail_with(
@@ -255,6 +265,33 @@ class ActorCalls:
     def _again(self, caller: Caller, task: Task) -> None:
         caller.queue.appendleft(task)
         self._advance(caller)
+
+    def _wait_again(self, caller: Caller, task: Task) -> None:
+        """Put a call back at the head of the queue until its arguments, which were lost, are there again."""
+        caller.queue.appendleft(task)
+        self.submitter.arguments.when_resolved(task, lambda ready: self._advance(caller))
+
+    def _argument_lost(self, caller: Caller, task: Task) -> bool:
+        """A call has not run as an argument was lost: do it again, if no later one has overtaken it on its way."""
+        if caller.channel is None or caller.channel.context.inflight:
+            return False
+        self._wait_again(caller, task)
+        return True
+
+    def _call_again(self, task: Task) -> None:
+        """Call a method again whose stored result was lost; the call comes after those that wait."""
+        caller = self.callers.get(task.actor) or self.caller(task.actor)
+        self._hold_life(caller)
+        caller.queue.append(task)
+        if task.dependencies is not None:
+            self.submitter.arguments.when_resolved(task, lambda ready: self._advance(caller))
+        else:
+            self._advance(caller)
+
+    def _hold_life(self, caller: Caller) -> None:
+        if not caller.held and caller.life in self.process.table.entries:
+            caller.held = True
+            self.process.table.pin(caller.life)
 
     def _maybe_let_go(self, caller: Caller) -> None:
         """The actor need not live for our sake once nothing of ours is pending."""

@@ -207,7 +207,7 @@ def _after_fork_in_child() -> None:
     _starting = threading.RLock()
     if current.participant is not None:
         # Copies of descriptors would keep the session alive after its driver's end.
-        current.participant.process.abandon()
+        current.participant.abandon()
         if _session is not None:
             _session.abandon()
         _session = _printer = None
@@ -271,17 +271,22 @@ def _make_remote(target: Any, options: dict[str, Any]) -> Any:
 
 
 @overload
-def get(refs: ObjectRef, *, timeout: float | None = None) -> Any: ...
+def get(refs: ObjectRef, *, timeout: float | None = None, device: str | int | None = None) -> Any: ...
 @overload
-def get(refs: Sequence[ObjectRef], *, timeout: float | None = None) -> list[Any]: ...
-def get(refs: ObjectRef | Sequence[ObjectRef], *, timeout: float | None = None) -> Any:
+def get(refs: Sequence[ObjectRef], *, timeout: float | None = None, device: str | int | None = None) -> list[Any]: ...
+def get(
+    refs: ObjectRef | Sequence[ObjectRef], *, timeout: float | None = None, device: str | int | None = None
+) -> Any:
     """Return the value of a ref, or the values of a list of refs, waiting until they are there.
 
-    Arrays come back as read-only views of shared memory.
+    Arrays come back as read-only views of shared memory. Device arrays come back on this process's device, which copies
+    nothing where they are on it; a process without a device gets NumPy arrays.
 
     Args:
         refs: one ref or a list.
         timeout: seconds for all together; 0 asks without waiting.
+        device: where device arrays are wanted instead: "host" (as NumPy arrays), or a device that this process may use, by
+            UUID or by its number in `array_module().cuda.Device`.
 
     Raises:
         GetTimeoutError: not ready in time.
@@ -290,8 +295,9 @@ def get(refs: ObjectRef | Sequence[ObjectRef], *, timeout: float | None = None) 
     """
     values = (current.participant or current.ensure()).values
     deadline = None if timeout is None else time.monotonic() + timeout
+    into = None if device is None else values.parts.devices.arena_named(device)
     if type(refs) is ObjectRef:
-        return values.get(refs, deadline)
+        return values.get(refs, deadline, into=into)
     if isinstance(refs, ObjectRefGenerator):
         return refs  # what num_returns="dynamic" made: the value of its ref was a generator of refs
     if not isinstance(refs, (list, tuple)):
@@ -299,7 +305,7 @@ def get(refs: ObjectRef | Sequence[ObjectRef], *, timeout: float | None = None) 
     for ref in refs:
         if type(ref) is not ObjectRef:
             raise TypeError(f"get() takes an ObjectRef or a list of them; the list has {_describe(ref)}")
-    return [values.get(ref, deadline) for ref in refs]
+    return [values.get(ref, deadline, into=into) for ref in refs]
 
 
 def _describe(value: Any) -> str:
@@ -449,11 +455,28 @@ def empty(shape: int | tuple[int, ...], dtype: npt.DTypeLike = "float64") -> npt
         ObjectStoreFullError: there was no room in time.
         TypeError: the dtype holds Python objects.
     """
-    return (current.participant or current.ensure()).values.store.empty(shape, dtype)
+    return (current.participant or current.ensure()).values.parts.store.empty(shape, dtype)
+
+
+def array_module() -> Any:
+    """Return the array library of this process's devices: CuPy, or the emulated module with the names of NumPy's API.
+
+    What a task allocates with it lies in the device's store, so that returning it copies nothing. In a worker the devices are
+    those of its lease, in the driver all of the node.
+
+    Raises:
+        NoDeviceError: this process has no devices; says how to get some.
+        MissingDependencyError: the devices are CUDA devices and CuPy is not installed.
+    """
+    return (current.participant or current.ensure()).values.parts.devices.module()
 
 
 def stats(*, local: bool = False) -> dict[str, float]:
-    """Return counters: tasks submitted and retried, bytes copied into the store, shared from it, and born in it.
+    """Return counters: tasks submitted and retried, and bytes by kind of movement.
+
+    Bytes of host memory: `bytes_copied_in`, `bytes_shared` (read without a copy), `bytes_born` (kept without a copy). Of device
+    memory: `device_bytes_shared`, `device_bytes_born`, `device_bytes_copied` (within a device, where a result could not be
+    kept as it was). Between tiers: `device_to_host`, `host_to_device`, `peer`, `disk_write`, `disk_read`.
 
     They are sums over the processes of the cluster. A process that cannot answer within a second, and one that has ended,
     count with what they had when they were last asked.

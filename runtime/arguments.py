@@ -9,11 +9,11 @@ from afield.errors import ObjectLostError
 from afield.ids import ARGUMENTS_INDEX
 from afield.runtime import messages as m
 from afield.runtime.dispatch import Task
-from afield.runtime.ownership import FAILED, LOCATED
-from afield.runtime.process import Process
+from afield.runtime.ownership import FAILED, LOCATED, PENDING
+from afield.runtime.process import INLINE_BYTES, Process
 from afield.runtime.refs import ObjectRef
 from afield.runtime.serialization import Serialized, dumps_plain, serialize
-from afield.runtime.values import INLINE_BYTES, Values
+from afield.runtime.values import Values
 from afield.transport.pump import uninterruptible
 
 
@@ -54,7 +54,7 @@ class Arguments:
         if data is None or len(data) > INLINE_BYTES:
             serialized = serialize((args, kwargs), f"the arguments of {name}()")
             nested = serialized.refs
-            if serialized.size > INLINE_BYTES:
+            if not serialized.fits(INLINE_BYTES):
                 self._store(task, serialized)
                 data = b""
             else:
@@ -68,7 +68,7 @@ class Arguments:
         process = self.process
         argument_id = task.task_id + ARGUMENTS_INDEX
         # The caller's arguments are still referred to from its frame: nothing that was born in the store can be kept.
-        task.location = self.values.write_object(argument_id, process.process_id, value, [])
+        task.location = self.values.parts.write(argument_id, process.process_id, value, [])
 
         def own() -> None:
             self.table.put(argument_id, LOCATED, task.location)
@@ -108,13 +108,22 @@ class Arguments:
         one_resolved()
 
     def failure(self, task: Task) -> bytes | None:
-        """Return the serialised error of a top-level argument that failed, if one did."""
+        """Return the serialised error of a top-level argument (or of all arguments as one object), if one failed."""
+        if task.location is not None:
+            stored = self.table.entries.get(task.task_id + ARGUMENTS_INDEX)
+            if stored is not None and stored.state == FAILED:
+                lost: bytes = stored.value
+                return lost
         for dependency in task.dependencies or ():
             entry = self.table.entries[dependency]
             if entry.state == FAILED:
                 error: bytes = entry.value
                 return error
         return None
+
+    def lost_again(self, task: Task) -> bool:
+        """Tell whether a top-level argument is to be waited for once more, as its value was lost since it was there."""
+        return any(self.table.entries[dependency].state == PENDING for dependency in task.dependencies or ())
 
     def describe(self, task: Task) -> list[m.Dependency] | None:
         """Describe the values of the task's top-level refs for its push."""

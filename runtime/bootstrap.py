@@ -22,6 +22,7 @@ from typing import Any
 import psutil
 
 from afield.errors import InvalidOptionError, RuntimeDiedError
+from afield.gpu_store.pins import BOARD_BYTES
 from afield.runtime import sessions
 from afield.runtime.environment import Environment
 from afield.runtime.participant import Participant
@@ -40,6 +41,7 @@ import sys, json
 raw = sys.stdin.buffer.read()
 sys.path[:] = json.loads(raw)["sys_path"]
 from afield.runtime.forkserver import main
+import afield.runtime.api  # what programs use is in the pages that workers share
 main(raw)
 """
 
@@ -84,10 +86,13 @@ class Session:
         slab_fd = os.memfd_create(f"afield-{self.name}")
         opened.callback(os.close, slab_fd)
         os.ftruncate(slab_fd, options.store_bytes)
+        pins_fd = os.memfd_create(f"afield-pins-{self.name}")
+        opened.callback(os.close, pins_fd)
+        os.ftruncate(pins_fd, BOARD_BYTES)
         lifeline_read, self._lifeline = os.pipe()
         opened.callback(os.close, lifeline_read)
         failed.callback(os.close, self._lifeline)
-        config = SessionConfig(self.name, token, slab_fd, options.store_bytes, STORE_WAIT_S)
+        config = SessionConfig(self.name, token, slab_fd, options.store_bytes, pins_fd, STORE_WAIT_S)
         wait = os.environ.get("AFIELD_STORE_WAIT_S")
         if wait:
             config.store_wait_s = float(wait)
@@ -110,6 +115,7 @@ class Session:
             "token": config.token.hex(),
             "slab_fd": config.slab_fd,
             "capacity": config.capacity,
+            "pins_fd": config.pins_fd,
             "lifeline_fd": lifeline,
             "store_wait_s": config.store_wait_s,
             "sys_path": [path or directory for path in sys.path if path or directory],
@@ -132,7 +138,7 @@ class Session:
             stdin=subprocess.PIPE,
             stdout=self._log_file,
             stderr=self._log_file,
-            pass_fds=(config.slab_fd, lifeline, lock),
+            pass_fds=(config.slab_fd, config.pins_fd, lifeline, lock),
             start_new_session=True,
         )
         assert process.stdin is not None

@@ -37,7 +37,7 @@ class Client:
         self._answers: list[m.Answer] = []
         try:
             token = session.token()
-            sock = connect(SessionConfig(session.name, token, -1, 0, 0.0).address(b""))
+            sock = connect(SessionConfig(session.name, token, -1, 0, -1, 0.0).address(b""))
         except (OSError, ValueError):
             raise self._gone() from None
         self._loop = Loop()

@@ -176,13 +176,13 @@ class EventLoop:
         context = TaskContext(push.task_id, definition.name)
         enter(context)
         in_user_code = failed = False
-        views: list[Any] = []
+        holds: list[Any] = []
         executor.invocations.begin(channel, push)
         try:
             async with self._semaphores.get(definition.group, self._semaphores[""]):
                 function = executor.function(definition)
                 if push.arguments or push.location is not None:
-                    args, kwargs, views = executor.invocations.arguments(push, context, channel.peer_id)
+                    args, kwargs, holds = executor.invocations.arguments(push, context, channel.peer_id)
                 else:
                     args, kwargs = (), {}
                 in_user_code = True
@@ -199,7 +199,7 @@ class EventLoop:
                     leave_copy(None)
             holder = [value]
             del value
-            executor.invocations.keep_views(views, context)
+            executor.invocations.keep_holds(holds, context)
             reply = executor.invocations.reply(holder, push, channel.peer_id, definition)
         except asyncio.CancelledError:
             error = TaskCancelledError(f"{definition.name}() was cancelled")
@@ -208,9 +208,9 @@ class EventLoop:
         except BaseException as error:
             reply = executor.failure(channel, push, definition, error, in_user_code)
             failed = True
-        if failed and views:
+        if failed and holds:
             args, kwargs = (), {}  # noqa: F841 - lets go of them
-            executor.invocations.keep_views(views, context)
+            executor.invocations.keep_holds(holds, context)
         executor.invocations.end(channel, push)
         executor.answer(channel, reply, context)
         self._flush_soon()

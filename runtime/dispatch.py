@@ -41,9 +41,10 @@ class Task(msgspec.Struct, gc=False, eq=False):
     dependencies: list[bytes] | None = None  # top-level arguments
     pinned: list[bytes] | None = None  # every object that must live until the reply
     unresolved: int = 0
-    attempt: int = 0
+    retries_used: int = 0
+    rounds: int = 0  # how often a worker could not read its arguments
     cancelled: bool = False
-    state: Any = None
+    actor: bytes = b""  # of an actor's call that may run again: whose
 
 
 class Lease:

@@ -215,7 +215,7 @@ class Executor:
         enter(context)
         self.process.pump.interrupted = False
         in_user_code = failed = False
-        views: list[Any] = []
+        holds: list[Any] = []
         job = (channel, push.sequence)
         main = self._running is channel
         if main:
@@ -223,7 +223,7 @@ class Executor:
         try:
             function = self.function(definition)
             if push.arguments or push.location is not None:
-                args, kwargs, views = self.invocations.arguments(push, context, channel.peer_id)
+                args, kwargs, holds = self.invocations.arguments(push, context, channel.peer_id)
             else:
                 args, kwargs = (), {}
             if definition.once and self._replies:
@@ -242,17 +242,17 @@ class Executor:
             in_user_code = False
             if current.process is not self.process:
                 leave_copy(None)
-            if views:
-                self.invocations.keep_views(views, context)
+            if holds:
+                self.invocations.keep_holds(holds, context)
             reply = self.invocations.reply(holder, push, channel.peer_id, definition)
         except BaseException as error:
             self._interruptible = None
             reply = self.failure(channel, push, definition, error, in_user_code)
             failed = True
-        if failed and views:
+        if failed and holds:
             # What user code has put aside before it raised; the frames that only took part are gone with the error.
             args, kwargs = (), {}  # noqa: F841 - lets go of them
-            self.invocations.keep_views(views, context)
+            self.invocations.keep_holds(holds, context)
         enter(None)
         self.answer(channel, reply, context)
         if definition.once and self.queue:
@@ -412,14 +412,14 @@ class Executor:
             cls = deserialize(spec.blob, f"the class {spec.class_name}", None)
             push = m.Push(0, spec.actor_id, 0, spec.arguments, spec.location, spec.dependencies)
             if spec.arguments or spec.location is not None:
-                args, kwargs, views = self.invocations.arguments(push, context, become.owner)
+                args, kwargs, holds = self.invocations.arguments(push, context, become.owner)
             else:
-                args, kwargs, views = (), {}, []
+                args, kwargs, holds = (), {}, []
             owner = b"" if spec.options["detached"] else become.owner
             self._own_description = describe_actor(spec.actor_id, spec.class_name, cls, spec.options, owner)
             self.actor = cls(*args, **kwargs)
             del args, kwargs
-            self.invocations.keep_views(views, context)
+            self.invocations.keep_holds(holds, context)
             self._concurrency = make_concurrency(self, cls, spec.options)
         except BaseException as raised:
             error = self.invocations.constructor_failure(spec.class_name, raised)

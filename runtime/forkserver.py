@@ -5,8 +5,9 @@ within milliseconds and shares these pages. It is the parent of all processes of
 how each of them ended; it reports that to the daemon. It ends when the daemon ends, when the driver ends (the lifeline
 pipe), or when it is told to, and takes every child with it, whatever they are doing.
 
-The daemon talks to it over a socket pair: `("fork", worker id, variables, environment)` there, `("forked", worker id, pid)`
-with the read ends of the worker's output and error pipes, and `("exited", pid, status)` back.
+The daemon talks to it over a socket pair: `("fork", kind, process id, variables, environment)` there, `("forked", process id,
+pid)` and `("exited", pid, status)` back. A "worker" comes with the read ends of its output and error pipes; a "store" prints
+into the node's log.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class ForkServerConfig(msgspec.Struct):
     token: str
     slab_fd: int
     capacity: int
+    pins_fd: int
     lifeline_fd: int
     store_wait_s: float
     sys_path: list[str]
@@ -62,7 +64,7 @@ class ForkServerConfig(msgspec.Struct):
     def session_config(self) -> SessionConfig:
         """Return the part that every process needs."""
         token = bytes.fromhex(self.token)
-        config = SessionConfig(self.session, token, self.slab_fd, self.capacity, self.store_wait_s)
+        config = SessionConfig(self.session, token, self.slab_fd, self.capacity, self.pins_fd, self.store_wait_s)
         config.record_call_sites = self.record_call_sites
         return config
 
@@ -121,9 +123,18 @@ class ForkServer:
             return False
         if not data:
             return False
-        what, worker_id, variables, environment = msgspec.msgpack.decode(data)
+        what, kind, process_id, variables, environment = msgspec.msgpack.decode(data)
         if what != "fork":
             return False
+        if kind == "store":
+            pid = self._fork(lambda: self._run_store(process_id, variables))
+            with contextlib.suppress(OSError):
+                self.sock.send(msgspec.msgpack.encode(("forked", process_id, pid)))
+        else:
+            self._fork_worker(process_id, variables, environment)
+        return True
+
+    def _fork_worker(self, worker_id: bytes, variables: dict[str, str], environment: bytes) -> None:
         out_read, out = os.pipe2(os.O_CLOEXEC)
         err_read, err = os.pipe2(os.O_CLOEXEC)
 
@@ -140,7 +151,6 @@ class ForkServer:
             socket.send_fds(self.sock, [message], [out_read, err_read])
         os.close(out_read)
         os.close(err_read)
-        return True
 
     def _reap(self) -> bool:
         """Report children that ended; return False if the daemon is one of them."""
@@ -196,6 +206,13 @@ class ForkServer:
         os.close(err)
         name_process("afield-worker")
         run_worker(self.config, worker_id, variables, environment)
+
+    def _run_store(self, store_id: bytes, variables: dict[str, str]) -> None:
+        from afield.runtime.store_process import run_store
+
+        self._daemon_sock.close()
+        name_process("afield-store")
+        run_store(self.config.session_config(), self.config.directory, store_id, variables)
 
     def _relatives(self) -> set[int]:
         """Return what tasks have started and what is still in our process session: their copies would keep the memory."""

@@ -13,9 +13,10 @@ from typing import Any
 import psutil
 
 from afield.errors import InvalidOptionError, NoClusterError, NoDeviceError
+from afield.gpu_store.backends.base import DeviceInfo
 from afield.runtime.bootstrap import STORE_SHARE, SessionOptions
 from afield.runtime.environment import Environment
-from afield.scheduler.devices import parse_devices
+from afield.scheduler.devices import parse_devices, visible_devices
 from afield.scheduler.resources import ResourceSet
 from afield.units import parse_bytes
 
@@ -61,7 +62,7 @@ def session_options(others: Mapping[str, Any], **given: Any) -> SessionOptions:
 
     Raises:
         InvalidOptionError: an argument is unknown or not valid.
-        NoDeviceError: `num_gpus` exceeds the devices.
+        NoDeviceError: `num_gpus` exceeds the devices, or `devices` asks for some that are not here.
     """
     given |= _translate(others, [*given, "ignore_reinit_error"])
     address, num_cpus, num_gpus = given["address"], given["num_cpus"], given["num_gpus"]
@@ -71,7 +72,7 @@ def session_options(others: Mapping[str, Any], **given: Any) -> SessionOptions:
     resources: dict[str, float] | None = given["resources"]
     ResourceSet.from_options(num_cpus=cpus, num_gpus=num_gpus, resources=resources)
     devices = given["devices"]
-    found = parse_devices(devices if devices is not None else os.environ.get("AFIELD_DEVICES"))
+    found = parse_devices(devices if devices is not None else os.environ.get("AFIELD_DEVICES"), _cuda_inventory)
     if num_gpus is not None and num_gpus > len(found):
         raise NoDeviceError(
             f"num_gpus={num_gpus} but there are {len(found)} devices; "
@@ -88,6 +89,14 @@ def session_options(others: Mapping[str, Any], **given: Any) -> SessionOptions:
         given["log_to_driver"],
         Environment.of(given["runtime_env"]),
     )
+
+
+def _cuda_inventory() -> list[DeviceInfo]:
+    """Return the CUDA devices that this process may use, without starting any; raises NoDeviceError with the remedy."""
+    from afield.gpu_store.backends import cuda
+
+    order = os.environ.get("CUDA_DEVICE_ORDER")
+    return visible_devices(cuda.find_devices(), os.environ.get("CUDA_VISIBLE_DEVICES"), order == "PCI_BUS_ID")
 
 
 def _store_bytes(host_memory: int | str | None) -> int:

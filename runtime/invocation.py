@@ -15,8 +15,9 @@ from afield.runtime.arguments import Arg
 from afield.runtime.context import TaskContext
 from afield.runtime.ownership import FAILED, INLINE, LOCATED, Obligation
 from afield.runtime.participant import Participant
+from afield.runtime.parts import ARGUMENT, PartsLostError
+from afield.runtime.process import INLINE_BYTES
 from afield.runtime.serialization import Serialized, collector, deserialize, dumps_plain, serialize, serialize_error
-from afield.runtime.values import INLINE_BYTES
 from afield.transport.channel import Channel
 
 
@@ -61,19 +62,23 @@ class Invocations:
     # -- arguments -----------------------------------------------------------------------------------------------
 
     def arguments(self, push: m.Push, context: TaskContext, submitter: bytes) -> tuple[Any, dict[str, Any], list[Any]]:
-        """Rebuild the arguments; the views are those of stored values, which the submitter pins until the reply."""
-        views: list[Any] = []
+        """Rebuild the arguments; the holds are those of stored values, which the submitter pins until the reply.
+
+        Raises:
+            PartsLostError: an argument has to be made again first.
+        """
+        holds: list[Any] = []
         on_ref = self._on_ref(context)
-        data: Any = push.arguments
         if push.location is not None:
-            data = self._mapped(push.task_id + ARGUMENTS_INDEX, submitter, push.location, views)
-        args, kwargs = deserialize(data, "the arguments", on_ref)
-        del data
+            argument_id = push.task_id + ARGUMENTS_INDEX
+            args, kwargs = self._read(argument_id, submitter, push.location, "the arguments", on_ref, holds)
+        else:
+            args, kwargs = deserialize(push.arguments, "the arguments", on_ref)
         if push.dependencies:
-            values = [self._dependency(dependency, on_ref, views) for dependency in push.dependencies]
+            values = [self._dependency(dependency, on_ref, holds) for dependency in push.dependencies]
             args = [values[arg.index] if type(arg) is Arg else arg for arg in args]
             kwargs = {key: values[arg.index] if type(arg) is Arg else arg for key, arg in kwargs.items()}
-        return args, kwargs, views
+        return args, kwargs, holds
 
     def _on_ref(self, context: TaskContext) -> Callable[[bytes, bytes], None]:
         def on_ref(oid: bytes, owner: bytes) -> None:
@@ -83,29 +88,33 @@ class Invocations:
 
         return on_ref
 
-    def _mapped(self, oid: bytes, owner: bytes, location: m.Location, views: list[Any]) -> memoryview:
-        view = self.values.store.view(location.offset, location.size, self.process.handle_dropped)
-        views.append((weakref.ref(view), oid, owner))
-        return view.data
+    def _read(
+        self, oid: bytes, owner: bytes, location: m.Location, what: str, on_ref: Any, holds: list[Any]
+    ) -> Any:
+        """Rebuild a stored argument; what its memory is held by goes into `holds`, as (weak reference, id, owner)."""
 
-    def _dependency(self, dependency: m.Dependency, on_ref: Callable[[bytes, bytes], None], views: list[Any]) -> Any:
+        def hold(slot: int) -> Any:
+            made = self.values.parts.hold(slot, None)
+            holds.append((weakref.ref(made), oid, owner))
+            return made
+
+        return self.values.parts.read(oid, location, what, on_ref, hold, priority=ARGUMENT)[0]
+
+    def _dependency(self, dependency: m.Dependency, on_ref: Callable[[bytes, bytes], None], holds: list[Any]) -> Any:
         if dependency.kind != LOCATED:
             return deserialize(dependency.data, "an argument", on_ref)
         assert dependency.location is not None
-        data = self._mapped(dependency.object_id, dependency.owner, dependency.location, views)
+        where = dependency.location
+        return self._read(dependency.object_id, dependency.owner, where, "an argument", on_ref, holds)
 
-        def resolve(offset: int, size: int) -> memoryview:
-            return self._mapped(dependency.object_id, dependency.owner, m.Location(0, offset, size), views)
-
-        return deserialize(data, "an argument", on_ref, resolve)
-
-    def keep_views(self, views: list[Any], context: TaskContext) -> None:
-        """Views of arguments that outlive the task become handles of their objects."""
-        for reference, oid, owner in views:
-            view = reference()
-            if view is not None:
+    def keep_holds(self, holds: list[Any], context: TaskContext) -> None:
+        """Memory of arguments that is used beyond the task counts as handles of their objects."""
+        self.values.parts.devices.settle()
+        for reference, oid, owner in holds:
+            hold = reference()
+            if hold is not None:
                 self._on_ref(context)(oid, owner)
-                view.hold = oid
+                hold.object_id = oid
 
     # -- results -------------------------------------------------------------------------------------------------
 
@@ -134,11 +143,11 @@ class Invocations:
         else:
             serialized = serialize(holder[0], f"the result of {name}()")
         location = None
-        if serialized.size > INLINE_BYTES:
+        if not serialized.fits(INLINE_BYTES):
             # The refs inside are still held by the value: it is not in a frame of ours, but in the pickle's own list.
             held = self._hold(serialized.refs)
             try:
-                location = self.values.write_object(object_id(push.task_id, index), owner, serialized, holder)
+                location = self.values.parts.write(object_id(push.task_id, index), owner, serialized, holder)
             finally:
                 contained = self._hand_on(serialized.refs, owner) if location is not None else None
                 self._let_go(held)
@@ -190,6 +199,8 @@ class Invocations:
         self, sequence: int, definition: Definition, error: BaseException, in_user_code: bool, receiver: bytes
     ) -> Any:
         """Make the reply of a task that raised; an error of the runtime's own goes on as it is."""
+        if isinstance(error, PartsLostError) and not in_user_code:
+            return m.Reply(sequence, m.ARGUMENT_LOST, b"")
         text = "".join(traceback.format_exception(type(error), error, _user_frames(error)))
         wrapped: BaseException = error
         if in_user_code or not isinstance(error, AfieldError):

@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from afield.gpu_store.tiers import DISK, HOST
 from afield.runtime.messages import Location
-from afield.runtime.ownership import LOCATED, PENDING, Entry, OwnershipTable
+from afield.runtime.ownership import FREED, LOCATED, PENDING, Entry, OwnershipTable
 
 if TYPE_CHECKING:
     from afield.runtime.participant import Participant
@@ -33,12 +34,16 @@ if TYPE_CHECKING:
 MAX_ROWS = 100_000
 #: Names that one row lists of its containers or tasks.
 MAX_NAMES = 3
+_LINEAGE = "held by lineage of"
 _PACKAGE = os.path.dirname(os.path.abspath(__file__))
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryEntry:
-    """One live object: `size` in bytes, `tier` "inline", "host" or "pending" (no value yet), and why it is alive."""
+    """One live object: `size` in bytes, `tier`, and why it is alive.
+
+    The tier is "inline", "host", "pending" (no value yet) or "freed" (made again if what was made from it is lost).
+    """
 
     object_id: str
     size: int
@@ -69,7 +74,9 @@ def describe(participant: Participant) -> list[Row]:
     process = participant.process
     entries = process.table.entries
     pins = _reasons_for_pins(entries, process.kept_for_ever)
-    views = Counter(participant.values.store.views())
+    views = Counter(participant.values.parts.held())
+    for object_id, reasons in _lineage(participant).items():
+        pins[object_id].update(reasons)
     rows = (_row(object_id, entry, pins.get(object_id), views) for object_id, entry in entries.items())
     return heapq.nlargest(MAX_ROWS, rows, key=lambda row: row.size) if len(entries) > MAX_ROWS else list(rows)
 
@@ -92,6 +99,15 @@ def _reasons_for_pins(
     return reasons
 
 
+def _lineage(participant: Participant) -> dict[bytes, Counter[str]]:
+    """Return what lineage holds, and for the sake of which results."""
+    reasons: dict[bytes, Counter[str]] = defaultdict(Counter)
+    for record in participant.submitter.recovery.lineage.records():
+        for held in record.holds:
+            reasons[held][f"{_LINEAGE} {record.task.function.name}()"] += 1
+    return reasons
+
+
 def _row(object_id: bytes, entry: Entry, pins: Counter[str] | None, views: Counter[bytes]) -> Row:
     why = []
     seen = min(views.get(object_id, 0), entry.handles)
@@ -105,7 +121,7 @@ def _row(object_id: bytes, entry: Entry, pins: Counter[str] | None, views: Count
     if pins:
         names = [name if count == 1 else f"{name} x{count}" for name, count in pins.most_common(MAX_NAMES)]
         why += names if len(pins) <= MAX_NAMES else [*names, f"{len(pins) - MAX_NAMES} more of these"]
-        explained = pins.total()
+        explained = sum(count for reason, count in pins.items() if not reason.startswith(_LINEAGE))
     if entry.pins > explained:
         why.append(f"pinned x{entry.pins - explained}")
     size = entry.value.size if isinstance(entry.value, Location) else len(entry.value or b"")
@@ -124,7 +140,7 @@ def assemble(answer: dict[str, Any]) -> list[MemoryEntry]:
     """Make one list, the largest first, of what the daemon collected (`node.census`)."""
     names = {process_id: f"{kind} pid {pid}" for process_id, pid, kind, _ in answer["processes"]}
     tables = {process_id: msgspec.convert(rows, list[Row]) for process_id, rows in answer["tables"]}
-    stored = {object_id: (owner, size) for object_id, owner, size in answer["store"]}
+    stored = {object_id: (owner, sizes) for object_id, owner, sizes in answer["store"]}
     silent = set(answer["silent"])
     owned: dict[bytes, tuple[bytes, Row]] = {}
     borrowed: dict[bytes, list[tuple[bytes, Row]]] = defaultdict(list)
@@ -171,15 +187,22 @@ def _place(
     object_id: bytes,
     row: Row | None,
     borrowed: Iterable[tuple[bytes, Row]],
-    stored: dict[bytes, tuple[bytes, int]],
+    stored: dict[bytes, tuple[bytes, dict[int, int]]],
 ) -> tuple[str, int]:
-    if object_id in stored:
-        return "host", stored[object_id][1]
+    if object_id in stored and stored[object_id][1]:
+        sizes = stored[object_id][1]
+        return "+".join(_tier(arena) for arena in sorted(sizes, reverse=True)), sum(sizes.values())
     rows = ([row] if row is not None else []) + [other for _, other in borrowed]
     found = next((other for other in rows if other.state != PENDING), None)
     if found is None:
         return "pending", 0
+    if found.state == FREED:
+        return "freed", 0
     return ("host" if found.state == LOCATED else "inline"), found.size
+
+
+def _tier(arena: int) -> str:
+    return "disk" if arena == DISK else "host" if arena == HOST else f"device {arena - 1}"
 
 
 # -- call sites ---------------------------------------------------------------------------------------------------

@@ -10,19 +10,28 @@ from typing import Any
 
 import msgspec
 
+from afield.runtime.store_messages import StoreMessage
+from afield.runtime.tier_messages import Found as Found
+from afield.runtime.tier_messages import Free as Free
+from afield.runtime.tier_messages import GiveBack as GiveBack
+from afield.runtime.tier_messages import Held as Held
+from afield.runtime.tier_messages import Location as Location
+from afield.runtime.tier_messages import Mapped as Mapped
+from afield.runtime.tier_messages import Need as Need
+from afield.runtime.tier_messages import Part as Part
+from afield.runtime.tier_messages import Seal as Seal
+from afield.runtime.tier_messages import StoreGrant as StoreGrant
+from afield.runtime.tier_messages import StoreLease as StoreLease
+from afield.runtime.tier_messages import TierMessage
+from afield.runtime.tier_messages import Trim as Trim
+
 #: `num_returns` of a task that yields its outputs one by one.
 STREAMING = -1
 
 # Kinds of a value on its way: what `data` / `location` of a `Result` mean.
 INLINE, LOCATED, FAILED = 0, 1, 2
-
-
-class Location(msgspec.Struct, array_like=True, gc=False, frozen=True):
-    """Where a value lies in the node's host store: a slab, an offset and a length in bytes."""
-
-    slab: int
-    offset: int
-    size: int
+#: Kind of a `Reply` to a push that has not run, because an argument's stored value is lost.
+ARGUMENT_LOST = 4
 
 
 class Contained(msgspec.Struct, array_like=True, gc=False):
@@ -278,49 +287,12 @@ class Retire(msgspec.Struct, array_like=True, tag=29):
     """Daemon to an idle worker: end, unless somebody depends on you. The worker sends it back if somebody does."""
 
 
-class StoreLease(msgspec.Struct, array_like=True, tag=30):
-    """Ask for `size` bytes of the host store, waiting at most `timeout_s`."""
-
-    request: int
-    size: int
-    timeout_s: float
-
-
-class StoreGrant(msgspec.Struct, array_like=True, tag=31):
-    """The extent for request `request`, or the `refusal` with its arithmetic."""
-
-    request: int
-    offset: int
-    size: int
-    refusal: str
-
-
-class GiveBack(msgspec.Struct, array_like=True, tag=32):
-    """An unused part of an extent that was granted."""
-
-    offset: int
-    size: int
-
-
-class Seal(msgspec.Struct, array_like=True, tag=33):
-    """The pieces (offset, size) are object `object_id`, complete."""
-
-    object_id: bytes
-    owner: bytes
-    pieces: list[tuple[int, int]]
-
-
-class Free(msgspec.Struct, array_like=True, tag=34):
-    """The owner says that nobody can reach these objects any more."""
+class Lost(msgspec.Struct, array_like=True, tag=36):
+    """Daemon to owner: these stored values are gone. `cause` in words; `kind` is "device" if they went with a device."""
 
     object_ids: list[bytes]
-
-
-class Held(msgspec.Struct, array_like=True, tag=35):
-    """Question from the daemon (owner died): which of these are mapped by live values? The answer has the same form."""
-
-    question: int
-    object_ids: list[bytes]
+    cause: str
+    kind: str = ""
 
 
 class CreateActor(msgspec.Struct, array_like=True, tag=40):
@@ -458,12 +430,8 @@ Message = (
     | ProcessDied
     | Assign
     | Retire
-    | StoreLease
-    | StoreGrant
-    | GiveBack
-    | Seal
-    | Free
-    | Held
+    | TierMessage
+    | Lost
     | CreateActor
     | BecomeActor
     | ActorBorn
@@ -478,6 +446,7 @@ Message = (
     | Log
     | Printed
     | Shutdown
+    | StoreMessage
 )
 
 decode = msgspec.msgpack.Decoder(list[Message]).decode

@@ -6,6 +6,7 @@ that created the ref; its entry is the truth. Three rules keep an object alive e
 1. *An entry is held* by handles (the `ObjectRef`s in this process and the zero-copy views of its value), by pins (pending
    tasks that take it, values that contain it, obligations below) and, at the owner, by registered borrowers. An owned
    object that nothing holds is freed; a borrowed entry that nothing holds is dropped and its owner told (`Release`).
+   Beyond that, `lineage` may keep the entry of what other objects were made from.
 2. *A process that receives a ref registers itself* with the owner (`Add`), and *whoever carried the ref to it keeps its own
    hold until that registration is acknowledged* (`Added`). There are three carriers: a task's arguments (the submitter pins
    them until the reply, and the reply waits for the acknowledgement), a task's result (the worker pins what it returned
@@ -19,6 +20,9 @@ When a process dies it is removed from every set of borrowers; objects that it o
 `OwnerDiedError`, because nobody can answer for them. A ref that it was carrying may arrive after its object is gone: the
 `Added` says so. Objects that contain each other in a circle are not freed while their owners live.
 
+A stored value can be lost with the memory that it is in (`lost`). The owner's lineage makes it again or fails it; a borrower
+goes back to waiting for what the owner will say. Either way the refs stay valid, and whoever waits goes on waiting.
+
 `tests/sim` runs this file in a simulator, and every interleaving of small scenarios.
 
 Methods are called under the process's lock. What must happen outside is appended to `effects`, in order, for the shell:
@@ -28,17 +32,22 @@ messages to send, stored values to free, replies that may leave.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from afield.runtime.messages import FAILED, INLINE, LOCATED, Add, Added, Location, Release, Subscribe, Took, Value
+from afield.runtime.messages import FAILED, INLINE, LOCATED, Add, Added, Location, Lost, Release, Subscribe, Took, Value
+
+if TYPE_CHECKING:
+    from afield.runtime.lineage import Lineage, Record
 
 PENDING = 3
+FREED = 5  # only lineage needs it: its value was freed and can be made again
 _NEW, _SENT, _KNOWN = 0, 1, 2  # registration of a borrowed entry with its owner
 
 __all__ = [
     "FAILED",
+    "FREED",
     "INLINE",
     "LOCATED",
     "PENDING",
@@ -47,6 +56,7 @@ __all__ = [
     "LifeEnded",
     "Obligation",
     "OwnershipTable",
+    "Recompute",
     "Send",
     "Settled",
 ]
@@ -69,6 +79,12 @@ class LifeEnded(msgspec.Struct, frozen=True, gc=False):
     """Effect: nothing holds the object that stands for an actor of ours any more."""
 
     object_id: bytes
+
+
+class Recompute(msgspec.Struct, frozen=True, gc=False):
+    """Effect: run the task of a lineage record again, whose holds are pinned for it; then tell `Lineage.ended`."""
+
+    record: Record
 
 
 class Settled(msgspec.Struct, frozen=True, gc=False):
@@ -122,6 +138,9 @@ class OwnershipTable:
         self.process_id = process_id
         self.entries: dict[bytes, Entry] = {}
         self.effects: list[Any] = []
+        self.lineage: Lineage | None = None
+        #: Objects that lineage must be asked about. Nearly all small values never are in here.
+        self.lineage_knows: set[bytes] = set()
         self._owner_died = owner_died
         self._attempts = 0
         self._awaiting: dict[bytes, list[Obligation]] = {}
@@ -173,18 +192,29 @@ class OwnershipTable:
     def _maybe_collect(self, object_id: bytes, entry: Entry) -> None:
         if entry.handles or entry.pins or entry.borrowers:
             return
+        lineage = self.lineage if object_id in self.lineage_knows else None
+        if lineage is not None and lineage.retain(object_id, entry):
+            return
         if entry.owner:
             self._forget_borrowed(object_id, entry)
         elif entry.state != PENDING:  # a pending one is collected when its task ends
             del self.entries[object_id]
-            if entry.state == LOCATED:
+            if entry.state == LOCATED or (lineage is not None and lineage.has_remains(object_id)):
                 self.effects.append(FreeStored(object_id))
             elif entry.life:
                 self.effects.append(LifeEnded(object_id))
         else:
             return
+        if lineage is not None:
+            lineage.gone(object_id)
         for inner in entry.contained or ():
             self.unpin(inner)
+
+    def reconsider(self, object_id: bytes) -> None:
+        """Lineage needs the object no longer."""
+        entry = self.entries.get(object_id)
+        if entry is not None:
+            self._maybe_collect(object_id, entry)
 
     def _forget_borrowed(self, object_id: bytes, entry: Entry) -> None:
         del self.entries[object_id]
@@ -204,8 +234,8 @@ class OwnershipTable:
         """An output of ours is there (or has failed); the refs in `contained` are pinned by the caller already."""
         entry = self.entries.get(object_id)
         if entry is None or entry.state != PENDING:
-            if kind == LOCATED and entry is None:
-                self.effects.append(FreeStored(object_id))
+            if kind == LOCATED:
+                self._stored_in_vain(object_id, entry)
             for inner in contained:
                 self.unpin(inner)
             return
@@ -213,11 +243,17 @@ class OwnershipTable:
         entry.value = value
         entry.task = None
         if contained:
-            entry.contained = list(contained)
+            # What was inside a value that was lost stays: somebody may just have read it there.
+            entry.contained = [*(entry.contained or ()), *contained]
         self._announce(object_id, entry)
         # Whoever waited may have been the last to hold it, and has let go of it by now.
         if not entry.handles and object_id in self.entries:
             self._maybe_collect(object_id, entry)
+
+    def _stored_in_vain(self, object_id: bytes, entry: Entry | None) -> None:
+        """A value is in the store that nobody waited for, or that a second execution has made without need."""
+        if entry is None or (self.lineage is not None and self.lineage.unwanted(object_id, entry)):
+            self.effects.append(FreeStored(object_id))
 
     def _announce(self, object_id: bytes, entry: Entry) -> None:
         if entry.subscribers:
@@ -238,7 +274,7 @@ class OwnershipTable:
     def when_done(self, object_id: bytes, notify: Callable[[], None]) -> bool:
         """Call `notify` once the value is there; return True (and do not call) if it is there already."""
         entry = self.entries[object_id]
-        if entry.state != PENDING:
+        if entry.state != PENDING and not self._revived(object_id, entry):
             return True
         if entry.waiters is None:
             entry.waiters = []
@@ -254,11 +290,50 @@ class OwnershipTable:
         if entry is not None and entry.waiters is not None and notify in entry.waiters:
             entry.waiters.remove(notify)
 
+    # -- loss ----------------------------------------------------------------------------------------------------
+
+    def on_lost(self, message: Lost) -> None:
+        """The node daemon has lost values of ours: they are made again, or fail."""
+        for object_id in message.object_ids:
+            entry = self.entries.get(object_id)
+            if entry is not None and not entry.owner and self.lineage is not None:
+                self.lineage.lost(object_id, entry, message.cause, message.kind)
+
+    def lost(self, object_id: bytes, cause: str = "", kind: str = "") -> None:
+        """Whoever reads a value here was told that it is lost: its owner is asked again, or is us (see `on_lost`)."""
+        entry = self.entries.get(object_id)
+        if entry is None or entry.state != LOCATED:
+            return  # it is being made again already
+        if not entry.owner:
+            self.on_lost(Lost([object_id], cause, kind))
+        else:
+            entry.state, entry.value, entry.subscribed = PENDING, None, True
+            self.effects.append(Send(entry.owner, Subscribe(object_id)))
+
+    def fail(self, object_id: bytes, entry: Entry, error: bytes) -> None:
+        """There will be no value."""
+        entry.state, entry.value, entry.task = FAILED, error, None
+        self._announce(object_id, entry)
+
+    def is_dead(self, process_id: bytes) -> bool:
+        """Tell whether we have heard of the death of a process."""
+        return process_id in self._dead
+
+    def _revived(self, object_id: bytes, entry: Entry) -> bool:
+        """Have a value made again that was freed; tell whether it is pending now."""
+        if entry.state != FREED or self.lineage is None:
+            return False
+        self.lineage.revive(object_id, entry)
+        return entry.state == PENDING
+
     # -- borrowing: the receiving side ---------------------------------------------------------------------------
 
     def receive(self, object_id: bytes, owner: bytes, obligation: Obligation | None = None) -> None:
         """A ref was deserialised here: it has one more handle. `obligation` names its carrier's hold."""
-        self._hold(object_id, owner, obligation).handles += 1
+        entry = self._hold(object_id, owner, obligation)
+        entry.handles += 1
+        if entry.state == FREED:
+            self._revived(object_id, entry)
 
     def receive_contained(self, refs: Iterable[tuple[bytes, bytes]], sender: bytes, sequence: int) -> list[bytes]:
         """A result of ours contains `refs`: pin and register them, and tell the sender when that is done."""
@@ -276,6 +351,8 @@ class OwnershipTable:
         entry = self.entries.get(object_id)
         if entry is None:
             entry = self._new_borrowed(object_id, owner)
+        elif entry.owner != owner and entry.owner in self._dead and owner not in self._dead:
+            self._adopt(object_id, entry, owner)
         if entry.owner and entry.registration == _NEW and owner not in self._dead:
             self._attempts += 1
             entry.attempt = self._attempts
@@ -298,6 +375,15 @@ class OwnershipTable:
             self._borrowed_from.setdefault(owner, set()).add(object_id)
         return entry
 
+    def _adopt(self, object_id: bytes, entry: Entry, owner: bytes) -> None:
+        """A task whose worker died ran again elsewhere, and what it had made exists again, under the same id."""
+        if owner == self.process_id:
+            return
+        entry.owner = owner
+        self._borrowed_from.setdefault(owner, set()).add(object_id)
+        if entry.state == FAILED:
+            entry.state, entry.value, entry.subscribed = PENDING, None, False
+
     def on_added(self, message: Added) -> None:
         """The owner acknowledged a registration."""
         entry = self.entries.get(message.object_id)
@@ -305,7 +391,7 @@ class OwnershipTable:
             return  # of an earlier life of this entry
         entry.registration = _KNOWN
         if message.gone and entry.state == PENDING:
-            self._fail(message.object_id, entry, self._owner_died(self.process_id))
+            self.fail(message.object_id, entry, self._owner_died(self.process_id))
         self._acknowledge(message.object_id)
 
     def on_value(self, message: Value) -> None:
@@ -331,10 +417,6 @@ class OwnershipTable:
             self.effects.append(Settled(obligation.token))
         if obligation.container:
             self.unpin(obligation.container)
-
-    def _fail(self, object_id: bytes, entry: Entry, error: bytes) -> None:
-        entry.state, entry.value = FAILED, error
-        self._announce(object_id, entry)
 
     # -- borrowing: the lending side -----------------------------------------------------------------------------
 
@@ -368,7 +450,7 @@ class OwnershipTable:
         entry = self.entries.get(object_id)
         if entry is None:
             self.effects.append(Send(peer, Value(object_id, FAILED, self._owner_died(self.process_id))))
-        elif entry.state == PENDING:
+        elif entry.state == PENDING or self._revived(object_id, entry):
             if entry.subscribers is None:
                 entry.subscribers = set()
             entry.subscribers.add(peer)
@@ -408,7 +490,7 @@ class OwnershipTable:
             if entry is not None:
                 entry.registration = _NEW
                 if entry.state in (PENDING, LOCATED):
-                    self._fail(object_id, entry, self._owner_died(entry.owner))
+                    self.fail(object_id, entry, self._owner_died(entry.owner))
                 self._acknowledge(object_id)
         for receiver, sequence in [key for key in self._transit if key[0] == peer]:
             self.on_took(receiver, sequence)

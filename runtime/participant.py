@@ -42,17 +42,25 @@ class Participant:
                 lane.close()
                 for lease in lane.leases:
                     lease.inflight.clear()
-        self.values.store.close()
+        self.submitter.recovery.close()
+        self.values.parts.close()
+
+    def abandon(self) -> None:
+        """Let go of the copies that a forked child has of what belongs to the process that it was forked from."""
+        self.process.abandon()
+        self.values.parts.pinner.forget()
 
     def counters(self) -> dict[str, float]:
         """Return what this process has counted."""
-        store = self.values.store
+        store, devices = self.values.parts.store, self.values.parts.devices
         return {
             "tasks_submitted": self.submitter.tasks_submitted,
             "tasks_retried": self.submitter.tasks_retried,
+            "tasks_recomputed": self.submitter.recovery.tasks_recomputed,
             "bytes_copied_in": store.bytes_copied_in,
             "bytes_shared": store.bytes_shared,
             "bytes_born": store.bytes_born,
+            **devices.counters(),
         }
 
     def _on_life_ended(self, life: bytes) -> None:

@@ -29,6 +29,7 @@ from afield.runtime.ownership import (
     FreeStored,
     LifeEnded,
     OwnershipTable,
+    Recompute,
     Send,
     Settled,
 )
@@ -43,21 +44,38 @@ INLINE_BYTES = 100 * 1024
 #: A producer waits this long for room in the host store unless told otherwise.
 STORE_WAIT_S = 10.0
 
+#: The rows of the pin board: the node daemon's is 0, workers have those after the driver's.
+DRIVER_INDEX = 1
+
 _T = TypeVar("_T")
 
 
 class SessionConfig:
     """What every process of a session must know."""
 
-    __slots__ = ("capacity", "record_call_sites", "session", "slab_fd", "store_wait_s", "token")
+    __slots__ = (
+        "capacity",
+        "pins_fd",
+        "process_index",
+        "record_call_sites",
+        "session",
+        "slab_fd",
+        "store_wait_s",
+        "token",
+    )
 
-    def __init__(self, session: str, token: bytes, slab_fd: int, capacity: int, store_wait_s: float) -> None:
+    def __init__(
+        self, session: str, token: bytes, slab_fd: int, capacity: int, pins_fd: int, store_wait_s: float
+    ) -> None:
         self.session = session
         self.token = token
         self.slab_fd = slab_fd
         self.capacity = capacity
+        self.pins_fd = pins_fd
         self.store_wait_s = store_wait_s
         self.record_call_sites = False
+        #: This process's row of the pin board.
+        self.process_index = DRIVER_INDEX
 
     def address(self, process_id: bytes) -> str:
         """Return the socket name of a process; the daemon's id is empty."""
@@ -88,6 +106,7 @@ class Process:
         self.on_batch: Callable[[Channel, list[Any]], None] = self._on_batch
         self.on_life_ended: Callable[[bytes], None] = lambda object_id: None
         self.on_settled: Callable[[Any], None] = lambda token: None
+        self.on_recompute: Callable[[Any], None] = lambda record: None
         #: Called with the serialised error when nothing will be answered any more.
         self.on_dead: list[Callable[[bytes], None]] = []
         self.on_peer_lost: list[Callable[[bytes], None]] = []
@@ -286,6 +305,8 @@ class Process:
                     freed.append(effect.object_id)
                 elif kind is Settled:
                     self.on_settled(effect.token)
+                elif kind is Recompute:
+                    self.on_recompute(effect.record)
                 elif kind is LifeEnded:
                     self.on_life_ended(effect.object_id)
         if freed and not self.dead:

@@ -7,10 +7,13 @@ Theory of operation. A serialised value has one of three forms, told apart by it
     0x01 ...    a packed value: header, pickle, and buffers, each buffer 64-byte aligned relative to the start
 
 The packed form is the same inline and in the store, so writing an object is one pass into its extent and reading it maps
-the buffers in place. A buffer whose data was born in the store is not copied: its table entry names its place instead.
+the buffers in place. A buffer whose data was born in the store is not copied: its table entry names the part of the object
+that it is in instead.
 
     header: u8 0x01, 3 zero bytes, u32 number of buffers, u64 length of the pickle
-    table:  per buffer u64 offset (highest bit set: absolute in the slab), u64 length
+    table:  per buffer u64 offset (highest bit set: in the part whose number the next 15 bits tell), u64 length
+
+Device arrays leave a mark in the pickle, and what they are made of in `Serialized.device` (`gpu_store.interop`).
 
 Refs inside a value are found while it is pickled and unpickled: `ObjectRef.__reduce__` and its rebuilding function report to
 the `Collector` of the running thread. Pickled anywhere else, a ref has no carrier, and is pinned for its owner's life.
@@ -29,10 +32,13 @@ import cloudpickle
 import numpy as np
 
 from afield.errors import DeserializationError, SerializationError
+from afield.gpu_store.interop import DevicePacker, adapter_of
 
 ALIGNMENT = 64
 PACKED = 1
-ABSOLUTE = 1 << 63
+IN_PART = 1 << 63
+_PART_SHIFT = 48
+_OFFSET_MASK = (1 << _PART_SHIFT) - 1
 _HEADER = struct.Struct("<B3xIQ")
 _PLACE = struct.Struct("<QQ")
 
@@ -56,14 +62,21 @@ collector = Collector()
 
 
 class Serialized:
-    """A pickled value: the pickle, its out-of-band buffers, and the ids of the refs inside it."""
+    """A pickled value: the pickle, its out-of-band buffers, the ids of the refs inside it, and its device arrays."""
 
-    __slots__ = ("buffers", "pickled", "refs")
+    __slots__ = ("buffers", "device", "pickled", "refs")
 
-    def __init__(self, pickled: bytes, buffers: list[memoryview], refs: list[bytes]) -> None:
+    def __init__(
+        self, pickled: bytes, buffers: list[memoryview], refs: list[bytes], device: DevicePacker | None = None
+    ) -> None:
         self.pickled = pickled
         self.buffers = buffers
         self.refs = refs
+        self.device = device
+
+    def fits(self, inline_bytes: int) -> bool:
+        """Tell whether the value can travel inside a message of that size."""
+        return self.device is None and self.size <= inline_bytes
 
     @property
     def size(self) -> int:
@@ -83,8 +96,8 @@ class Serialized:
         self.write(memoryview(out))
         return bytes(out)
 
-    def write(self, target: memoryview, born: Sequence[int | None] | None = None) -> int:
-        """Write the packed form into `target` and return its length; `born[i]` is the slab offset of a buffer that stays."""
+    def write(self, target: memoryview, born: Sequence[tuple[int, int] | None] | None = None) -> int:
+        """Write the packed form into `target` and return its length; `born[i]` is (part, offset) of a buffer that stays."""
         count = len(self.buffers)
         if not count:
             target[: len(self.pickled)] = self.pickled
@@ -96,7 +109,8 @@ class Serialized:
         for index, buffer in enumerate(self.buffers):
             place = born[index] if born else None
             if place is not None:
-                _PLACE.pack_into(target, _HEADER.size + _PLACE.size * index, place | ABSOLUTE, buffer.nbytes)
+                where = IN_PART | place[0] << _PART_SHIFT | place[1]
+                _PLACE.pack_into(target, _HEADER.size + _PLACE.size * index, where, buffer.nbytes)
                 continue
             position = aligned(position)
             _PLACE.pack_into(target, _HEADER.size + _PLACE.size * index, position, buffer.nbytes)
@@ -154,6 +168,7 @@ def serialize(value: Any, what: str) -> Serialized:
         SerializationError: it cannot be pickled; names the attribute that is to blame.
     """
     buffers: Buffers = []
+    packer: DevicePacker | None = None
     outer = collector.refs
     refs: list[bytes] = []
     collector.refs = refs
@@ -161,15 +176,38 @@ def serialize(value: Any, what: str) -> Serialized:
         if type(value) is np.ndarray and not value.dtype.hasobject:
             pickled = pickle.dumps(value, 5, buffer_callback=buffers.append)
         else:
-            out = io.BytesIO()
-            cloudpickle.CloudPickler(out, 5, buffers.append).dump(value)
-            pickled = out.getvalue()
+            packer = DevicePacker()
+            pickled = _pickle(value, buffers, packer)
         raw = [buffer.raw() for buffer in buffers]
     except Exception as error:
+        if packer is not None:
+            packer.close()
         raise unpicklable(value, what, error) from error
     finally:
         collector.refs = outer
-    return Serialized(pickled, raw, refs)
+    return Serialized(pickled, raw, refs, packer or None)
+
+
+class _Pickler(cloudpickle.CloudPickler):  # type: ignore[misc]
+    """Cloudpickle's pickler, with device arrays left to a packer."""
+
+    packer: DevicePacker
+
+    def reducer_override(self, obj: Any) -> Any:
+        if adapter_of(type(obj)) is not None:
+            reduced = self.packer.reduce(obj)
+            if reduced is not None:
+                return reduced
+        return super().reducer_override(obj)
+
+
+def _pickle(value: Any, buffers: Buffers, packer: DevicePacker) -> bytes:
+    """Return the pickle; what refers to the value's parts is gone with this frame, but for the buffers."""
+    out = io.BytesIO()
+    pickler = _Pickler(out, 5, buffers.append)
+    pickler.packer = packer
+    pickler.dump(value)
+    return out.getvalue()
 
 
 def serialize_error(error: BaseException) -> bytes:
@@ -181,7 +219,7 @@ def deserialize(
     data: bytes | memoryview,
     what: str,
     on_ref: Callable[[bytes, bytes], None] | None,
-    resolve: Callable[[int, int], memoryview] | None = None,
+    parts: Sequence[Any] = (),
 ) -> Any:
     """Rebuild a value from any of the three forms.
 
@@ -189,7 +227,7 @@ def deserialize(
         data: the serialised value; its buffers become read-only views of it, so it must stay unchanged while they live.
         what: names the value in errors.
         on_ref: called for each ref inside the value.
-        resolve: gives the memory of (offset, length) for buffers that were born in the store.
+        parts: the memory of the object's parts, of which the born buffers are memoryviews.
 
     Raises:
         DeserializationError: a class cannot be found here, or its code raised.
@@ -207,9 +245,9 @@ def deserialize(
         buffers = []
         for index in range(count):
             offset, size = _PLACE.unpack_from(view, _HEADER.size + _PLACE.size * index)
-            if offset & ABSOLUTE:
-                assert resolve is not None
-                buffers.append(resolve(offset ^ ABSOLUTE, size))
+            if offset & IN_PART:
+                start_in_part = offset & _OFFSET_MASK
+                buffers.append(parts[(offset ^ IN_PART) >> _PART_SHIFT][start_in_part : start_in_part + size])
             else:
                 buffers.append(view[offset : offset + size])
         return pickle.loads(view[start : start + length], buffers=buffers)

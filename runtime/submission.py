@@ -15,6 +15,7 @@ from afield.runtime.context import calling_context
 from afield.runtime.dispatch import IDLE_LEASE_S, Lane, Lease, Task
 from afield.runtime.ownership import FAILED, INLINE, LOCATED, PENDING
 from afield.runtime.process import Process
+from afield.runtime.recovery import Recovery
 from afield.runtime.refs import ObjectRef
 from afield.runtime.serialization import deserialize, serialize_error
 from afield.runtime.strategies import PlacedLane
@@ -62,7 +63,7 @@ class Function:
 class PeerState:
     """What we keep with a channel to a worker: what it knows, and what it owes us."""
 
-    __slots__ = ("defined", "inflight", "lease", "on_batch", "retry")
+    __slots__ = ("argument_lost", "defined", "inflight", "lease", "on_batch", "retry")
 
     def __init__(self) -> None:
         self.defined: set[int] = set()
@@ -71,6 +72,7 @@ class PeerState:
         #: An actor's caller: called after a batch of messages with the number of replies in it, and to run a call again.
         self.on_batch: Callable[[int], None] | None = None
         self.retry: Callable[[Task], None] | None = None
+        self.argument_lost: Callable[[Task], bool] | None = None
 
 
 class Submitter:
@@ -98,6 +100,7 @@ class Submitter:
             m.Infeasible: self._on_infeasible,
             m.Reclaim: self._on_reclaim,
         }
+        self.recovery = Recovery(process, arguments, self)
         process.on_batch = self._on_batch
         process.tickers.append(self._tick)
         process.on_process_died.append(self._on_process_died)
@@ -182,7 +185,7 @@ class Submitter:
         with process.pump.lock:
             self.own(task, object_ids)
             if task.dependencies is not None:
-                self.arguments.when_resolved(task, self._resolved)
+                self.arguments.when_resolved(task, self.resolved)
                 if process.table.effects:
                     process.run_effects()
             else:
@@ -190,7 +193,8 @@ class Submitter:
             if process.loop.dirty:
                 process.loop.flush()
 
-    def _resolved(self, task: Task) -> None:
+    def resolved(self, task: Task) -> None:
+        """The arguments of a task are there."""
         if task.cancelled:
             return
         error = self.arguments.failure(task)
@@ -206,11 +210,19 @@ class Submitter:
         channel = lease.channel
         state: PeerState = channel.context
         for task in tasks:
-            error = self.arguments.failure(task) if task.dependencies is not None else None
-            if error is not None:  # an argument was lost since the task became ready
-                self.fail(task, error)
-            else:
+            if (task.dependencies is None and task.location is None) or self._still_resolved(task):
                 lease.inflight[self.send_push(channel, state, task)] = task
+
+    def _still_resolved(self, task: Task) -> bool:
+        """Tell whether the arguments are there; if one was lost since the task became ready, wait for it or fail."""
+        error = self.arguments.failure(task)
+        if error is not None:
+            self.fail(task, error)
+        elif self.arguments.lost_again(task):
+            self.arguments.when_resolved(task, self.resolved)
+        else:
+            return True
+        return False
 
     def send_push(self, channel: Channel, state: PeerState, task: Task) -> int:
         """Send one push, preceded by its function's definition where the peer does not know it yet."""
@@ -309,10 +321,14 @@ class Submitter:
         """Record an outcome that is not a plain value; return True if the task runs again instead."""
         if reply.kind == FAILED and self._retry(channel, task, reply.data):
             return True
+        if reply.kind == m.ARGUMENT_LOST:
+            return self.recovery.argument_lost(channel, task)
         if task.num_returns == m.STREAMING:
             self.streams.finish(task, reply.kind, reply.data, self._receive(channel, reply.contained))
         else:
             self._fulfil(channel, task, 0, reply)
+            if reply.kind == LOCATED or task.task_id in self.recovery.running:
+                self.recovery.ended(task)
         return False
 
     def _receive(self, channel: Channel, contained: m.Contained | None) -> list[bytes]:
@@ -338,6 +354,8 @@ class Submitter:
             return
         for index, result in enumerate(message.results):
             self._fulfil(channel, task, index, result)
+        if task.task_id in self.recovery.running or any(result.kind == LOCATED for result in message.results):
+            self.recovery.ended(task)
         self.arguments.unpin(task)
 
     def _on_item(self, channel: Channel, item: m.Item) -> None:
@@ -359,7 +377,7 @@ class Submitter:
             return False
         if isinstance(retry_on, tuple) and not isinstance(error.cause, retry_on) and not isinstance(error, retry_on):
             return False
-        task.retries_left -= 1 if task.retries_left > 0 else 0
+        self.use_retry(task)
         self.tasks_retried += 1
         if task.lane is not None:
             task.lane.requeue([task], time.monotonic())
@@ -367,12 +385,21 @@ class Submitter:
             channel.context.retry(task)
         return True
 
+    def use_retry(self, task: Task) -> None:
+        """The task runs once more."""
+        if task.retries_left > 0:
+            task.retries_left -= 1
+            task.retries_used += 1
+        self.recovery.starts_afresh(task)
+
     def fail(self, task: Task, error: bytes) -> None:
         """The task ends with an error instead of a value; the caller holds the lock."""
         if task.num_returns == m.STREAMING:
             self.streams.finish(task, FAILED, error)
         for index in range(task.num_returns):
             self.process.table.fulfil(object_id(task.task_id, index), FAILED, error)
+        if task.task_id in self.recovery.running:
+            self.recovery.ended(task)
         self.arguments.unpin(task)
 
     def fail_with(self, task: Task, error: Exception) -> None:
@@ -427,7 +454,7 @@ class Submitter:
                 if not task.retries_left:
                     self._crashed(task, reason)
                     continue
-                task.retries_left -= 1 if task.retries_left > 0 else 0
+                self.use_retry(task)
                 self.tasks_retried += 1
             requeue.append(task)
         lease.lane.requeue(requeue, time.monotonic())
@@ -440,4 +467,4 @@ class Submitter:
                 "raise max_retries if it is safe to run it again, and look at the worker's output for the cause"
             ),
         )
-        self.process.daemon.send(m.Free([object_id(task.task_id, index) for index in range(task.num_returns)]))
+        self.recovery.forget_stored(object_id(task.task_id, index) for index in range(task.num_returns))

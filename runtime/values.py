@@ -1,38 +1,31 @@
-"""Values: put, get and wait, and this process's side of the host store."""
+"""Values: put, get and wait."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
-from afield.errors import GetTimeoutError, ObjectLostError, ObjectStoreFullError, RuntimeDiedError
-from afield.gpu_store.client import HostStoreClient, View
+from afield.errors import GetTimeoutError, ObjectLostError, RuntimeDiedError
+from afield.gpu_store.client import Hold
 from afield.ids import PUT_INDEX
-from afield.runtime import messages as m
 from afield.runtime.context import calling_context, running
 from afield.runtime.ownership import FAILED, INLINE, LOCATED, PENDING, Entry, Obligation
-from afield.runtime.process import Process
+from afield.runtime.parts import Parts, PartsLostError, WouldBlockError
+from afield.runtime.process import INLINE_BYTES, Process
 from afield.runtime.refs import ObjectRef
 from afield.runtime.serialization import Serialized, deserialize, dumps_plain, serialize
-from afield.transport.channel import Channel
 from afield.transport.pump import Waiter, uninterruptible
 
 if TYPE_CHECKING:
     from afield.runtime.streams import ObjectRefGenerator
 
-#: Values up to this size travel inside messages; larger ones stay in the store.
-INLINE_BYTES = 100 * 1024
 #: How long a wait inside a task may last before the task gives its CPUs back.
 MOMENT_S = 0.001
-
-# The interpreter calls these at any moment, and an exception in them would be lost, with what they had to do.
-uninterruptible(View.__del__)
-uninterruptible(HostStoreClient.on_born_died)
 
 
 class Values:
@@ -42,47 +35,10 @@ class Values:
         self.process = process
         self.table = process.table
         self.pump = process.pump
-        config = process.config
-        self.store = HostStoreClient(config.slab_fd, config.capacity, self._lease_store, self._give_back)
+        self.parts = Parts(process, self._wait_for_answer)
         #: A worker sets these: what to do before and after a long wait inside a task.
         self.on_block: Callable[[bool], None] | None = None
         self.on_unblock: Callable[[], None] | None = None
-        self._given_back: deque[tuple[int, int]] = deque()
-        process.handlers[m.StoreGrant] = self._on_store_grant
-        process.tickers.append(self._send_given_back)
-
-    # -- the store -----------------------------------------------------------------------------------------------
-
-    def _give_back(self, offset: int, size: int) -> None:
-        self._given_back.append((offset, size))
-        self.pump.wake_standby()
-
-    def _send_given_back(self, now: float) -> None:
-        while self._given_back:
-            self.process.daemon.send(m.GiveBack(*self._given_back.popleft()))
-
-    def _on_store_grant(self, channel: Channel, message: m.StoreGrant) -> None:
-        refused = ObjectStoreFullError(message.refusal) if message.refusal else None
-        if not self.process.answered(message.request, refused or (message.offset, message.size)) and refused is None:
-            self._give_back(message.offset, message.size)  # whoever asked was interrupted
-
-    def _lease_store(self, size: int) -> tuple[int, int]:
-        wait_s = self.process.config.store_wait_s
-        granted: tuple[int, int] = self.process.request(
-            lambda request: m.StoreLease(request, size, wait_s),
-            give_up=lambda unwanted: self._give_back(*unwanted),
-            # While a producer waits for room, its CPU is for those whose work makes room.
-            wait=lambda waiter: self.blocking_wait(waiter, None, for_store=True),
-        )
-        return granted
-
-    @uninterruptible
-    def write_object(self, object_id: bytes, owner: bytes, value: Serialized, holder: list[Any]) -> m.Location:
-        """Write a value into the store as object `object_id` of `owner`; blocks while there is no room."""
-        (offset, size), pieces = self.store.store(value, holder)
-        with self.pump.lock:  # leaves with the next flush, before anything that could name the location
-            self.process.daemon.send(m.Seal(object_id, owner, pieces))
-        return m.Location(0, offset, size)
 
     # -- values --------------------------------------------------------------------------------------------------
 
@@ -96,7 +52,7 @@ class Values:
         if data is None:
             serialized = serialize(value, "the value given to put()")
             refs = serialized.refs
-            if serialized.size > INLINE_BYTES:
+            if not serialized.fits(INLINE_BYTES):
                 large = serialized
             else:
                 data = serialized.pack()
@@ -110,7 +66,7 @@ class Values:
         kind: int = INLINE
         stored: Any = data
         if large is not None:
-            kind, stored = LOCATED, self.write_object(object_id, self.process.process_id, large, [])
+            kind, stored = LOCATED, self.parts.write(object_id, self.process.process_id, large, [])
         if refs:
             self.process.locked(self.table.put, object_id, kind, stored, refs)
         else:
@@ -119,18 +75,22 @@ class Values:
             self.process.locked(self.process.after_events)
         return ObjectRef(object_id)
 
-    def get(self, ref: ObjectRef, deadline: float | None) -> Any:
-        """Return the value of `ref`, driving the loop until it is there.
+    def get(self, ref: ObjectRef, deadline: float | None, *, into: int | None = None) -> Any:
+        """Return the value of `ref`, driving the loop until it is there; device arrays in arena `into`.
 
         Raises:
             GetTimeoutError: `deadline` (monotonic seconds) passed first.
         """
-        entry = self.table.entries.get(ref.id)
-        if entry is None:
-            raise ObjectLostError(f"{ref!r} belongs to a runtime that was shut down")
-        if entry.state == PENDING:
-            self.wait_done(ref, deadline)
-        return self.value_of(ref, entry)
+        while True:
+            entry = self.table.entries.get(ref.id)
+            if entry is None:
+                raise ObjectLostError(f"{ref!r} belongs to a runtime that was shut down")
+            if entry.state == PENDING:
+                self.wait_done(ref, deadline)
+            try:
+                return self.value_of(ref, entry, deadline, into=into)
+            except PartsLostError as lost:
+                self.lost(ref.id, lost)
 
     def wait_done(self, ref: ObjectRef, deadline: float | None) -> None:
         """Block until the value of `ref` is there."""
@@ -146,6 +106,9 @@ class Values:
         finally:
             if not waiter.done:
                 self.process.locked(self.table.stop_waiting, ref.id, finish)
+
+    def _wait_for_answer(self, waiter: Waiter, deadline: float | None, for_store: bool) -> bool:
+        return self.blocking_wait(waiter, deadline, for_store=for_store)
 
     def blocking_wait(self, waiter: Waiter, deadline: float | None, *, for_store: bool = False) -> bool:
         """Wait for `waiter`; inside a task, give up its CPUs if it takes longer than a moment."""
@@ -168,7 +131,17 @@ class Values:
 
         def complete() -> None:
             try:
-                value = self.value_of(ref, self.table.entries[ref.id])
+                value = self.value_of(ref, self.table.entries[ref.id], blocking=False)
+            except WouldBlockError:
+                threading.Thread(target=finish, name="afield-fetch", daemon=True).start()
+            except BaseException as error:
+                future.set_exception(error)
+            else:
+                future.set_result(value)
+
+        def finish() -> None:
+            try:
+                value = self.get(ref, None)
             except BaseException as error:
                 future.set_exception(error)
             else:
@@ -197,21 +170,52 @@ class Values:
             finally:
                 if not done.done() or done.cancelled():
                     self.process.locked(self.table.stop_waiting, ref.id, notify)
-        return self.value_of(ref, self.table.entries[ref.id])
+        try:
+            return self.value_of(ref, self.table.entries[ref.id], blocking=False)
+        except WouldBlockError:
+            return await loop.run_in_executor(None, self.get, ref, None)
 
-    def value_of(self, ref: ObjectRef, entry: Entry) -> Any:
-        """Rebuild the value of a finished entry, or raise the error that it is."""
+    def value_of(
+        self,
+        ref: ObjectRef,
+        entry: Entry,
+        deadline: float | None = None,
+        *,
+        into: int | None = None,
+        blocking: bool = True,
+    ) -> Any:
+        """Rebuild the value of a finished entry, or raise the error that it is.
+
+        Raises:
+            PartsLostError: it has to be made again.
+            WouldBlockError: it has to be brought here first, and the caller must not wait (`blocking`).
+        """
         object_id = ref.id
         if entry.state == INLINE and not entry.value:
             return None
-        if entry.state == LOCATED:
-            data: Any = self._map(object_id, entry, entry.value.offset, entry.value.size)
-        else:
-            data = entry.value
-        value = deserialize(data, "the value", self._on_ref_in(object_id), self._resolver(object_id, entry))
-        if entry.state == FAILED:
-            raise value
+        on_ref = self._on_ref_in(object_id)
+        if entry.state != LOCATED:
+            value = deserialize(entry.value, "the value", on_ref)
+            if entry.state == FAILED:
+                raise value
+            return value
+        value, location = self.parts.read(
+            object_id,
+            entry.value,
+            "the value",
+            on_ref,
+            self._hold_on(object_id, entry),
+            into=into,
+            deadline=deadline,
+            blocking=blocking,
+        )
+        if location is not entry.value and entry.state == LOCATED:
+            entry.value = location
         return value
+
+    def lost(self, object_id: bytes, error: PartsLostError) -> None:
+        """The value of an object that we hold is in no tier any more: have its owner make it again, or learn why not."""
+        self.process.locked(self.table.lost, object_id, str(error))
 
     def _on_ref_in(self, container: bytes) -> Callable[[bytes, bytes], None]:
         def on_ref(object_id: bytes, owner: bytes) -> None:
@@ -219,16 +223,15 @@ class Values:
 
         return on_ref
 
-    def _resolver(self, object_id: bytes, entry: Entry) -> Callable[[int, int], memoryview]:
-        return lambda offset, size: self._map(object_id, entry, offset, size)
+    def _hold_on(self, object_id: bytes, entry: Entry) -> Callable[[int], Hold]:
+        """Return what makes the holds of a value's parts: each counts as a handle of the object."""
 
-    @uninterruptible
-    def _map(self, object_id: bytes, entry: Entry, offset: int, size: int) -> memoryview:
-        """Return stored bytes whose last view gives up the handle that it has of the object."""
-        view = self.store.view(offset, size, self.process.handle_dropped)
-        entry.handles += 1
-        view.hold = object_id
-        return view.data
+        @uninterruptible
+        def hold(slot: int) -> Hold:
+            entry.handles += 1
+            return self.parts.hold(slot, object_id)
+
+        return hold
 
     def wait(
         self, refs: Sequence[ObjectRef | ObjectRefGenerator], ids: list[bytes], num_returns: int, deadline: float | None

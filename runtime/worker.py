@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 
-from afield.runtime import current
+from afield.runtime import accelerators, current
 from afield.runtime import messages as m
 from afield.runtime.context import reset_root, running
 from afield.runtime.environment import Environment
@@ -30,7 +30,9 @@ def run_worker(config: ForkServerConfig, worker_id: bytes, variables: dict[str, 
     reset_root()
     random.seed()
     np.random.seed()
-    participant = Participant(config.session_config(), worker_id, "worker")
+    session = config.session_config()
+    session.process_index = int(variables["AFIELD_PROCESS_INDEX"])
+    participant = Participant(session, worker_id, "worker")
     executor = Executor(participant)
     namespace = config.namespace
     install(
@@ -53,6 +55,8 @@ def run_worker(config: ForkServerConfig, worker_id: bytes, variables: dict[str, 
     vars(sys).update(stdout=out, __stdout__=out, stderr=err, __stderr__=err)
     faulthandler.enable(2)  # a crash in C code says where
     current.install(participant)
+    participant.values.parts.devices.prepare()
+    accelerators.prepare(tuple(participant.values.parts.devices.bound.values()), variables["AFIELD_DEVICE_BACKEND"])
     participant.process.start()
     try:
         executor.run()

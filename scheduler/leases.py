@@ -24,9 +24,9 @@ each lapse doubles the demand's patience, so that hopeless holds cost less and l
 waits for can run. When it goes on it takes them again without asking; the node may be oversubscribed until enough
 leases ended.
 
-**Devices.** Device amounts live on the devices, not in one sum. A fraction shares the fullest device that still has
-room (best fit keeps whole devices free); a whole number takes that many untouched devices. `gpu_memory` counts on
-each of them.
+**Devices** (`slots`). A fraction shares the fullest device that still has room (best fit keeps whole devices free); a
+whole number takes that many untouched devices. `gpu_memory` counts on each of them. A device that was lost is
+withdrawn; what waits and can never fit without it is dropped and told in `refusals`.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from dataclasses import dataclass
 
 from afield.scheduler.devices import Device
 from afield.scheduler.resources import CPU, GPU, GPU_MEMORY, UNIT, ResourceSet, format_amount
+from afield.scheduler.slots import DeviceSlots, Slot
 
 # Grants that may pass over a demand before it is starving. A few rounds of a small machine's workers: enough that the
 # order of arrivals within one burst does not matter, few enough that nobody waits for long.
@@ -83,20 +84,6 @@ class _Need:
         self.names = frozenset((*self.count, GPU)) if self.device_count else frozenset(self.count)
 
 
-class _Slot:
-    """What is left of one device, and how much of that is kept for the demand with the hold."""
-
-    __slots__ = ("held_memory", "held_units", "index", "memory", "units", "uuid")
-
-    def __init__(self, device: Device, index: int) -> None:
-        self.uuid = device.uuid
-        self.index = index
-        self.units = UNIT
-        self.memory = device.memory_bytes * UNIT
-        self.held_units = 0
-        self.held_memory = 0
-
-
 class _Demand:
     """What one (owner, key) still wants, and how often it was passed over."""
 
@@ -116,7 +103,7 @@ class _Lease:
 
     __slots__ = ("blocked", "demand_id", "lasting", "need", "slots")
 
-    def __init__(self, demand: _Demand, slots: Sequence[_Slot]) -> None:
+    def __init__(self, demand: _Demand, slots: Sequence[Slot]) -> None:
         self.demand_id = demand.id
         self.need = demand.need
         self.lasting = demand.lasting
@@ -129,13 +116,9 @@ class LeaseManager:
 
     def __init__(self, total: ResourceSet, devices: Sequence[Device]) -> None:
         """Manage `total`; its GPU and gpu_memory are replaced by what `devices` really provide."""
-        self._slots = [_Slot(device, index) for index, device in enumerate(devices)]
-        units = total.units()
-        units[GPU] = UNIT * len(self._slots)
-        units[GPU_MEMORY] = sum(slot.memory for slot in self._slots)
-        self._device_memory = [slot.memory for slot in self._slots]
-        self._total = ResourceSet(units)
-        self._free = {name: amount for name, amount in units.items() if name not in (GPU, GPU_MEMORY)}
+        self._slots = DeviceSlots(devices)
+        self._free = {name: amount for name, amount in total.units().items() if name not in (GPU, GPU_MEMORY)}
+        self._total = ResourceSet({**self._free, **self._slots.total()})
         self._demands: OrderedDict[tuple[bytes, int], _Demand] = OrderedDict()
         self._leases: dict[int, _Lease] = {}
         self._by_owner: dict[bytes, dict[int, None]] = {}  # living owners only
@@ -144,6 +127,7 @@ class LeaseManager:
         self._next_lease_id = 1
         self._hold: _Demand | None = None
         self._hold_since: float | None = None
+        self._devices_left = False  # since `refusals` looked
 
     # -- what owners and workers report ---------------------------------------------------------------------------
 
@@ -235,6 +219,47 @@ class LeaseManager:
         self._asked.discard(owner)
         return list(self._by_owner.pop(owner, ()))
 
+    # -- devices come and go --------------------------------------------------------------------------------------
+
+    def withdraw(self, uuid: str, cause: str = "", coming_back: bool = False) -> list[int]:
+        """Grant nothing more on a device, and return the ids of the leases that have it, oldest first.
+
+        `cause` is for people, and should say when ("lost at 12:03:11, Xid 79"). What needs the device waits if it is
+        `coming_back`; else `refusals` tells which demands can never be met without it. The leases stay accounted
+        until each is released. Raises KeyError for a device that the node never had.
+        """
+        gone = self._slots.withdraw(uuid, cause, coming_back)
+        self._total = ResourceSet({**self._total.units(), **self._slots.total()})
+        self._devices_left = self._devices_left or not coming_back
+        self._asked.clear()
+        return [lease_id for lease_id, lease in self._leases.items() if gone in lease.slots]
+
+    def restore(self, uuid: str) -> None:
+        """Grant leases on a device again. Raises KeyError for one that the node never had."""
+        self._slots.restore(uuid)
+        self._total = ResourceSet({**self._total.units(), **self._slots.total()})
+        self._asked.clear()
+
+    def refusals(self) -> list[Infeasible]:
+        """Drop and return the waiting demands that can never be met since devices were withdrawn; each is told once."""
+        if not self._devices_left:
+            return []
+        self._devices_left = False
+        refused = []
+        for demand in list(self._demands.values()):
+            reason = self._why_infeasible(demand.need)
+            if reason:
+                self._drop(demand)
+                refused.append(Infeasible(*demand.id, reason))
+        return refused
+
+    def reserved_bytes(self, uuid: str) -> int:
+        """Return how many bytes of a device leases have reserved for themselves (`gpu_memory`).
+
+        Raises KeyError for a device that the node never had.
+        """
+        return self._slots.reserved_bytes(uuid)
+
     # -- decisions ------------------------------------------------------------------------------------------------
 
     def schedule(self, now: float | None = None) -> list[Grant]:
@@ -293,14 +318,12 @@ class LeaseManager:
 
     def available(self) -> dict[str, float]:
         """Return what is not leased now; an oversubscribed CPU shows as 0."""
-        units = dict(self._free)
-        units[GPU] = sum(slot.units for slot in self._slots)
-        units[GPU_MEMORY] = sum(slot.memory for slot in self._slots)
+        units = {**self._free, **self._slots.free()}
         return {name: max(units[name], 0) / UNIT for name in self._total}
 
     # -- granting -------------------------------------------------------------------------------------------------
 
-    def _find(self, demand: _Demand) -> Sequence[_Slot] | None:
+    def _find(self, demand: _Demand) -> Sequence[Slot] | None:
         """Return the devices (possibly none) with which the demand fits now, or None when it does not fit."""
         need, free, hold = demand.need, self._free, self._hold
         mine = hold is None or hold is demand
@@ -308,21 +331,9 @@ class LeaseManager:
             kept = 0 if mine or hold is None else hold.need.count.get(name, 0)
             if free[name] - kept < amount:
                 return None
-        if not need.device_count:
-            return ()
-        units, memory = need.device_units, need.device_memory
-        fitting = [
-            slot
-            for slot in self._slots
-            if slot.units - (0 if mine else slot.held_units) >= units
-            and slot.memory - (0 if mine else slot.held_memory) >= memory
-        ]
-        if len(fitting) < need.device_count:
-            return None
-        fitting.sort(key=lambda slot: (slot.units, slot.memory, slot.index))
-        return sorted(fitting[: need.device_count], key=lambda slot: slot.index)
+        return self._slots.find(need.device_count, need.device_units, need.device_memory, with_held=mine)
 
-    def _grant(self, demand: _Demand, slots: Sequence[_Slot]) -> Grant:
+    def _grant(self, demand: _Demand, slots: Sequence[Slot]) -> Grant:
         need, demand_id = demand.need, demand.id
         for name, amount in need.count.items():
             self._free[name] -= amount
@@ -354,8 +365,7 @@ class LeaseManager:
         """Return the names of what keeps the demand waiting (GPU for anything about devices)."""
         need, free = demand.need, self._free
         names = [name for name, amount in need.count.items() if free[name] < amount]
-        room = [s for s in self._slots if s.units >= need.device_units and s.memory >= need.device_memory]
-        if len(room) < need.device_count:
+        if self._slots.find(need.device_count, need.device_units, need.device_memory, with_held=True) is None:
             names.append(GPU)
         if not names and self._hold is not None and self._hold is not demand:
             # It would fit but for the hold: what the two share is what it waits for.
@@ -409,8 +419,7 @@ class LeaseManager:
         """Keep devices for the demand and return True, if it would fit once all leases that will come back did."""
         need = demand.need
         back = dict.fromkeys(need.count, 0)
-        slot_units = [slot.units for slot in self._slots]
-        slot_memory = [slot.memory for slot in self._slots]
+        devices_back: list[tuple[Slot, int, int]] = []
         for lease in self._leases.values():
             if lease.lasting or lease.blocked:
                 continue
@@ -418,32 +427,17 @@ class LeaseManager:
                 if name in back:
                     back[name] += amount
             for slot in lease.slots:
-                slot_units[slot.index] += lease.need.device_units
-                slot_memory[slot.index] += lease.need.device_memory
+                devices_back.append((slot, lease.need.device_units, lease.need.device_memory))
         if any(self._free[name] + back[name] < amount for name, amount in need.count.items()):
             return False
-        hopeful = [
-            slot
-            for slot in self._slots
-            if slot_units[slot.index] >= need.device_units and slot_memory[slot.index] >= need.device_memory
-        ]
-        if len(hopeful) < need.device_count:
-            return False
-        # Devices that are kept already stay so, else the emptiest: changing the choice would lose what was gathered.
-        hopeful.sort(key=lambda slot: (-slot.held_units, -slot.held_memory, -slot.units, -slot.memory, slot.index))
-        for slot in self._slots:
-            slot.held_units = slot.held_memory = 0
-        for slot in hopeful[: need.device_count]:
-            slot.held_units, slot.held_memory = need.device_units, need.device_memory
-        return True
+        return self._slots.hold(need.device_count, need.device_units, need.device_memory, devices_back)
 
     def _end_hold(self, demand: _Demand) -> None:
         if demand is not self._hold:
             return
         self._hold = None
         self._hold_since = None
-        for slot in self._slots:
-            slot.held_units = slot.held_memory = 0
+        self._slots.end_hold()
 
     # -- what can never be met ------------------------------------------------------------------------------------
 
@@ -455,19 +449,10 @@ class LeaseManager:
             for name, amount in need.count.items()
             if amount > total[name]
         ]
-        remedy = ""
-        if need.device_count > len(self._slots):
-            problems.append(f"{GPU} (asked {format_amount(GPU, shape[GPU] or UNIT)}, total {len(self._slots)})")
-            wanted = max(need.device_count, 2)
-            remedy = (
-                f' Ask for devices when the runtime starts: afield.init(devices="emulated:{wanted}") '
-                f"or AFIELD_DEVICES=emulated:{wanted} in the environment."
-            )
-        elif sum(memory >= need.device_memory for memory in self._device_memory) < need.device_count:
-            problems.append(
-                f"{GPU_MEMORY} (asked {format_amount(GPU_MEMORY, need.device_memory)} on {need.device_count} devices, "
-                f"they have {', '.join(format_amount(GPU_MEMORY, memory) for memory in self._device_memory)})"
-            )
+        lacking, remedy = self._slots.why_infeasible(shape[GPU], need.device_count, need.device_memory)
+        if lacking:
+            problems.append(lacking)
         if not problems:
             return None
-        return f"asked for {shape}, but this node has {total}: not enough {', '.join(problems)}.{remedy}"
+        said = f"asked for {shape}, but this node has {total}: not enough {', '.join(problems)}."
+        return f"{said} {remedy}" if remedy else said

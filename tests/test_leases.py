@@ -238,6 +238,7 @@ def test_reclaims_leave_out_the_waiting_itself_actors_and_blocked_leases() -> No
 
 
 DEVICES = 3
+UUIDS = [device.uuid for device in parse_devices(f"emulated:{DEVICES}")]
 SHAPES = [
     shape(1),
     shape(0.5),
@@ -264,10 +265,11 @@ class LeasesAgainstNaiveSums(RuleBasedStateMachine):
         self.granted: dict[int, Grant] = {}
         self.blocked: set[int] = set()
         self.dead: set[int] = set()
+        self.away: dict[str, bool] = {}  # device -> is it coming back
         self.now = 0.0
 
     def free(self) -> tuple[dict[str, int], list[tuple[int, int]]]:
-        """Return what is left: countable amounts, and (units, memory units) of each device."""
+        """Return what is left: countable amounts, and (units, memory units) of each device that is here."""
         counts = {"CPU": 4 * UNIT, "disk": 2 * UNIT}
         devices = {device.uuid: (UNIT, device.memory_bytes * UNIT) for device in parse_devices("emulated:3:16GiB")}
         for lease_id, grant in self.granted.items():
@@ -277,7 +279,7 @@ class LeasesAgainstNaiveSums(RuleBasedStateMachine):
             for uuid in grant.device_uuids:
                 units, memory = devices[uuid]
                 devices[uuid] = (units - min(grant.shape["GPU"], UNIT), memory - grant.shape["gpu_memory"])
-        return counts, list(devices.values())
+        return counts, [left for uuid, left in devices.items() if uuid not in self.away]
 
     def fits(self, wanted: ResourceSet) -> bool:
         counts, devices = self.free()
@@ -286,6 +288,10 @@ class LeasesAgainstNaiveSums(RuleBasedStateMachine):
         units, memory = min(wanted["GPU"], UNIT), wanted["gpu_memory"]
         needed = max(wanted["GPU"] // UNIT, 1) if units or memory else 0
         return sum(left >= units and room >= memory for left, room in devices) >= needed
+
+    def feasible(self, wanted: ResourceSet) -> bool:
+        needed = max(wanted["GPU"] // UNIT, 1) if wanted["GPU"] or wanted["gpu_memory"] else 0
+        return DEVICES - list(self.away.values()).count(False) >= needed
 
     def schedule(self) -> list[Grant]:
         self.now += 1
@@ -308,9 +314,10 @@ class LeasesAgainstNaiveSums(RuleBasedStateMachine):
         owner=st.sampled_from([A, B, C]), key=st.integers(0, 2), wanted=st.sampled_from(SHAPES), count=st.integers(0, 5)
     )
     def demand(self, owner: bytes, key: int, wanted: ResourceSet, count: int) -> None:
-        assert self.leases.demand(owner, wanted, count, key, lasting=key == 2) == []
+        refused = self.leases.demand(owner, wanted, count, key, lasting=key == 2)
+        assert bool(refused) is bool(count and not self.feasible(wanted))
         self.wanted.pop((owner, key), None)
-        if count:
+        if count and not refused:
             self.wanted[owner, key] = (wanted, count)
         self.schedule()
 
@@ -336,6 +343,23 @@ class LeasesAgainstNaiveSums(RuleBasedStateMachine):
             self.blocked.discard(lease_id)
         self.schedule()
 
+    @rule(uuid=st.sampled_from(UUIDS), coming_back=st.booleans())
+    def device_goes(self, uuid: str, coming_back: bool) -> None:
+        having = [lease_id for lease_id, grant in self.granted.items() if uuid in grant.device_uuids]
+        assert self.leases.withdraw(uuid, "lost", coming_back) == having
+        self.away[uuid] = coming_back
+        self.schedule()
+        refused = {(refusal.owner, refusal.key) for refusal in self.leases.refusals()}
+        assert refused == {who for who, (wanted, _) in self.wanted.items() if not self.feasible(wanted)}
+        for gone in refused:
+            del self.wanted[gone]
+
+    @rule(uuid=st.sampled_from(UUIDS))
+    def device_comes_back(self, uuid: str) -> None:
+        self.leases.restore(uuid)
+        self.away.pop(uuid, None)
+        self.schedule()
+
     @rule(owner=st.sampled_from([A, B, C]))
     def owner_dies(self, owner: bytes) -> None:
         held = [i for i, grant in self.granted.items() if grant.owner == owner and i not in self.dead]
@@ -346,6 +370,9 @@ class LeasesAgainstNaiveSums(RuleBasedStateMachine):
 
     @rule()
     def all_is_released_and_all_are_served(self) -> None:
+        for uuid in UUIDS:
+            self.leases.restore(uuid)
+        self.away.clear()
         for _ in range(200):
             for lease_id in self.granted:
                 assert self.leases.release(lease_id)
@@ -359,13 +386,16 @@ class LeasesAgainstNaiveSums(RuleBasedStateMachine):
     @invariant()
     def agrees(self) -> None:
         counts, devices = self.free()
-        assert min(min(pair) for pair in devices) >= 0
+        assert all(min(pair) >= 0 for pair in devices)
         assert counts["disk"] >= 0
+        of_devices = {
+            "GPU": sum(units for units, _ in devices) / UNIT,
+            "gpu_memory": sum(memory for _, memory in devices) / UNIT,
+        }
         assert self.leases.available() == {
             "CPU": max(counts["CPU"], 0) / UNIT,
             "disk": counts["disk"] / UNIT,
-            "GPU": sum(units for units, _ in devices) / UNIT,
-            "gpu_memory": sum(memory for _, memory in devices) / UNIT,
+            **(of_devices if devices else {}),
         }
 
     @invariant()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from afield.runtime.messages import Add, Added, Location, Release, Subscribe, Took, Value
+from afield.runtime.messages import Add, Added, Location, Part, Release, Subscribe, Took, Value
 from afield.runtime.ownership import (
     FAILED,
     INLINE,
@@ -16,7 +16,7 @@ from afield.runtime.ownership import (
     Settled,
 )
 
-PLACE = Location(0, 0, 64)
+PLACE = Location([Part(0, 0, 64)])
 
 
 def table_of(name: bytes) -> OwnershipTable:

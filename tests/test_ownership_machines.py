@@ -24,10 +24,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from afield.runtime.messages import Add, Added, Location, Release, Subscribe, Took, Value
+from afield.runtime.messages import Add, Added, Location, Part, Release, Subscribe, Took, Value
 from afield.runtime.ownership import FAILED, LOCATED, PENDING, FreeStored, Obligation, OwnershipTable, Send, Settled
 
-PLACE = Location(0, 0, 64)
+PLACE = Location([Part(0, 0, 64)])
 
 
 def effects_of(table: OwnershipTable) -> list[Any]:

@@ -138,7 +138,7 @@ def test_emulated_devices_are_named_alike_every_time() -> None:
     assert parse_devices("emulated:1")[0].memory_bytes == DEFAULT_EMULATED_BYTES
 
 
-def test_cuda_is_an_error_that_names_the_remedy() -> None:
+def test_cuda_where_nothing_can_look_for_it_is_an_error_that_names_the_remedy() -> None:
     for spec in ("cuda", "cuda:2"):
         with pytest.raises(NoDeviceError, match=r'devices="emulated:2" or AFIELD_DEVICES=emulated:2'):
             parse_devices(spec)

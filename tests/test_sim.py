@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from afield.runtime.messages import Add, Added, Location, Release, Subscribe, Took, Value
+from afield.runtime.messages import Add, Added, Location, Part, Release, Subscribe, Took, Value
 from afield.runtime.ownership import (
     FAILED,
     INLINE,
@@ -285,7 +285,7 @@ def test_whoever_waited_for_a_value_may_let_go_of_it_at_once() -> None:
     table.pin(b"x")
     table.drop(b"x")
     table.when_done(b"x", lambda: table.unpin(b"x"))
-    table.fulfil(b"x", LOCATED, Location(0, 0, 1))
+    table.fulfil(b"x", LOCATED, Location([Part(0, 0, 1)]))
     assert table.entries == {}
     assert effects_of(table) == [FreeStored(b"x")]
 
@@ -315,7 +315,7 @@ def test_a_value_from_an_earlier_life_of_an_entry_is_not_taken() -> None:
         Send(b"owner", Release(b"x")),
         Send(b"owner", Add(b"x", 2)),
     ]
-    table.on_value(Value(b"x", LOCATED, b"", Location(0, 0, 1)))
+    table.on_value(Value(b"x", LOCATED, b"", Location([Part(0, 0, 1)])))
     assert table.entries[b"x"].state == PENDING
     table.on_added(Added(b"x", 2, True))
     assert table.entries[b"x"].state == FAILED

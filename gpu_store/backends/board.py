@@ -267,6 +267,12 @@ class Board:
             rows[free[0]] = (kind, at, code, factor, pid)
             self._rows["armed"][index] += 1
 
+    def disarm(self, index: int) -> None:
+        """Forget the faults that wait on a device."""
+        with self.locked():
+            self._rows["faults"][index]["kind"] = 0
+            self._rows["armed"][index] = 0
+
     def count_down(self, index: int, kinds: frozenset[int]) -> list[tuple[int, int, float]]:
         """Count one call for the waiting faults of these kinds; return (kind, code, factor) of those whose time has come."""
         due = []

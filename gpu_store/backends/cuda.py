@@ -1,7 +1,8 @@
 """CUDA devices: `base` over the CUDA runtime (through CuPy) and NVML (through pynvml).
 
-Theory of operation. This is the one file that imports CuPy and pynvml, and it does so in `load_libraries`, when a backend is
-asked for; where they, the driver or a device are missing, that is NoDeviceError with the remedy. Importing the file is free.
+Theory of operation. This is the one file that imports CuPy and pynvml, and it does so when a backend is asked for, or pynvml
+alone when only the inventory is (`find_devices`); where they, the driver or a device are missing, that is NoDeviceError with
+the remedy. Importing the file is free.
 
 What can be known without starting a device (inventory, links, health) comes from NVML, which lists devices in another order
 than CUDA and sees those that CUDA_VISIBLE_DEVICES hides. So devices are named by UUID, and `open` finds CUDA's number for
@@ -21,6 +22,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -64,15 +66,39 @@ class Libraries:
 def load_libraries() -> Libraries:
     """Import CuPy and pynvml and start NVML; raises NoDeviceError with the remedy where that cannot be."""
     try:
-        import pynvml
         from cupy.cuda import runtime
     except Exception as error:  # CuPy raises more than ImportError where CUDA's libraries are missing or do not fit
-        raise NoDeviceError(f"CUDA devices need CuPy and nvidia-ml-py ({error}): {_REMEDY}") from error
+        raise NoDeviceError(f"CUDA devices need CuPy ({error}): {_REMEDY}") from error
+    return Libraries(runtime, _load_nvml())
+
+
+def _load_nvml() -> Any:
+    try:
+        import pynvml
+    except ImportError as error:
+        raise NoDeviceError(f"CUDA devices need nvidia-ml-py ({error}): {_REMEDY}") from error
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError as error:
         raise NoDeviceError(f"there is no NVIDIA driver here ({error}): {_REMEDY}") from error
-    return Libraries(runtime, pynvml)
+    return pynvml
+
+
+def find_devices() -> list[DeviceInfo]:
+    """Return the machine's CUDA devices in the order of the PCI bus, by NVML alone: CUDA is not started, CuPy not imported.
+
+    Raises NoDeviceError where a package, the driver or any device is missing.
+    """
+    library = _load_nvml()
+    try:
+        infos = nvml.Nvml(library).inventory()
+    finally:
+        library.nvmlShutdown()
+    if not infos:
+        raise NoDeviceError(f"the NVIDIA driver knows no device here: {_REMEDY}")
+    if find_spec("cupy") is None:
+        raise NoDeviceError(f"there are {len(infos)} CUDA devices, but CuPy is not installed: {_REMEDY}")
+    return infos
 
 
 @dataclass(slots=True, eq=False)

@@ -231,6 +231,11 @@ class EmulatedDevice:
             os.close(fd)
             raise
 
+    def count_allocation(self, size_bytes: int) -> None:
+        """Somebody divides a slab: let the fault plan have its say, as for the allocation of a slab."""
+        if self._board.armed(self._index) and self._board.epoch(self._index) == self.epoch:
+            self._enter(Call.ALLOCATE, size_bytes)
+
     def free_slab(self, slab: Slab) -> None:
         mine = self._mine(slab)
         if mine.epoch == self._board.epoch(self._index):

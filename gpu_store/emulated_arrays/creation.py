@@ -58,6 +58,8 @@ class Creation:
     ) -> EmulatedArray:
         """Return `obj` (a host array, numbers, nested lists, device arrays) as an array of the current device."""
         home = self._devices.current
+        if hasattr(type(obj), "__emulated_array__"):  # another library's array in emulated device memory
+            obj = obj.__emulated_array__()
         if isinstance(obj, EmulatedArray) and (not copy or ndmin <= obj.ndim):
             return self._of_device_array(obj, dtype, bool(copy), order, ndmin)
         if isinstance(obj, Held) or find(obj, Held) is not None:

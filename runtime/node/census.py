@@ -108,14 +108,14 @@ class Census:
         total = Counter(self._departed)
         for counters in self._last_stats.values():  # of one that did not answer in time, what it said before
             total.update(counters)
-        return dict(total)
+        return {**total, **self._daemon.tiers.books.moved_bytes}
 
     def _memory(self, current: _Round) -> dict[str, Any]:
         return {
             "processes": self.processes(),
             "tables": list(current.answers.items()),
             "silent": sorted(current.asked),
-            "store": list(self._daemon.store.objects()),
+            "store": list(self._daemon.tiers.books.objects()),
         }
 
     def processes(self) -> list[tuple[bytes, int, str, str]]:

@@ -1,7 +1,7 @@
-"""The node daemon: the shell around the lease manager and the host store's books.
+"""The node daemon: the shell around the lease manager, and what holds the node's parts together.
 
-It is single-threaded: one loop, one handler per message. Its state is the cores' state, the worker pool and the actor
-directory; nothing here is on the path of a task that already has a lease.
+It is single-threaded: one loop, one handler per message. Its state is the cores' state, the tiers of memory, the worker pool
+and the actor directory; nothing here is on the path of a task that already has a lease.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from collections.abc import Callable
 from typing import Any
 
 from afield.errors import ActorUnschedulableError
-from afield.gpu_store.residency import Effect, Granted, HostStoreCore
 from afield.ids import TASK_ID_BYTES
 from afield.runtime import messages as m
 from afield.runtime.environment import Environment
@@ -24,6 +23,7 @@ from afield.runtime.forkserver import ForkServerConfig
 from afield.runtime.node.actors import ActorDirectory
 from afield.runtime.node.census import Census
 from afield.runtime.node.output import OutputRelay
+from afield.runtime.node.tiers import Tiers
 from afield.runtime.node.workers import Worker, WorkerPool
 from afield.scheduler.devices import Device
 from afield.scheduler.leases import Grant, LeaseManager
@@ -31,9 +31,6 @@ from afield.scheduler.resources import ResourceSet
 from afield.transport.auth import Handshake
 from afield.transport.channel import Channel, listen, same_user
 from afield.transport.loop import Loop
-
-#: While a dead owner's objects are still mapped somewhere, ask again this often.
-ORPHAN_CHECK_S = 1.0
 
 
 class NodeDaemon:
@@ -49,22 +46,17 @@ class NodeDaemon:
         self.drivers: dict[bytes, bool] = {}  # id -> wants logs
         self.pids: dict[bytes, int] = {}
         self.primary = bytes.fromhex(config.driver)
-        self.store = HostStoreCore(config.capacity)
         devices = [Device(**device) for device in config.devices]
         resources = ResourceSet.from_options(num_cpus=config.num_cpus, memory=config.memory, resources=config.resources)
         self.leases = LeaseManager(resources, devices)
         self.output = OutputRelay(self)
         self.workers = WorkerPool(self, fork_sock)
+        self.tiers = Tiers(self, devices)
         self.actors = ActorDirectory(self)
         self.census = Census(self)
         self._placements: dict[bytes, dict[int, m.Placement]] = {}  # owner -> key of its demand -> what workers need
         self._device_numbers = {device.uuid: device.index for device in devices}
         self._store_waits: set[int] = set()  # leases whose workers gave their CPUs back while they wait for room
-        self._orphans: set[bytes] = set()
-        self._question = 0
-        self._asked: set[bytes] = set()
-        self._still_held: set[bytes] = set()
-        self._next_orphan_check = 0.0
         self._stopping = False
         self._listener = listen(self.session.address(b""))
         self.loop.register(self._listener.fileno(), self._accept)
@@ -73,11 +65,6 @@ class NodeDaemon:
             m.Demand: self._on_demand,
             m.ReturnLease: self._on_return_lease,
             m.Blocked: self._on_blocked,
-            m.StoreLease: self._on_store_lease,
-            m.GiveBack: lambda c, x: self._store_effects(self.store.give_back(c.peer_id, x.offset, x.size)),
-            m.Seal: lambda c, x: self._store_effects(self.store.seal(c.peer_id, x.object_id, x.owner, x.pieces)),
-            m.Free: self._on_free,
-            m.Held: self._on_held,
             m.CreateActor: self._on_create_actor,
             m.Retire: self.workers.on_retire_refused,
             m.ActorBorn: self.actors.on_born,
@@ -89,6 +76,7 @@ class NodeDaemon:
             m.Answer: self.census.on_answer,
             m.Printed: self.output.on_printed,
             m.Shutdown: self._on_shutdown,
+            **self.tiers.handlers,
         }
 
     def run(self) -> None:
@@ -97,19 +85,15 @@ class NodeDaemon:
         while not self._stopping:
             self.loop.step(self._timeout())
             now = time.monotonic()
-            self._store_effects(self.store.expire(now))
+            self.tiers.expire(now)
             self.census.expire(now)
-            if self._orphans and now >= self._next_orphan_check:
-                self._ask_for_orphans(now)
             self.schedule()
             self.loop.flush()
         self.output.finish()
 
     def _timeout(self) -> float | None:
-        clocks = (self.store, self.leases, self.census)
+        clocks = (self.tiers, self.leases, self.census)
         deadlines = [due for due in (clock.next_deadline() for clock in clocks) if due is not None]
-        if self._orphans:
-            deadlines.append(self._next_orphan_check)
         return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
 
     def stop(self) -> None:
@@ -136,7 +120,7 @@ class NodeDaemon:
     def _on_messages(self, channel: Channel, batch: list[Any]) -> None:
         for message in batch:
             try:
-                self._handlers[type(message)](channel, message)
+                self.handle(channel, message)
             except Exception:
                 # A message that makes no sense is a bug of its sender (or ours): it costs that process, not the node.
                 traceback.print_exc()
@@ -145,9 +129,16 @@ class NodeDaemon:
                 self.workers.kill_process(channel.peer_id)
                 return
 
+    def handle(self, channel: Channel, message: Any) -> None:
+        """Do what a message asks for."""
+        self._handlers[type(message)](channel, message)
+
     def _on_register(self, channel: Channel, message: m.Register) -> None:
         if message.kind == "client":
             self.clients[channel.peer_id] = channel
+            return
+        if message.kind == "store":
+            self.tiers.stores.on_registered(channel, message)
             return
         self.pids[channel.peer_id] = message.pid
         self.channels[channel.peer_id] = channel
@@ -172,8 +163,8 @@ class NodeDaemon:
             self.process_died(process_id, "the driver ended")
         # A worker's end is reported by the fork server, with the reason.
 
-    def process_died(self, process_id: bytes, reason: str) -> None:
-        """Settle everything that a process leaves behind."""
+    def process_died(self, process_id: bytes, reason: str, index: int = 0) -> None:
+        """Settle everything that a process leaves behind; `index` is its row of the pin board."""
         self.channels.pop(process_id, None)
         self.drivers.pop(process_id, None)
         self.output.driver_left(process_id)
@@ -183,36 +174,12 @@ class NodeDaemon:
             self.stop()
             return
         self._placements.pop(process_id, None)
-        self._store_effects(self.store.client_died(process_id))
         for lease_id in self.leases.owner_died(process_id):
             self.workers.kill_leased(lease_id)
         self.actors.on_process_died(process_id)
         for channel in self.channels.values():
             channel.send(m.ProcessDied(process_id, reason))
-        self._asked.discard(process_id)
-        orphans = self.store.owner_died(process_id)
-        if orphans:
-            self._orphans.update(orphans)
-            self._ask_for_orphans(time.monotonic())
-
-    def _ask_for_orphans(self, now: float) -> None:
-        """Ask who still maps objects whose owner is dead; what nobody maps is freed when all have answered."""
-        self._question += 1
-        self._next_orphan_check = now + ORPHAN_CHECK_S
-        self._still_held = set()
-        self._asked = set(self.channels)
-        for channel in self.channels.values():
-            channel.send(m.Held(self._question, list(self._orphans)))
-
-    def _on_held(self, channel: Channel, message: m.Held) -> None:
-        if message.question != self._question:
-            return
-        self._still_held.update(message.object_ids)
-        self._asked.discard(channel.peer_id)
-        if not self._asked:
-            for object_id in self._orphans - self._still_held:
-                self._store_effects(self.store.free(object_id))
-            self._orphans &= self._still_held
+        self.tiers.process_died(process_id, index)
 
     # -- leases --------------------------------------------------------------------------------------------------
 
@@ -283,6 +250,7 @@ class NodeDaemon:
 
     def schedule(self) -> None:
         """Grant what can be granted and ask for what is needed."""
+        self.tiers.reserve()
         for grant in self.leases.schedule(time.monotonic()):
             self.workers.provide(grant)
         for owner in self.leases.reclaims():
@@ -311,39 +279,14 @@ class NodeDaemon:
         numbers = [self._device_numbers[uuid] for uuid in grant.device_uuids]
         return m.Assign(grant.lease_id, list(grant.device_uuids), numbers, grant.shape.units(), facts)
 
-    # -- the store -----------------------------------------------------------------------------------------------
-
-    def _on_store_lease(self, channel: Channel, message: m.StoreLease) -> None:
-        deadline = time.monotonic() + message.timeout_s
-        self._store_effects(
-            self.store.lease(channel.peer_id, message.request, message.size, message.timeout_s > 0, deadline)
-        )
-
-    def _on_free(self, channel: Channel, message: m.Free) -> None:
-        for object_id in message.object_ids:
-            self._store_effects(self.store.free(object_id))
-
-    def _store_effects(self, effects: list[Effect]) -> None:
-        for effect in effects:
-            if isinstance(effect, Granted):
-                answer = m.StoreGrant(effect.request_id, effect.offset, effect.size, "")
-            else:
-                answer = m.StoreGrant(effect.request_id, 0, 0, effect.reason)
-            self.send(effect.client, answer)
-
     # -- questions -----------------------------------------------------------------------------------------------
 
     def _on_query(self, channel: Channel, message: m.Query) -> None:
         answers: dict[str, Callable[[Any], Any]] = {
             "total": lambda argument: self.leases.total(),
             "available": lambda argument: self.leases.available(),
-            "store": lambda argument: {
-                "capacity": self.store.capacity,
-                "used": self.store.used_bytes,
-                "sealed": self.store.sealed_bytes,
-                "leased": self.store.leased_bytes,
-                "objects": len(list(self.store.objects())),
-            },
+            "store": lambda argument: self.tiers.describe(),
+            "devices": lambda argument: self.tiers.describe_devices(),
             "processes": lambda argument: [process.hex() for process in self.channels],
             "workers": lambda argument: self.workers.describe(),
             "census": lambda argument: self.census.processes(),
@@ -354,6 +297,8 @@ class NodeDaemon:
         make = answers.get(message.what)
         if message.what in self.census.questions:
             self.census.ask(channel, message)
+        elif message.what in self.tiers.questions:
+            self.tiers.questions[message.what](channel, message)
         elif make is None:
             channel.send(m.Answer(message.request, None, f"the node daemon does not know {message.what!r}"))
         else:

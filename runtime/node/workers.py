@@ -15,12 +15,14 @@ import os
 import signal
 import socket
 from collections import OrderedDict, deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from afield.ids import new_process_id
 from afield.runtime import messages as m
+from afield.runtime.process import DRIVER_INDEX
 from afield.scheduler.leases import Grant
 from afield.transport.channel import Channel
 
@@ -44,10 +46,12 @@ MIN_SPARE = 4
 class Worker:
     """One worker process as the daemon knows it."""
 
-    __slots__ = ("actor_id", "devices", "environment", "grant", "id", "name", "pid", "ready")
+    __slots__ = ("actor_id", "devices", "environment", "grant", "id", "index", "name", "pid", "ready")
 
-    def __init__(self, worker_id: bytes, pool: Pool) -> None:
+    def __init__(self, worker_id: bytes, pool: Pool, index: int) -> None:
         self.id = worker_id
+        #: Its row of the pin board.
+        self.index = index
         self.devices, self.environment = pool
         self.pid = 0
         self.ready = False
@@ -83,7 +87,10 @@ class WorkerPool:
         self._spare_plain: OrderedDict[bytes, Worker] = OrderedDict()
         self._max_spare = max(1, int(daemon.config.num_cpus))
         self._default_environment = bytes.fromhex(daemon.config.environment)
+        self._stores_starting: dict[bytes, tuple[Callable[[int], None], Callable[[str], None]]] = {}
+        self._store_exits: dict[int, Callable[[str], None]] = {}
         self._failed_starts: dict[int, int] = {}  # lease -> workers that ended before they connected
+        self._last_index = DRIVER_INDEX
         daemon.loop.register(fork_sock.fileno(), self._on_fork_server)
 
     def prestart(self) -> None:
@@ -109,19 +116,39 @@ class WorkerPool:
         return None
 
     def _fork(self, pool: Pool) -> Worker:
-        worker = Worker(new_process_id(), pool)
+        self._last_index += 1
+        worker = Worker(new_process_id(), pool, self._last_index)
         self.by_id[worker.id] = worker
         # An empty list hides the devices: a worker without a lease of a device must not use one by accident.
         devices = ",".join(worker.devices)
-        variables = {"CUDA_VISIBLE_DEVICES": devices, "AFIELD_VISIBLE_DEVICES": devices}
+        variables = {
+            "CUDA_VISIBLE_DEVICES": devices,
+            "AFIELD_VISIBLE_DEVICES": devices,
+            "AFIELD_PROCESS_INDEX": str(worker.index),
+            **self._daemon.tiers.begin_process(worker.index, worker.devices),
+        }
+        self._ask_for("worker", worker.id, variables, worker.environment)
+        return worker
+
+    def fork_store(
+        self,
+        store_id: bytes,
+        variables: dict[str, str],
+        on_forked: Callable[[int], None],
+        on_exit: Callable[[str], None],
+    ) -> None:
+        """Have a store process forked, which is no worker; `on_forked(pid)`, and at its end `on_exit(how it ended)`."""
+        self._stores_starting[store_id] = on_forked, on_exit
+        self._ask_for("store", store_id, variables, b"")
+
+    def _ask_for(self, kind: str, process_id: bytes, variables: dict[str, str], environment: bytes) -> None:
         self._sock.setblocking(True)
         try:
-            self._sock.send(msgspec.msgpack.encode(("fork", worker.id, variables, worker.environment)))
+            self._sock.send(msgspec.msgpack.encode(("fork", kind, process_id, variables, environment)))
         except OSError:
             self._daemon.stop()
         finally:
             self._sock.setblocking(False)
-        return worker
 
     def on_registered(self, channel: Channel) -> None:
         """A forked worker has connected."""
@@ -185,6 +212,12 @@ class WorkerPool:
         if worker is not None:
             self.kill(worker)
 
+    def end_bound_to(self, uuid: str) -> None:
+        """End the workers of a device that is lost."""
+        for worker in list(self.by_id.values()):
+            if uuid in worker.devices:
+                self.kill(worker)
+
     def kill_process(self, process_id: bytes) -> None:
         """End a worker that broke the protocol."""
         worker = self.by_id.get(process_id)
@@ -220,6 +253,11 @@ class WorkerPool:
                 self._on_exit(first, second)
 
     def _on_forked(self, worker_id: bytes, pid: int, outputs: list[int]) -> None:
+        store = self._stores_starting.pop(worker_id, None)
+        if store is not None:
+            on_forked, self._store_exits[pid] = store
+            on_forked(pid)
+            return
         if len(outputs) < 2:
             raise OSError(errno.EMFILE, "the node daemon ran out of file descriptors; raise the limit (ulimit -n)")
         worker = self.by_id[worker_id]
@@ -231,6 +269,9 @@ class WorkerPool:
     def _on_exit(self, pid: int, status: int) -> None:
         worker = self._by_pid.pop(pid, None)
         if worker is None:
+            on_exit = self._store_exits.pop(pid, None)
+            if on_exit is not None:
+                on_exit(describe_exit(pid, status))
             return
         self._daemon.output.close(worker)
         del self.by_id[worker.id]
@@ -242,7 +283,7 @@ class WorkerPool:
             if worker.ready or not self._replace(worker, worker.grant, reason):
                 self._daemon.leases.release(worker.grant.lease_id)
         self._daemon.actors.on_worker_died(worker, reason)
-        self._daemon.process_died(worker.id, reason)
+        self._daemon.process_died(worker.id, reason, worker.index)
 
     def _replace(self, worker: Worker, grant: Grant, reason: str) -> bool:
         """A worker ended before it could take its lease: find another one, or return False once too many have."""

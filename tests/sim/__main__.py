@@ -23,12 +23,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=600, help="events before the programs stop")
     parser.add_argument("--processes", type=int, default=3, help="processes at first")
     parser.add_argument("--faults", action="store_true", help="let processes die")
+    parser.add_argument("--losses", action="store_true", help="let the store lose values")
     parser.add_argument("--transcript", action="store_true", help="print the transcript of a good run too")
     parser.add_argument("--explore", action="store_true", help="visit every state of every scenario instead")
     options = parser.parse_args(arguments)
     if options.explore:
         return explore_all()
-    return run(options.seed, options.steps, options.processes, faults=options.faults, always=options.transcript)
+    return run(
+        options.seed,
+        options.steps,
+        options.processes,
+        faults=options.faults,
+        losses=options.losses,
+        always=options.transcript,
+    )
 
 
 def run(
@@ -37,11 +45,12 @@ def run(
     processes: int,
     *,
     faults: bool,
+    losses: bool = False,
     always: bool = False,
     table: type[OwnershipTable] = OwnershipTable,
 ) -> int:
     """Run one seed and print what came of it."""
-    simulation = Simulation(seed, processes=processes, faults=faults, table=table, recording=True)
+    simulation = Simulation(seed, processes=processes, faults=faults, losses=losses, table=table, recording=True)
     try:
         summary = simulation.run(steps)
     except InvariantError as violation:

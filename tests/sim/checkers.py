@@ -9,6 +9,7 @@ only while the ref was being carried by the dead process: refs in arguments of t
 had not had; refs in results that it had sent and whose `Took` it had not had; refs in objects that it owned; refs that it
 had pickled out of band; and what is inside all of these. They stay excused, which is more than the protocol needs; runs
 without faults excuse nothing. An excused object is still in the books: a get of it ends, and nothing of it is left behind.
+A value that the store loses is made again or becomes an error, as its owner's lineage decides.
 """
 
 from __future__ import annotations
@@ -84,6 +85,16 @@ def after_event(world: World, process: Participant) -> None:
                 raise InvariantError(f"{show_id(object_id)} is freed while somebody can reach it")
 
 
+def on_emptied(world: World, object_id: bytes) -> None:
+    """Check that nobody can reach an object whose value was freed, though its entry stays for what was made from it.
+
+    Raises:
+        InvariantError: somebody can.
+    """
+    if object_id in reachable(world) and not world.unprotected(object_id):
+        raise InvariantError(f"the value of {show_id(object_id)} is freed while somebody can reach it")
+
+
 def at_rest(world: World) -> None:
     """Check that gets and tasks came to an end when nothing moves any more.
 
@@ -114,10 +125,20 @@ def after_all(world: World) -> None:
             "lent_to": table._lent_to,
             "borrowed_from": table._borrowed_from,
             "transit": table._transit,
+            "lineage_knows": table.lineage_knows,
+            "records": process.lineage._records,
+            "records by age": process.lineage._by_age,
+            "lineage holds": process.lineage.held,
+            "kept for lineage": process.lineage._kept,
+            "remains": process.lineage._remains,
+            "early losses": process.lineage._early,
+            "bytes for lineage": process.lineage.bytes,
+            "tasks that run again": process.again,
         }
         for what, records in left.items():
             if records:
                 raise InvariantError(f"{name.decode()} is left with {what} {records!r}")
-    for object_id, stored in world.store.items():
-        if stored.there and stored.claimed and owner_of(object_id) in world.processes:
+    for object_id, versions in world.store.items():
+        left_there = any(stored.there and stored.claimed for stored in versions)
+        if left_there and owner_of(object_id) in world.processes:
             raise InvariantError(f"the stored value of {show_id(object_id)} is left behind")

@@ -2,9 +2,9 @@
 
 Theory of operation. A `State` is a world and the threads of its programs. `actions` lists what can happen next: a thread does
 its next step, the oldest message of a channel arrives (or, `copies` times, a copy of it), a process dies, what a
-dead process had sent gets lost, a process hears of the death. Each action is tried on a copy of the state; states that have
-been seen, compared by `fingerprint`, are not followed again. When nothing can happen, everything must have come to an end;
-then all processes drop what they hold, and when nothing can happen again, nothing may be left.
+dead process had sent gets lost, a process hears of the death, the store loses a value. Each action is tried on a copy of the
+state; states that have been seen, compared by `fingerprint`, are not followed again. When nothing can happen, everything
+must have come to an end; then all processes drop what they hold, and when nothing can happen again, nothing may be left.
 
 A copy is a pickle: it keeps what refers to what. A fingerprint leaves out only what no later behaviour depends on.
 """
@@ -21,12 +21,14 @@ from tests.sim import checkers
 from tests.sim.network import REPEATABLE, RESENDABLE
 from tests.sim.participant import BODY, Execution, Get, Participant
 from tests.sim.scenarios import Scenario, Step, Steps
-from tests.sim.values import InvariantError
+from tests.sim.values import NODE, InvariantError
 from tests.sim.world import World
 
 Action = tuple[Any, ...]
 
 MAIN = -1
+#: How often a task is pushed whose worker could not read an argument; each time is another state.
+MOST_ROUNDS = 2
 _WAITS = ("get", "try")
 
 
@@ -42,6 +44,16 @@ class Thread:
     get: Get | None = None
 
 
+@dataclass(slots=True)
+class Emptied:
+    """Called for each object whose value is freed while its entry stays."""
+
+    world: World
+
+    def __call__(self, object_id: bytes) -> None:
+        checkers.on_emptied(self.world, object_id)
+
+
 class State:
     """Everything that can differ between two moments of a scenario."""
 
@@ -49,7 +61,10 @@ class State:
         self.world = World(table, recording=recording)
         self.scenario = scenario
         self.copies = scenario.copies
+        self.losses = scenario.losses
         self.over = False
+        self.world.on_emptied = Emptied(self.world)
+        self.world.most_rounds = MOST_ROUNDS
         self.kept: dict[bytes, dict[str, bytes]] = {}
         for index in range(scenario.processes):
             self.world.add(b"p%d" % index)
@@ -76,10 +91,12 @@ class State:
         found: list[Action] = [("step", index) for index, thread in enumerate(self.threads) if self.can_go_on(thread)]
         for (source, target), channel in world.network.channels.items():
             found.append(("deliver", source, target))
-            if source not in world.processes:
+            if source not in world.processes and source != NODE:
                 found.append(("lose", source, target))
             elif self.copies and isinstance(channel[0], REPEATABLE + RESENDABLE):
                 found.append(("copy", source, target))
+        if self.losses and not self.over:
+            found += [("vanish", object_id) for object_id in world.losable()]
         if not world.dead and not self.over:
             found += [("die", name) for name in map(str.encode, self.scenario.mortal)]
         for name, process in world.processes.items():
@@ -114,6 +131,10 @@ class State:
             case ("die", name):
                 self._die(name)
                 return
+            case ("vanish", object_id):
+                self.losses -= 1
+                world.lose(object_id)
+                return
             case ("hear", name, dead):
                 touched = world.processes[name]
                 touched.peer_died(dead)
@@ -135,7 +156,8 @@ class State:
         process.deliver(source, message)
         while process.queue:
             execution = process.begin()
-            self.threads.append(Thread(process, execution.push.function // BODY, execution))
+            if execution is not None:
+                self.threads.append(Thread(process, execution.push.function // BODY, execution))
         return process
 
     def _let_go(self) -> None:
@@ -171,7 +193,7 @@ class State:
             case ("submit" | "pass" as how, str(name), str(target), int(body), *refs):
                 bound = self._bound(thread, tuple(refs))
                 top, nested = (bound, []) if how == "pass" else ([], bound)
-                [thread.names[name]] = process.submit(target.encode(), top, nested, body=body)
+                [thread.names[name]] = process.submit(target.encode(), top, nested, body=body, left=self.scenario.left)
             case ("die",):
                 self._die(process.name)
                 return process
@@ -233,11 +255,16 @@ class State:
             thread.get = process.get(object_id)
             return
         get, thread.get = thread.get, None
-        thread.at += 1
         if step[0] == "try":
+            thread.at += 1
             process.give_up(get)
             return
-        for name, inner in zip(step[2:], process.finish_get(get), strict=False):
+        inside = process.finish_get(get)
+        if inside is None:  # lost: it waits again
+            thread.get = get
+            return
+        thread.at += 1
+        for name, inner in zip(step[2:], inside, strict=False):
             thread.names[str(name)] = inner
         process.drain()
 
@@ -258,9 +285,10 @@ def fingerprint(state: State) -> bytes:
         token = obligation.token.push.task_id if obligation.token is not None else None
         return (position, obligation.remaining, obligation.container, obligation.message, token)
 
-    parts: list[Any] = [sorted(world.network.channels.items()), world.dead, state.over, state.copies]
+    parts: list[Any] = [sorted(world.network.channels.items()), world.dead, state.over, state.copies, state.losses]
     parts.append((sorted(world.excused), sorted(world.failed)))
-    parts.append(sorted((object_id, stored.there) for object_id, stored in world.store.items()))
+    for object_id, versions in sorted(world.store.items()):
+        parts.append((object_id, [(stored.there, stored.lost) for stored in versions], object_id in world.early_frees))
     for name, process in world.processes.items():
         table = process.table
         parts.append(name)
@@ -275,8 +303,9 @@ def fingerprint(state: State) -> bytes:
         parts.append(sorted(process.known_dead))
         parts.append(sorted(process.handles))
         parts.append(sorted(state.kept.get(name, {}).items()))
-        parts.append([(sequence, task.target) for sequence, task in process.inflight.items()])
+        parts.append([(sequence, task.target, task.rounds) for sequence, task in process.inflight.items()])
         parts.append([task.task_id for task in process.waiting])
+        parts.append(_lineage(process))
         parts.append([execution.push.task_id for execution in process.unsettled])
     threads = []
     for thread in state.threads:
@@ -286,6 +315,15 @@ def fingerprint(state: State) -> bytes:
         threads.append((thread.process.name, thread.at, sorted(thread.names.items()), running, waiting))
     parts.append(threads)
     return hashlib.blake2b(repr(parts).encode(), digest_size=16).digest()
+
+
+def _lineage(process: Participant) -> Any:
+    lineage = process.lineage
+    records = []
+    for output, record in sorted(lineage._records.items()):
+        records.append((output, record.number, sorted(record.outputs), record.holds, record.left, record.running))
+    kept = (sorted(lineage.held.items()), sorted(lineage._kept.items()), sorted(lineage._remains))
+    return (records, kept, sorted(lineage._early), sorted(process.again))
 
 
 # -- the search ------------------------------------------------------------------------------------------------------

@@ -3,7 +3,9 @@
 Theory of operation. A `Participant` has an `OwnershipTable` and does what `runtime` does around it: it pins the arguments of
 a task until the reply (`arguments`, `submission`), lets a reply wait for the registrations of what came with the task
 (`executor`), hands on the refs in a result (`invocation`), carries refs out of containers with an obligation (`values`), and
-executes effects in order (`process`). Its program is whoever calls its methods: a seed in `simulate`, a script in
+executes effects in order (`process`), and runs tasks again whose results were lost (`recovery`).
+
+Its program is whoever calls its methods: a seed in `simulate`, a script in
 `explore`. Handles that the program drops wait in `dropped` until `drain`, as they do behind `ObjectRef.__del__`.
 
 Everything here can be pickled, which is how the explorer copies states; time, delays and choices are the driver's.
@@ -16,8 +18,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from afield.runtime import messages as m
+from afield.runtime.lineage import Loss, Record
 from afield.runtime.ownership import (
     FAILED,
+    FREED,
     INLINE,
     LOCATED,
     PENDING,
@@ -25,10 +29,23 @@ from afield.runtime.ownership import (
     FreeStored,
     LifeEnded,
     Obligation,
+    Recompute,
     Send,
     Settled,
 )
-from tests.sim.values import InvariantError, Ref, decode, encode, lost, object_at, owner_of, show, show_id
+from tests.sim.values import (
+    NODE,
+    InvariantError,
+    LostError,
+    Ref,
+    decode,
+    encode,
+    lost,
+    object_at,
+    owner_of,
+    show,
+    show_id,
+)
 
 if TYPE_CHECKING:
     from tests.sim.world import World
@@ -41,6 +58,7 @@ OUTPUTS = (b"r", b"s")
 BODY = 4
 TASK_FAILED = b"!the task failed"
 WORKER_DIED = b"!the worker died"
+VALUE_LOST = b"!the value is lost"
 
 
 @dataclass(slots=True, eq=False)
@@ -55,7 +73,9 @@ class Task:
     location: m.Location | None
     dependencies: list[bytes]
     pinned: list[bytes]
+    left: int = 0  # how often it may run again after a loss
     unresolved: int = 0
+    rounds: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -117,6 +137,9 @@ class Participant:
         self.handed_on: dict[tuple[bytes, int], list[bytes]] = {}  # until `Took`
         self.owned: set[bytes] = set()  # made here and not freed yet; kept by the checkers
         self.known_dead: set[bytes] = set()
+        self.lineage = world.lineage(self.table, world.lineage_bytes, self._explain)
+        self.again: dict[bytes, Record] = {}  # tasks that run again
+        self.recomputed = 0
         self._objects = 0
         self._sequence = 0
         self._token = 0
@@ -138,12 +161,21 @@ class Participant:
                 if isinstance(effect, Send):
                     self.world.send(self.name, effect.to, effect.message)
                 elif isinstance(effect, FreeStored):
-                    self.world.free(effect.object_id)
+                    self._free(effect.object_id)
+                elif isinstance(effect, Recompute):
+                    self._recompute(effect.record)
                 elif isinstance(effect, Settled):
                     self.unsettled.remove(effect.token)
                     self.world.send(self.name, effect.token.submitter, effect.token.reply)
                 elif not isinstance(effect, LifeEnded):
                     raise InvariantError(f"unknown effect {effect!r}")
+
+    def _free(self, object_id: bytes) -> None:
+        self.world.free(object_id)
+        entry = self.table.entries.get(object_id)
+        if entry is not None and entry.state == FREED:
+            self.world.on_emptied(object_id)
+            self.world.contents.pop(object_id, None)
 
     def drain(self) -> None:
         """Tell the table of dropped handles."""
@@ -174,6 +206,10 @@ class Participant:
                 self.queue.append((source, message))
             case m.ReplyMany():
                 self._on_reply(source, message)
+            case m.Reply():
+                self._on_argument_lost(message)
+            case m.Lost():
+                table.on_lost(message)
             case _:
                 raise InvariantError(f"unknown message {message!r}")
         self.run_effects()
@@ -185,7 +221,9 @@ class Participant:
         self.known_dead.add(peer)
         self.table.on_peer_died(peer)
         for sequence in [sequence for sequence, task in self.inflight.items() if task.target == peer]:
-            self._push(self.inflight.pop(sequence))
+            task = self.inflight.pop(sequence)
+            self.lineage.not_yet(task.outputs)
+            self._push(task)
         self.run_effects()
 
     # -- the submitter -------------------------------------------------------------------------------------------
@@ -199,12 +237,13 @@ class Participant:
         returns: int = 1,
         stored: bool = False,
         body: int = 0,
+        left: int = 0,
     ) -> list[bytes]:
         """Submit a task with these top-level and nested refs as arguments; return its outputs, each with a handle."""
         outputs = self._new(*OUTPUTS[:returns])
         pinned = [*dependencies, *nested]
         task = Task(
-            outputs[0], target, body * BODY + returns, outputs, encode(nested), None, list(dependencies), pinned
+            outputs[0], target, body * BODY + returns, outputs, encode(nested), None, list(dependencies), pinned, left
         )
         if stored:
             self._store_arguments(task, nested)
@@ -215,6 +254,12 @@ class Participant:
             self.table.pin(object_id)
         if task.location is not None:
             task.pinned = [object_at(task.location), *pinned]
+        self._wait(task)
+        self.run_effects()
+        return outputs
+
+    def _wait(self, task: Task) -> None:
+        """Push a task once its top-level arguments are there."""
         self.waiting.append(task)
         notify = Resolved(self, task)
         task.unresolved = 1
@@ -223,8 +268,6 @@ class Participant:
             if self.table.when_done(object_id, notify):
                 task.unresolved -= 1
         notify()
-        self.run_effects()
-        return outputs
 
     def _store_arguments(self, task: Task, nested: Sequence[bytes]) -> None:
         [argument] = self._new(b"a")
@@ -240,12 +283,16 @@ class Participant:
         self._push(task)
 
     def _push(self, task: Task) -> None:
-        for object_id in task.dependencies:
+        stored = [object_at(task.location)] if task.location is not None else []
+        for object_id in [*stored, *task.dependencies]:
             entry = self.table.entries[object_id]
             if entry.state == FAILED:  # perhaps only since the task was pushed for the first time
                 self.expect_error(object_id)
                 self._fail(task, entry.value)
                 return
+        if any(self.table.entries[object_id].state == PENDING for object_id in task.dependencies):
+            self._wait(task)  # it was lost since then
+            return
         if task.target in self.known_dead:
             target = self.world.retarget(self, task)
             if target is None:
@@ -267,9 +314,16 @@ class Participant:
 
     def _fail(self, task: Task, error: bytes) -> None:
         for object_id in task.outputs:
-            self.world.finished(object_id, FAILED, ())
+            self._finished(object_id, FAILED, ())
             self.table.fulfil(object_id, FAILED, error)
+        if task.task_id in self.again:
+            self._ended(task)
         self._unpin(task)
+
+    def _finished(self, object_id: bytes, kind: int, inside: Sequence[bytes]) -> None:
+        entry = self.table.entries.get(object_id)
+        if entry is None or entry.state == PENDING:  # another execution makes also what is there already
+            self.world.finished(object_id, kind, inside)
 
     def _unpin(self, task: Task) -> None:
         pinned, task.pinned = task.pinned, []
@@ -284,16 +338,72 @@ class Participant:
             contained: list[bytes] = []
             if result.contained is not None:
                 contained = self.table.receive_contained(result.contained.refs, source, result.contained.token)
-            self.world.finished(object_id, result.kind, contained)
+            self._finished(object_id, result.kind, contained)
             value = result.location if result.kind == LOCATED else result.data
             self.table.fulfil(object_id, result.kind, value, contained)
+        if task.task_id in self.again or any(result.kind == LOCATED for result in message.results):
+            self._ended(task)
         self._unpin(task)
+
+    # -- recovery ------------------------------------------------------------------------------------------------
+
+    def _ended(self, task: Task) -> None:
+        record = self.again.pop(task.task_id, None)
+        if record is not None:
+            self.lineage.ended(record, task.outputs)
+        else:
+            refused = "" if task.left else "once"
+            self.lineage.keep(task, task.outputs, task.pinned, left=task.left, refused=refused)
+
+    def _recompute(self, record: Record) -> None:
+        task: Task = record.task
+        if task.task_id in self.again:
+            raise InvariantError(f"{show_id(task.task_id)} is made twice at the same time")
+        self.lineage.started(record)
+        self.again[task.task_id] = record
+        self.recomputed += 1
+        task.pinned = list(record.holds)
+        task.rounds = 0
+        self._wait(task)
+
+    def _on_argument_lost(self, message: m.Reply) -> None:
+        task = self.inflight.pop(message.sequence, None)
+        if task is None:
+            return
+        task.rounds += 1
+        for object_id in task.dependencies:
+            entry = self.table.entries[object_id]
+            if entry.owner and entry.state == LOCATED:
+                self.table.lost(object_id)
+        if task.rounds > self.world.most_rounds:
+            self._fail(task, VALUE_LOST)
+        else:
+            self._wait(task)
+
+    def _explain(self, object_id: bytes, record: Record | None, why: str, loss: Loss) -> bytes:
+        self.world.failed.add(object_id)
+        self.world.given_up += 1
+        return VALUE_LOST
+
+    def _find_lost(self, object_id: bytes) -> None:
+        """A value that we read is lost: what the node has told us before counts, as it answers us on the same channel."""
+        while (news := self.world.network.take(NODE, self.name)) is not None:
+            self.deliver(NODE, news)
+        self.table.lost(object_id)
+        self.run_effects()
 
     # -- the worker ----------------------------------------------------------------------------------------------
 
-    def begin(self) -> Execution:
-        """Start the oldest task of the queue; its refs are unpickled by `unpickle_next`."""
+    def begin(self) -> Execution | None:
+        """Start the oldest task of the queue; its refs are unpickled by `unpickle_next`. None if an argument is lost."""
         submitter, push = self.queue.pop(0)
+        try:
+            return self._begin(submitter, push)
+        except LostError:
+            self.world.send(self.name, submitter, m.Reply(push.sequence, m.ARGUMENT_LOST, b""))
+            return None
+
+    def _begin(self, submitter: bytes, push: m.Push) -> Execution:
         world = self.world
         excused = submitter not in world.processes
         execution = Execution(submitter, push)
@@ -406,18 +516,28 @@ class Participant:
         self.handles.append(get.object_id)
         self.run_effects()
 
-    def finish_get(self, get: Get, *, view: bool = False) -> list[bytes]:
-        """Read the value: its refs become handles of the program, and with `view` an array of a stored value lives on."""
-        self.gets.remove(get)
+    def finish_get(self, get: Get, *, view: bool = False) -> list[bytes] | None:
+        """Read the value: its refs become handles of the program, and with `view` an array of a stored value lives on.
+
+        Returns None if the value is lost, and the get waits again.
+        """
         object_id = get.object_id
-        self.handles.append(object_id)
         entry = self.table.entries[object_id]
-        if entry.state == PENDING:
-            raise InvariantError(f"the get of {show_id(object_id)} ended without a value")
+        try:
+            refs = self._read(object_id, entry, view)
+        except LostError:
+            self._find_lost(object_id)
+        if entry.state == PENDING:  # lost, perhaps since the get was ready
+            get.ready = False
+            if self.table.when_done(object_id, get):
+                raise InvariantError(f"{show_id(object_id)} is pending and done")
+            self.run_effects()
+            return None
+        self.gets.remove(get)
+        self.handles.append(object_id)
         if entry.state == FAILED:
             self.expect_error(object_id)
             return []
-        refs = self._read(object_id, entry, view)
         inside = [inner for inner, _ in refs]
         if not object_id.endswith(b"l") and inside != self.world.contents[object_id]:
             raise InvariantError(f"the value of {show_id(object_id)} is not the one that was put")
@@ -430,8 +550,10 @@ class Participant:
         return inside
 
     def _read(self, object_id: bytes, entry: Entry, view: bool) -> list[Ref]:
-        if entry.state == INLINE:
-            return decode(entry.value)
+        if entry.state == FREED:
+            raise InvariantError(f"{show_id(object_id)} is freed while a handle of it lives")
+        if entry.state != LOCATED:
+            return decode(entry.value) if entry.state == INLINE else []
         refs = self.world.read(entry.value)
         entry.handles += 1  # the view's
         (self.views if view else self.dropped).append(object_id)

@@ -30,6 +30,7 @@ class Scenario:
     """`floor`: the explorer must find at least so many states. `mortal`: who may die, once, at any point.
 
     `copies`: so many control messages are handled twice, whichever they are.
+    `losses`: so many stored values are lost, whichever and whenever. `left`: so often tasks may run again after that.
     `large`: takes so long that the tests leave it out.
     """
 
@@ -40,6 +41,8 @@ class Scenario:
     bodies: tuple[Steps, ...]
     mortal: tuple[str, ...] = ()
     copies: int = 0
+    losses: int = 0
+    left: int = 0
     large: bool = False
 
 
@@ -56,6 +59,10 @@ _PASS_PENDING: Steps = (
     ("get", "r", "y"),
     ("drop", "r"),
 )
+
+_GET: Steps = (("submit", "x", P1, 0), ("get", "x"), ("drop", "x"))
+_CHAIN: Steps = (("submit", "x", P1, 0), ("pass", "y", P1, 1, "x"), ("drop", "x"), ("get", "y"), ("drop", "y"))
+_FROM_STORED: Steps = (("store", "x"), ("pass", "y", P1, 0, "x"), ("drop", "x"), ("get", "y"), ("drop", "y"))
 
 # -- bodies ----------------------------------------------------------------------------------------------------------
 
@@ -124,5 +131,13 @@ SCENARIOS: tuple[Scenario, ...] = (
     Scenario("a value that is still to be made, anyone dies", 1200, 3, _LEND_PENDING, (_MAKE_STORED, _READ), ANYONE),
     Scenario(
         "a result inside a result, anyone dies", 2000, 3, _PASS_PENDING, (_MAKE_INSIDE, (("return", "a0"),)), ANYONE
+    ),
+    Scenario("a result is lost, twice", 55, 2, _GET, (_MAKE_STORED,), losses=2, left=1),
+    Scenario("a result is lost, anyone dies", 160, 2, _GET, (_MAKE_STORED,), (P0, P1), losses=1, left=1),
+    Scenario("a link of a chain is lost, twice", 1100, 2, _CHAIN, (_MAKE_STORED, _MAKE_STORED), losses=2, left=1),
+    Scenario("an argument that nobody can make again is lost", 350, 2, _FROM_STORED, (_MAKE_STORED,), losses=2, left=1),
+    Scenario("a borrowed value is lost", 480, 3, _LEND_PENDING, (_MAKE_STORED, _READ), losses=1, left=1),
+    Scenario(
+        "a borrowed value is lost, anyone dies", 4500, 3, _LEND_PENDING, (_MAKE_STORED, _READ), ANYONE, losses=1, left=1
     ),
 )

@@ -1,4 +1,4 @@
-"""One seed: random programs in simulated processes, random delays, and (with `faults`) deaths.
+"""One seed: random programs in simulated processes, random delays, and (with `faults`) deaths, (with `losses`) lost values.
 
 Theory of operation. One thread takes events off one heap of (time, sequence, event). An event touches one process: a message
 arrives, the program does something, a task starts or returns, a get goes on, a death becomes known. After each one `checkers`
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from afield.runtime import messages as m
+from afield.runtime.lineage import RECORD_BYTES, Lineage
 from afield.runtime.ownership import FAILED, INLINE, LOCATED, OwnershipTable
 from tests.sim import checkers
 from tests.sim.network import REPEATABLE, RESENDABLE, Network, Pair
@@ -35,6 +36,10 @@ MAX_SETTLING_EVENTS = 20_000
 SLOWNESS = (0.1, 0.5, 1.0, 10.0)
 DUPLICATES = 0.05
 DEATHS = 0.008
+LOSSES = 0.08
+#: How often tasks may run again; what lineage may keep in a process, in bytes.
+LEFT = (0, 1, 3, 3, -1)
+LINEAGE_BYTES = (3 * RECORD_BYTES, 10 * RECORD_BYTES, 1 << 30)
 
 Event = tuple[Callable[..., Participant | None], tuple[Any, ...]]
 
@@ -49,6 +54,9 @@ class Summary:
     freed: int
     excused: int
     deaths: int
+    losses: int
+    recomputed: int
+    given_up: int
     digest: int
 
 
@@ -95,7 +103,9 @@ class Simulation:
         seed: of every choice.
         processes: how many there are at first.
         faults: whether processes die.
+        losses: whether the store loses values.
         table: the core under test.
+        lineage: the core beside it.
         recording: whether to keep a transcript.
     """
 
@@ -105,24 +115,31 @@ class Simulation:
         *,
         processes: int = 3,
         faults: bool = False,
+        losses: bool = False,
         table: type[OwnershipTable] = OwnershipTable,
+        lineage: type[Lineage] = Lineage,
         recording: bool = False,
     ) -> None:
         self.random = random.Random(seed)
         self.faults = faults
+        self.losses = losses
+        self.lost = 0
         self.now = 0.0
         self.events = 0
         self.digest = 0
         self.running = True
-        self.world = World(table, recording=recording)
+        limit = self.random.choice(LINEAGE_BYTES) if losses else LINEAGE_BYTES[-1]
+        self.world = World(table, lineage=lineage, recording=recording, lineage_bytes=limit)
         self.network = TimedNetwork(self)
         self.world.network = self.network
         self.world.on_ready = self._on_ready
+        self.world.on_emptied = lambda object_id: checkers.on_emptied(self.world, object_id)
         self.world.retarget = self._retarget
         self._heap: list[tuple[float, int, Event]] = []
         self._scheduled = 0
         self._named = 0
         self._inside: dict[bytes, list[bytes]] = {}  # also of results that are still on their way
+        self._made_from: dict[bytes, list[bytes]] = {}  # output -> arguments, which lineage may hold
         # Each seed has habits of its own: what is rare in the average program is common in some.
         choose = self.random.choice
         self._forgetful = choose((0.2, 0.6, 0.95))
@@ -198,6 +215,9 @@ class Simulation:
             objects - sum(len(process.owned) for process in world.processes.values()),
             len(world.excused),
             len(world.dead),
+            self.lost,
+            sum(process.recomputed for process in world.processes.values()),
+            world.given_up,
             self.digest,
         )
 
@@ -245,6 +265,8 @@ class Simulation:
             return None
         process.drain()
         execution = process.begin()
+        if execution is None:
+            return process
         self._note(process.name, f"starts task {execution.push.task_id!r}")
         while execution.todo:
             process.unpickle_next(execution)
@@ -259,11 +281,12 @@ class Simulation:
         choose = self.random
         outcomes: list[Outcome] = []
         for output in process.outputs_of(execution):
-            kind = choose.choices((INLINE, LOCATED, FAILED), (6, 3, 1))[0]
+            kind = choose.choices((INLINE, LOCATED, FAILED), (2, 8, 1) if self.losses else (6, 3, 1))[0]
             at_hand = [
                 object_id for object_id in execution.refs + process.handles if not self._reaches(object_id, output)
             ]
-            inside = self._inside[output] = self._some(at_hand, self._inside_most)
+            inside = self._some(at_hand, self._inside_most)
+            self._inside[output] = [*self._inside.get(output, ()), *inside]  # those of earlier executions stay
             outcomes.append((kind, inside))
         keep = [object_id for object_id in execution.refs if choose.random() < 0.3]
         self._note(process.name, f"task {execution.push.task_id!r} returns {outcomes!r} and keeps {keep!r}")
@@ -275,10 +298,11 @@ class Simulation:
         return process
 
     def _reaches(self, object_id: bytes, goal: bytes) -> bool:
-        """Say whether `goal` is inside an object: a value that contained itself could not be freed by counting."""
+        """Say whether `goal` is inside an object, or it was made from it: what held itself would not be freed by counting."""
         stack, seen = [object_id], {object_id}
         while stack:
-            for inner in self._inside.get(stack.pop(), ()):
+            held = stack.pop()
+            for inner in [*self._inside.get(held, ()), *self._made_from.get(held, ())]:
                 if inner not in seen:
                     seen.add(inner)
                     stack.append(inner)
@@ -292,7 +316,8 @@ class Simulation:
         if not self._alive(process) or get not in process.gets:
             return None
         self._note(process.name, f"reads {get.object_id!r}")
-        process.finish_get(get, view=self.random.random() < 0.3)
+        if process.finish_get(get, view=self.random.random() < 0.3) is None:
+            return process
         self._let_go(process, {get.object_id})
         if self.random.random() < 0.7:
             process.drain()
@@ -310,6 +335,8 @@ class Simulation:
         self.after(self.random.uniform(0.2, 2.0), self._act, process)
         if self.faults and self.random.random() < DEATHS and self._kill(process):
             return None
+        if self.losses and self.random.random() < LOSSES:
+            self._lose()
         if self.random.random() < 0.8:
             process.drain()
         while len(process.handles) > self._most_handles:
@@ -334,7 +361,9 @@ class Simulation:
         returns = self.random.choice((1, 1, 2))
         stored = self.random.random() < 0.2
         self._note(process.name, f"submits to {target!r} with {dependencies!r} and, nested, {nested!r}")
-        process.submit(target, dependencies, nested, returns=returns, stored=stored)
+        left = self.random.choice(LEFT) if self.losses else 0
+        for output in process.submit(target, dependencies, nested, returns=returns, stored=stored, left=left):
+            self._made_from[output] = [*dependencies, *nested] if left else []
         if self.random.random() < self._forgetful / 2:
             self._note(process.name, f"submits to {target!r} with the same arguments again")
             process.submit(target, dependencies, nested)
@@ -392,6 +421,13 @@ class Simulation:
 
     def _begin_life(self, process: Participant) -> None:
         self._note(process.name, f"creates an actor, whose life is {process.begin_life()!r}")
+
+    def _lose(self) -> None:
+        """The store loses a value, at times just when it was made."""
+        losable = self.world.losable()
+        if losable:
+            self.lost += 1
+            self.world.lose(losable[-1] if self.random.random() < 0.3 else self.random.choice(losable))
 
     # -- life and death ------------------------------------------------------------------------------------------
 

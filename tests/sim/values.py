@@ -2,7 +2,8 @@
 
 A value is nothing but the refs inside it, inline (`encode`d) or in the `World`'s store. Object ids tell who made them:
 b"2.7x" is process p2's seventh object, a `put`; `r` and `s` are outputs of a task, `a` its stored arguments, `l` an actor's
-life. So an id is also its object's place in the store, and no place is used again.
+life. So an id, with the number of times that the object was stored, is also its place in the store, and no place is used
+again.
 """
 
 from __future__ import annotations
@@ -15,10 +16,16 @@ import msgspec
 from afield.runtime import messages as m
 
 Ref = tuple[bytes, bytes]
+#: Who tells owners of losses. It is not one of the processes and never dies.
+NODE = b"node"
 
 
 class InvariantError(AssertionError):
     """An invariant does not hold."""
+
+
+class LostError(Exception):
+    """The store has no copy of the value that somebody reads."""
 
 
 def owner_of(object_id: bytes) -> bytes:
@@ -43,14 +50,19 @@ def decode(data: bytes) -> list[Ref]:
     return [(object_id, owner_of(object_id)) for object_id in msgspec.msgpack.decode(data, type=list[bytes])]
 
 
-def place_of(object_id: bytes) -> m.Location:
-    """Return where a stored object lies."""
-    return m.Location(0, int.from_bytes(object_id, "big"), len(object_id))
+def place_of(object_id: bytes, version: int) -> m.Location:
+    """Return where the value of an object lies that was stored at the `version`th time."""
+    return m.Location([m.Part(0, int.from_bytes(object_id, "big"), len(object_id), serial=version)])
 
 
 def object_at(location: m.Location) -> bytes:
     """Return which object lies there."""
-    return location.offset.to_bytes(location.size, "big")
+    return location.parts[0].offset.to_bytes(location.size, "big")
+
+
+def version_at(location: m.Location) -> int:
+    """Return which of its values it is."""
+    return location.parts[0].serial
 
 
 def show_id(object_id: bytes) -> str:

@@ -7,23 +7,43 @@ from dataclasses import dataclass
 from typing import Any
 
 from afield.runtime import messages as m
+from afield.runtime.lineage import Lineage
 from afield.runtime.ownership import FAILED, LOCATED, OwnershipTable
 from tests.sim.network import Network
 from tests.sim.participant import Get, Participant, Task
-from tests.sim.values import InvariantError, Ref, object_at, owner_of, place_of, show, show_id
+from tests.sim.values import (
+    NODE,
+    InvariantError,
+    LostError,
+    Ref,
+    object_at,
+    owner_of,
+    place_of,
+    show,
+    show_id,
+    version_at,
+)
 
 
 @dataclass(slots=True)
 class Stored:
-    """A value in the store. `claimed` once its owner knows of it: then nobody but the owner frees it."""
+    """A value in the store. `claimed` once its owner knows of it: then nobody but the owner frees it.
+
+    A value that is `lost` is still in the books, until it is freed.
+    """
 
     refs: list[Ref]
     there: bool = True
     claimed: bool = False
+    lost: bool = False
 
 
 def _nothing(get: Get) -> None:
     """Whoever drives the world looks for gets that are ready by itself."""
+
+
+def _unchecked(object_id: bytes) -> None:
+    """Replaced by `checkers.on_emptied`."""
 
 
 def _no_other(participant: Participant, task: Task) -> bytes | None:
@@ -36,19 +56,34 @@ class World:
 
     Args:
         table: the core under test.
+        lineage: the core beside it.
         recording: whether to keep a transcript in `log`.
+        lineage_bytes: how much each process may keep for the sake of lineage alone.
     """
 
-    def __init__(self, table: type[OwnershipTable] = OwnershipTable, *, recording: bool = False) -> None:
+    def __init__(
+        self,
+        table: type[OwnershipTable] = OwnershipTable,
+        *,
+        lineage: type[Lineage] = Lineage,
+        recording: bool = False,
+        lineage_bytes: int = 1 << 30,
+    ) -> None:
         self.table = table
+        self.lineage = lineage
+        self.lineage_bytes = lineage_bytes
+        self.given_up = 0  # losses that were not made good
+        self.most_rounds = 16  # how often a task is pushed whose worker could not read an argument
         self.network = Network()
         self.processes: dict[bytes, Participant] = {}
         self.dead: list[bytes] = []
-        self.store: dict[bytes, Stored] = {}
+        self.store: dict[bytes, list[Stored]] = {}  # each time that the object was stored
+        self.early_frees: set[bytes] = set()  # freed while not there: the store undoes what is stored next
         self.contents: dict[bytes, list[bytes]] = {}  # finished object -> what is inside
         self.failed: set[bytes] = set()  # objects that are the error of a task
         self.excused: set[bytes] = set()  # see `checkers`
         self.pickles: list[tuple[bytes, bytes]] = []  # (object, who pickled it) out of band
+        self.on_emptied: Callable[[bytes], None] = _unchecked
         self.on_ready: Callable[[Get], None] = _nothing
         self.retarget: Callable[[Participant, Task], bytes | None] = _no_other
         self.log: list[str] | None = [] if recording else None
@@ -74,23 +109,51 @@ class World:
 
     def write(self, object_id: bytes, object_ids: Sequence[bytes]) -> m.Location:
         """Store a value."""
-        self.store[object_id] = Stored([(inner, owner_of(inner)) for inner in object_ids])
-        return place_of(object_id)
+        if object_id in self.early_frees:
+            raise InvariantError(f"{show_id(object_id)} is stored after its last free, which would undo that")
+        versions = self.store.setdefault(object_id, [])
+        versions.append(Stored([(inner, owner_of(inner)) for inner in object_ids]))
+        return place_of(object_id, len(versions))
 
     def read(self, location: m.Location, *, excused: bool = False) -> list[Ref]:
-        """Return the refs in a stored value, which must still be there."""
+        """Return the refs in a stored value, which must still be there.
+
+        Raises:
+            LostError: it is lost.
+        """
         object_id = object_at(location)
-        stored = self.store[object_id]
+        stored = self.store[object_id][version_at(location) - 1]
+        if stored.lost:
+            raise LostError
         if not stored.there and not excused:
             raise InvariantError(f"{show_id(object_id)} is read after its memory was freed")
         return stored.refs
 
+    def losable(self) -> list[bytes]:
+        """Return the objects whose value can be lost."""
+        return [
+            object_id
+            for object_id, versions in self.store.items()
+            if versions[-1].there and not versions[-1].lost and owner_of(object_id) in self.processes
+        ]
+
+    def lose(self, object_id: bytes) -> None:
+        """All copies of a stored value are gone; its owner is told."""
+        for stored in self.store[object_id]:
+            stored.lost = True
+        if self.log is not None:
+            self.note(NODE, f"loses {show_id(object_id)}")
+        self.send(NODE, owner_of(object_id), m.Lost([object_id], "lost"))
+
     def free(self, object_id: bytes) -> None:
         """Execute `FreeStored`."""
-        stored = self.store.get(object_id)
-        if stored is None or not stored.there:
-            raise InvariantError(f"{show_id(object_id)} is freed twice")
-        stored.there = False
+        versions = self.store.get(object_id, [])
+        if not any(stored.there for stored in versions):
+            if len(versions) < 2:
+                raise InvariantError(f"{show_id(object_id)} is freed twice")
+            self.early_frees.add(object_id)  # what was stored twice may go at once, and is then freed once more
+        for stored in versions:
+            stored.there = False
 
     def finished(self, object_id: bytes, kind: int, inside: Sequence[bytes]) -> None:
         """The owner of an object has its value."""
@@ -99,7 +162,8 @@ class World:
             return
         self.contents[object_id] = list(inside)
         if kind == LOCATED:
-            self.store[object_id].claimed = True
+            for stored in self.store[object_id]:
+                stored.claimed = True
 
     def unprotected(self, object_id: bytes) -> bool:
         """Say whether faults allow the object to be gone although somebody can reach it."""

@@ -1,0 +1,122 @@
+"""The public names and where they come from; `afield/__init__.py` hands them out.
+
+Theory of operation. Importing this file imports the whole runtime. It is separate from the package's own `__init__`, which
+does not, so that importing one part of the package (the pytest plugin, which pytest loads in every run; the errors; the
+command line) costs no more than that part.
+"""
+
+from __future__ import annotations
+
+from afield.errors import (
+    ActorConstructionError,
+    ActorDiedError,
+    ActorUnavailableError,
+    ActorUnschedulableError,
+    AfieldError,
+    AlreadyInitializedError,
+    DeserializationError,
+    DeviceLostError,
+    GetTimeoutError,
+    InvalidOptionError,
+    LossError,
+    NoClusterError,
+    NoDeviceError,
+    NotInitializedError,
+    ObjectLostError,
+    ObjectStoreFullError,
+    OutOfDeviceMemoryError,
+    OwnerDiedError,
+    PendingCallsLimitExceededError,
+    RuntimeDiedError,
+    SerializationError,
+    TaskCancelledError,
+    TaskError,
+    TaskUnschedulableError,
+    UsageError,
+    WorkerCrashedError,
+)
+from afield.runtime.accelerators import torch_device
+from afield.runtime.actors import ActorClass, ActorHandle, get_actor, method
+from afield.runtime.api import (
+    ClusterInfo,
+    array_module,
+    available_resources,
+    cancel,
+    cluster_resources,
+    empty,
+    exit_actor,
+    get,
+    init,
+    is_initialized,
+    kill,
+    memory,
+    put,
+    remote,
+    shutdown,
+    stats,
+    wait,
+)
+from afield.runtime.functions import RemoteFunction
+from afield.runtime.memory import MemoryEntry
+from afield.runtime.refs import ObjectRef
+from afield.runtime.runtime_context import get_gpu_ids, get_runtime_context
+from afield.runtime.strategies import NodeAffinitySchedulingStrategy
+from afield.runtime.streams import ObjectRefGenerator
+
+__all__ = [
+    "NodeAffinitySchedulingStrategy",
+    "ActorClass",
+    "ActorConstructionError",
+    "ActorDiedError",
+    "ActorHandle",
+    "ActorUnavailableError",
+    "ActorUnschedulableError",
+    "AfieldError",
+    "AlreadyInitializedError",
+    "ClusterInfo",
+    "DeserializationError",
+    "DeviceLostError",
+    "GetTimeoutError",
+    "InvalidOptionError",
+    "LossError",
+    "MemoryEntry",
+    "NoClusterError",
+    "NoDeviceError",
+    "NotInitializedError",
+    "ObjectLostError",
+    "ObjectRef",
+    "ObjectRefGenerator",
+    "ObjectStoreFullError",
+    "OutOfDeviceMemoryError",
+    "OwnerDiedError",
+    "PendingCallsLimitExceededError",
+    "RemoteFunction",
+    "RuntimeDiedError",
+    "SerializationError",
+    "TaskCancelledError",
+    "TaskError",
+    "TaskUnschedulableError",
+    "UsageError",
+    "WorkerCrashedError",
+    "available_resources",
+    "exit_actor",
+    "cancel",
+    "cluster_resources",
+    "array_module",
+    "empty",
+    "get",
+    "get_gpu_ids",
+    "get_runtime_context",
+    "get_actor",
+    "init",
+    "is_initialized",
+    "kill",
+    "memory",
+    "method",
+    "put",
+    "remote",
+    "shutdown",
+    "stats",
+    "torch_device",
+    "wait",
+]

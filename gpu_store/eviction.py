@@ -1,0 +1,143 @@
+"""Core of eviction: which copies go when an arena is short of room, and how.
+
+Theory of operation. An arena is short when somebody waits for room, and then exactly as much is made as the first in the queue
+lacks, less what is leaving already; or when it is too full (over its high mark, or when what is sealed takes room that is
+reserved for tasks), and then it is emptied to the low mark, but for this nobody waits for room below. Copies go in this order:
+
+1. secondaries, the least recently used first: each is closed on the pin board and freed at once;
+2. primaries, the least recently used first: what has a copy elsewhere, memory or disk, is closed and freed at once too; what
+   has none has one made below (`copying`), and is freed when that is done.
+
+Which copies are pinned only the board knows, and it tells by closing them; those that are to stay readable while they are
+copied are opened again at once. What is found pinned was used just now, and counts so. At most `MAX_SPILLS` copies leave a
+device at a time, and at most `MAX_WRITES` files are written. If nothing that may go is found, the arena is *blocked*: pins
+vanish without a message, so the caller looks again `RETRY_S` later, and whenever a job ends.
+"""
+
+from __future__ import annotations
+
+from itertools import islice
+
+from afield.gpu_store.arena_books import ArenaBooks, Shelf
+from afield.gpu_store.catalogue import Catalogue
+from afield.gpu_store.copying import Copying
+from afield.gpu_store.disk_books import MAX_FILE_BYTES
+from afield.gpu_store.records import LAST, Copy, Key
+from afield.gpu_store.tiers import HOST, PREFETCH, Trim
+
+MAX_SPILLS = 8
+MAX_WRITES = 2
+RETRY_S = 0.05
+
+#: So many copies are looked at in one round, and so many rounds are made at a time: the rest waits for the next time.
+_SCAN = 1024
+_ROUNDS = 4
+#: After a round that found only pinned copies, so many are closed at once: a barrier costs more than a copy.
+_PROBE = 256
+
+
+class Eviction:
+    """Makes room."""
+
+    def __init__(self, catalogue: Catalogue, copying: Copying) -> None:
+        self._catalogue = catalogue
+        self._copying = copying
+
+    def make_room(self, books: ArenaBooks) -> bool:
+        """Let go, or start to let go, of what the arena is short of; True: something went, so look who fits now."""
+        shortage = books.shortage()
+        head = books.queue.head
+        if books.number != HOST and books.leaving and (head is None or head.key[0] >= PREFETCH):
+            self._copying.stop_spills(books.number)
+        if books.blocked and (not shortage or head is None or head.key >= books.blocked_for):
+            return False
+        if shortage > 0 and head is not None:
+            self._trim(books)
+            if self._evict(books, shortage, head.key, True):
+                return True
+            books.block(head.key)
+            return False
+        excess = books.excess()
+        if excess > 0:
+            if self._evict(books, excess, LAST, False):
+                return True
+            books.block(LAST)
+        return False
+
+    def _trim(self, books: ArenaBooks) -> None:
+        if books.leased_bytes and not books.trimming:
+            books.trimming = True
+            self._catalogue.effects.append(Trim(books.number))
+
+    def _evict(self, books: ArenaBooks, wanted: int, key: Key, may_wait: bool) -> bool:
+        for round_number in range(_ROUNDS):
+            probe = _PROBE if round_number else 1
+            secondaries = self._pick(books, books.secondaries, wanted, key, probe)
+            if secondaries and self._catalogue.drop(secondaries):
+                return True
+            picked = self._pick(books, books.primaries, wanted, key, probe)
+            if not picked and not secondaries:
+                return False
+            if picked and self._let_go(books, picked, wanted, key, may_wait):
+                return True
+        return False
+
+    def _pick(self, books: ArenaBooks, shelf: Shelf, wanted: int, key: Key, at_least: int) -> list[Copy]:
+        """Return copies from the front of a shelf that may go as far as the books know: `wanted` bytes, or all there are."""
+        count, size, largest = self._allowance(books)
+        picked: list[Copy] = []
+        in_use: list[Copy] = []
+        found = 0
+        for copy in islice(shelf, _SCAN):
+            if not copy.may_leave(key):
+                in_use.append(copy)
+                continue
+            if not copy.part.backed:
+                if count <= 0 or size <= 0 or copy.room > largest:
+                    continue
+                count -= 1
+                size -= copy.room
+            picked.append(copy)
+            found += copy.room
+            if found >= wanted and len(picked) >= at_least:
+                break
+        for copy in in_use:
+            books.touch(copy)
+        return picked
+
+    def _allowance(self, books: ArenaBooks) -> tuple[int, int, int]:
+        """Return how many copies, about how many bytes, and how large copies may start to leave by being copied."""
+        if books.number != HOST:
+            host_bytes = self._catalogue.arenas[HOST].capacity
+            return MAX_SPILLS - len(books.leaving), host_bytes, host_bytes
+        disk = self._catalogue.disk
+        if disk.bad:
+            return 0, 0, 0
+        writes = MAX_WRITES - self._copying.writes
+        return _SCAN * writes, MAX_FILE_BYTES * writes, books.capacity if disk.limit is None else disk.limit
+
+    def _let_go(self, books: ArenaBooks, picked: list[Copy], wanted: int, key: Key, may_wait: bool) -> bool:
+        """Free those of the primaries that are not pinned and have another copy; start to copy the others."""
+        catalogue = self._catalogue
+        closed = catalogue.pins.close([(copy.slot, copy.serial) for copy in picked])
+        enough = 0
+        freed = False
+        alone: list[Copy] = []
+        for copy, is_closed in zip(picked, closed, strict=True):
+            if not is_closed:
+                books.touch(copy)
+            elif copy.part.backed and enough < wanted:
+                enough += copy.room
+                catalogue.remove(copy)
+                freed = True
+            else:
+                catalogue.pins.publish(copy.slot, copy.serial)
+                if enough < wanted and not copy.part.backed:
+                    enough += copy.room
+                    alone.append(copy)
+        if not alone:
+            return freed
+        if books.number == HOST:
+            return self._copying.write(alone) > 0 or freed
+        started = [self._copying.spill(copy, key, may_wait) for copy in alone]
+        return freed or any(started)

@@ -1,0 +1,251 @@
+"""This process's devices: which they are, their memory, and the array module on them.
+
+Theory of operation. A worker is bound to the devices of its lease before anything can start one, by the variables that it is
+forked with; the driver may use all devices of the node, but reads into host memory unless asked otherwise. Nothing is
+started before it is used: the first allocation, or the first value with a device array, opens the backend, maps the device's
+slab, which its store process owns, and makes the arena that this process's device arrays are allocated from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import os
+import sys
+import threading
+from collections.abc import Callable
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from typing import Any
+
+import msgspec
+
+from afield.errors import NoDeviceError
+from afield.gpu_store.arena import DeviceArena
+from afield.gpu_store.backends.base import DeviceBackend, SlabExport
+from afield.gpu_store.backends.select import open_backend
+from afield.gpu_store.client import Hold
+from afield.gpu_store.emulated_arrays import installed_as_import, set_process_devices
+from afield.gpu_store.interop import DevicePlace
+from afield.gpu_store.interop.emulated import emulated_module
+from afield.gpu_store.interop.interop_cupy import cupy_module, cupy_stream, install_cupy
+from afield.gpu_store.interop.interop_numba import install_numba
+from afield.gpu_store.tiers import HOST
+from afield.runtime import messages as m
+from afield.runtime.process import Process
+
+
+class Devices:
+    """The devices of one process.
+
+    Args:
+        process: this process.
+        lease: blocks for bytes of an arena; returns (offset, size).
+        give_back: returns leased bytes of an arena.
+    """
+
+    def __init__(
+        self,
+        process: Process,
+        lease: Callable[[int, int], tuple[int, int]],
+        give_back: Callable[[int, int, int], None],
+    ) -> None:
+        self._process = process
+        self._lease = lease
+        self._give_back = give_back
+        self._lock = threading.RLock()
+        self._backend: DeviceBackend | None = None
+        self._arenas: dict[int, DeviceArena] = {}  # number -> arena
+        self._module: Any = None
+        self._stands_in = False
+        self._library_allocator: Any = None  # alive as long as the library uses it
+        self._on_close = contextlib.ExitStack()
+        self.bytes_shared = 0
+        uuids = [uuid for uuid in os.environ.get("AFIELD_VISIBLE_DEVICES", "").split(",") if uuid]
+        numbers = [int(n) for n in os.environ.get("AFIELD_VISIBLE_DEVICE_NUMBERS", "").split(",") if n]
+        in_worker = "AFIELD_WORKER" in os.environ
+        #: Arena number -> UUID of the devices that values are read into; of a worker.
+        self.bound: dict[int, str] = dict(zip((1 + n for n in numbers), uuids, strict=True)) if in_worker else {}
+        self._known: dict[int, dict[str, Any]] | None = None
+        self._spec = os.environ.get("AFIELD_DEVICE_BACKEND", "") if in_worker else ""
+
+    # -- which devices ---------------------------------------------------------------------------------------------
+
+    def readable(self, home: int) -> int:
+        """Return the arena that parts of device `home` are read in: that device's, another of ours, or the host's."""
+        if home in self.bound:
+            return home
+        return next(iter(self.bound), HOST)
+
+    def arena_named(self, device: str | int) -> int:
+        """Return the arena that a user names: "host", a UUID, or a number in `array_module().cuda.Device`.
+
+        Raises:
+            NoDeviceError: this process cannot use such a device.
+        """
+        if device == "host":
+            return HOST
+        mine = self._mine()
+        for number, (arena, uuid) in enumerate(mine.items()):
+            if device == uuid or (device == number and not isinstance(device, bool)):
+                return arena
+        there = ", ".join(f"{number} ({uuid})" for number, uuid in enumerate(mine.values())) or "none"
+        raise NoDeviceError(
+            f'device={device!r}: this process can use "host" and these devices: {there}; ask for more with num_gpus='
+        )
+
+    def _mine(self) -> dict[int, str]:
+        """Return arena number -> UUID of the devices that this process may use: those of its lease, or the driver's."""
+        if self.bound or "AFIELD_WORKER" in os.environ:
+            return self.bound
+        if self._known is None:
+            answer = self._process.request(lambda request: m.Query(request, "devices"))
+            self._spec = answer["backend"]
+            self._known = {device["arena"]: device for device in answer["devices"]}
+        return {arena: device["uuid"] for arena, device in self._known.items()}
+
+    # -- their memory ----------------------------------------------------------------------------------------------
+
+    def arena(self, number: int) -> DeviceArena:
+        """Return this process's share of a device's memory, mapping the device's slab on first use.
+
+        Raises:
+            NoDeviceError: this process may not use it.
+            DeviceLostError: the device was lost.
+        """
+        with self._lock:
+            arena = self._arenas.get(number)
+            if arena is None:
+                arena = self._arenas[number] = self._open(number)
+            return arena
+
+    def arenas(self) -> dict[str, DeviceArena]:
+        """Return UUID -> arena of the devices that are in use in this process."""
+        return {arena.slab.device_uuid: arena for arena in list(self._arenas.values())}
+
+    def _open(self, number: int) -> DeviceArena:
+        mine = self._mine()
+        if number not in mine:
+            raise NoDeviceError(f"arena {number} is no device of this process; it has: {mine or 'none'}")
+        if self._backend is None:
+            self._backend = open_backend(self._spec)
+        raw = self._process.request(lambda request: m.Query(request, "slab", number))
+        export = msgspec.msgpack.decode(raw, type=SlabExport)
+        backend, uuid = self._backend, mine[number]
+        device = backend.open(uuid)
+        slab = device.import_slab(export)
+
+        def check() -> None:
+            if backend.epoch(uuid) != device.epoch:
+                device.memory_info()  # raises, with the cause
+
+        return DeviceArena(
+            device,
+            slab,
+            number,
+            lambda size: self._lease(number, size),
+            lambda offset, size: self._give_back(number, offset, size),
+            check,
+            current_stream=None if device.info.kind == "emulated" else cupy_stream,
+        )
+
+    def trim(self, number: int) -> None:
+        """Memory of an arena is short: give back what this process leases and does not use."""
+        arena = self._arenas.get(number)
+        if arena is not None:
+            arena.trim()
+
+    def place(self, number: int, offset: int, size: int, hold: Hold) -> DevicePlace:
+        """Return what arrays over stored device memory are built on."""
+        self.module()  # arrays belong to a module's devices
+        self.bytes_shared += size
+        return DevicePlace(self.arena(number), offset, size, _let_go, hold)
+
+    def home(self) -> DeviceArena | None:
+        """Return the arena of the first device that values are read into; None if they are read into host memory."""
+        first = next(iter(self.bound), None)
+        return None if first is None else self.arena(first)
+
+    def settle(self) -> None:
+        """Wait for what arrays compute, so that the memory which they do not use any more can be given up."""
+        for arena in list(self._arenas.values()):
+            arena.synchronize()
+
+    # -- what user code sees ---------------------------------------------------------------------------------------
+
+    def module(self) -> Any:
+        """Return the array module on this process's devices; see `afield.array_module`."""
+        with self._lock:
+            if self._module is None:
+                mine = self._mine()
+                if not mine:
+                    raise NoDeviceError(_no_devices("AFIELD_WORKER" in os.environ))
+                self._module = self._make_module([self.arena(number) for number in mine])
+            return self._module
+
+    def _make_module(self, arenas: list[DeviceArena]) -> Any:
+        if arenas[0].device.info.kind != "emulated":
+            if importlib.util.find_spec("numba") is not None:
+                install_numba(arenas)
+            self._library_allocator = install_cupy(arenas)
+            return cupy_module()
+        module = emulated_module(arenas)
+        if self._stands_in:
+            self._on_close.enter_context(installed_as_import(module))
+        else:
+            before = set_process_devices(module.devices)
+            self._on_close.callback(set_process_devices, before)
+        return module
+
+    def prepare(self) -> None:
+        """Before user code runs: let `import cupy` give this process's array module, also where CuPy is not installed."""
+        if not self.bound or not self._spec.startswith("emulated:"):
+            return
+        if importlib.util.find_spec("cupy") is None:
+            self._stands_in = True
+            sys.meta_path.append(_StandIn(self.module))
+
+    def counters(self) -> dict[str, float]:
+        """Return bytes by kind of movement in this process."""
+        arenas = list(self._arenas.values())
+        return {
+            "device_bytes_shared": self.bytes_shared,
+            "device_bytes_born": sum(arena.bytes_born for arena in arenas),
+            "device_bytes_copied": sum(arena.bytes_copied for arena in arenas),
+        }
+
+    def close(self) -> None:
+        """Let go of all device memory."""
+        self._on_close.close()
+        self._arenas.clear()
+        self._module = None
+        if self._backend is not None:
+            self._backend.close()
+            self._backend = None
+
+
+def _let_go(hold: Hold) -> None:
+    """The last reference to a hold is dropped with this call."""
+
+
+class _StandIn(MetaPathFinder, Loader):
+    """Makes the emulated array module when somebody imports `cupy`, and not before: it starts the devices."""
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self._make = make
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        return ModuleSpec(fullname, self, is_package=True) if fullname == "cupy" else None
+
+    def create_module(self, spec: ModuleSpec) -> Any:
+        return self._make()
+
+    def exec_module(self, module: Any) -> None:
+        """It is complete."""
+
+
+def _no_devices(worker: bool) -> str:
+    if worker:
+        return "this task has no device: ask for one with @afield.remote(num_gpus=1)"
+    return 'this session has no devices: pass devices="emulated:2" to afield.init(), or set AFIELD_DEVICES=emulated:2'

@@ -1,0 +1,286 @@
+"""The tiers of a node as its daemon runs them: the shell around the books, the pin board and the store processes.
+
+Theory of operation. Processes ask for room, say what they have written, and ask for parts that are not where they can read
+them; the books (`gpu_store.residency`) decide, and their effects become answers to processes and moves for the store
+processes (`stores`). A device's arena enters the books when its store process is ready, which is started with the first
+lease of the device, or whoever else first asks for its memory. When a device or its store process is lost, the arena leaves
+the books: the owners of what was only there are told (`Lost`), the device's workers are ended, and the scheduler does without
+it until it has a new life.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from afield.gpu_store import tiers as t
+from afield.gpu_store.backends.base import SlabExport
+from afield.gpu_store.pins import PinBoard
+from afield.gpu_store.residency import Residency
+from afield.gpu_store.tiers import DISK, HOST, PartCopy
+from afield.runtime import messages as m
+from afield.runtime.node.stores import StoreProcesses
+from afield.runtime.process import DRIVER_INDEX
+from afield.scheduler.devices import Device
+from afield.transport.channel import Channel
+
+if TYPE_CHECKING:
+    from afield.runtime.node.daemon import NodeDaemon
+
+#: A process leases no more slots than this at once.
+MAX_SLOTS = 4096
+#: While a dead owner's objects are still mapped somewhere, ask again this often.
+ORPHAN_CHECK_S = 1.0
+
+
+class Tiers:
+    """The memory of a node."""
+
+    def __init__(self, daemon: NodeDaemon, devices: Sequence[Device]) -> None:
+        self._daemon = daemon
+        config = daemon.config
+        self.devices = {1 + device.index: device for device in devices}
+        self.board = PinBoard(config.pins_fd)
+        self.board.add_process(DRIVER_INDEX)
+        self.books = Residency(config.capacity, self.board)
+        self.stores = StoreProcesses(
+            daemon, devices, on_ready=self._on_ready, on_done=self._on_done, on_lost=self._on_lost
+        )
+        self._until_ready: dict[int, list[tuple[Channel, Any]]] = {}
+        self._reserved: dict[int, int] = {}
+        self._orphans: set[bytes] = set()
+        self._question = 0
+        self._asked: set[bytes] = set()
+        self._still_held: set[bytes] = set()
+        self._next_orphan_check = 0.0
+        self.handlers: dict[type, Callable[[Channel, Any], None]] = {
+            m.StoreLease: self._on_lease,
+            m.GiveBack: lambda c, x: self.run(self.books.give_back(c.peer_id, x.arena, x.offset, x.size)),
+            m.Seal: self._on_seal,
+            m.Free: self._on_free,
+            m.Need: self._on_need,
+            m.Mapped: lambda c, x: self.run(self.books.mapped(c.peer_id, x.request)),
+            m.Held: self._on_held,
+            **self.stores.handlers,
+        }
+        self.questions = {"slots": self._on_slots, "slab": self._on_slab}
+
+    # -- what processes ask ----------------------------------------------------------------------------------------
+
+    def _on_lease(self, channel: Channel, message: m.StoreLease) -> None:
+        if message.arena != HOST and not self._is_ready(message.arena, channel, message):
+            return
+        self.run(
+            self.books.lease(
+                channel.peer_id,
+                message.request,
+                message.arena,
+                message.size,
+                block=message.timeout_s > 0,
+                deadline=time.monotonic() + message.timeout_s,
+            )
+        )
+
+    def _is_ready(self, arena: int, channel: Channel, message: Any) -> bool:
+        """Tell whether a device's memory can be used; if not yet, the message is handled again when it can."""
+        if self.stores.ready(arena):
+            return True
+        problem = self.stores.ensure(arena)
+        if problem:
+            self._refuse(channel, message, problem)
+        else:
+            self._until_ready.setdefault(arena, []).append((channel, message))
+        return False
+
+    def _refuse(self, channel: Channel, message: Any, reason: str) -> None:
+        if isinstance(message, m.StoreLease):
+            channel.send(m.StoreGrant(message.request, 0, 0, reason, message.arena))
+        elif isinstance(message, m.Need):
+            channel.send(m.Found(message.request, [], "device_lost", reason))
+        else:
+            channel.send(m.Answer(message.request, None, reason))
+
+    def _on_seal(self, channel: Channel, message: m.Seal) -> None:
+        self.board.adopt([part.slot for part in message.parts], self._index_of(channel.peer_id))
+        parts = [PartCopy(p.arena, p.offset, p.size, p.slot, p.serial, p.home) for p in message.parts]
+        self.run(self.books.seal(channel.peer_id, message.object_id, message.owner, parts))
+
+    def _on_free(self, channel: Channel, message: m.Free) -> None:
+        for object_id in message.object_ids:
+            self.run(self.books.free(object_id))
+
+    def _on_need(self, channel: Channel, message: m.Need) -> None:
+        for _, arena in message.wants:
+            if arena != HOST and not self._is_ready(arena, channel, message):
+                return
+        self.run(
+            self.books.need(
+                channel.peer_id,
+                message.request,
+                message.object_id,
+                message.wants,
+                priority=message.priority,
+                deadline=time.monotonic() + message.timeout_s,
+            )
+        )
+
+    def _on_slots(self, channel: Channel, message: m.Query) -> None:
+        """A process wants slots of the pin board for what it is going to write."""
+        slots = self.board.lease_slots(min(int(message.argument), MAX_SLOTS), self._index_of(channel.peer_id))
+        channel.send(m.Answer(message.request, slots))
+
+    def _on_slab(self, channel: Channel, message: m.Query) -> None:
+        """A process wants to map a device's slab."""
+        if self._is_ready(message.argument, channel, message):
+            export: SlabExport = self.stores.export(message.argument)
+            channel.send(m.Answer(message.request, msgspec.msgpack.encode(export)))
+
+    # -- what the books decide -------------------------------------------------------------------------------------
+
+    def run(self, effects: Sequence[Any]) -> None:
+        """Execute what the books decided."""
+        for effect in effects:
+            kind = type(effect)
+            if kind is t.Granted:
+                grant = m.StoreGrant(effect.request_id, effect.offset, effect.size, "", effect.arena)
+                self._daemon.send(effect.client, grant)
+            elif kind is t.Refused:
+                self._daemon.send(effect.client, m.StoreGrant(effect.request_id, 0, 0, effect.reason, effect.arena))
+            elif kind is t.Found:
+                parts = [(i, m.Part(p.arena, p.offset, p.size, p.slot, p.serial, p.home)) for i, p in effect.parts]
+                self._daemon.send(effect.client, m.Found(effect.request_id, parts))
+            elif kind is t.NotFound:
+                self._daemon.send(effect.client, m.Found(effect.request_id, [], effect.kind, effect.reason))
+            elif kind is t.Lost:
+                self._daemon.send(effect.owner, m.Lost(list(effect.object_ids), effect.cause))
+            elif kind is t.Trim:
+                for channel in self._daemon.channels.values():
+                    channel.send(m.Trim(effect.arena))
+            else:
+                self.stores.execute(effect)
+
+    def _on_done(self, job: int, kind: str, text: str) -> None:
+        self.run(self.books.finished(job, f"{kind}: {text}" if kind else ""))
+
+    # -- devices ---------------------------------------------------------------------------------------------------
+
+    def _on_ready(self, arena: int, capacity: int) -> None:
+        device = self.devices[arena]
+        self.run(self.books.add_arena(arena, capacity, f"device {device.uuid} ({device.name})"))
+        self._daemon.leases.restore(device.uuid)
+        for channel, message in self._until_ready.pop(arena, []):
+            if not channel.closed:
+                self._daemon.handle(channel, message)
+
+    def _on_lost(self, arena: int, uuid: str, epoch: int, cause: str) -> None:
+        """A life of a device is over, whatever ended it; told once for each life."""
+        for lease_id in self._daemon.leases.withdraw(uuid):
+            self._daemon.workers.kill_leased(lease_id)
+        self._daemon.workers.end_bound_to(uuid)
+        for channel, message in self._until_ready.pop(arena, []):
+            if not channel.closed:
+                self._refuse(channel, message, cause)
+        self.run(self.books.remove_arena(arena, cause))
+        self.stores.restart(arena)
+
+    def reserve(self) -> None:
+        """Keep room free on the devices for what tasks have reserved (`gpu_memory`)."""
+        for arena, device in self.devices.items():
+            reserved = self._daemon.leases.reserved_bytes(device.uuid)
+            if reserved != self._reserved.get(arena, 0) and self.stores.ready(arena):
+                self._reserved[arena] = reserved
+                self.run(self.books.reserve(arena, reserved))
+
+    # -- processes and time ----------------------------------------------------------------------------------------
+
+    def begin_process(self, index: int, devices: Sequence[str]) -> dict[str, str]:
+        """Prepare for a worker that is about to be forked; return the variables that it needs."""
+        self.board.add_process(index)
+        if not devices:
+            return {"AFIELD_DEVICE_BACKEND": self.stores.backend_spec}
+        by_uuid = {device.uuid: device.index for device in self.devices.values()}
+        numbers = [by_uuid[uuid] for uuid in devices]
+        for number in numbers:
+            self.stores.ensure(1 + number)
+        return {
+            "AFIELD_VISIBLE_DEVICE_NUMBERS": ",".join(map(str, numbers)),
+            "AFIELD_DEVICE_BACKEND": self.stores.backend_spec,
+        }
+
+    def _index_of(self, process_id: bytes) -> int:
+        worker = self._daemon.workers.by_id.get(process_id)
+        return worker.index if worker is not None else DRIVER_INDEX
+
+    def process_died(self, process_id: bytes, index: int) -> None:
+        """Take back what a process had leased and pinned; what its objects become is decided when nobody uses them."""
+        if index:
+            self.board.remove_process(index)
+        self.run(self.books.client_died(process_id))
+        self._asked.discard(process_id)
+        orphans = self.books.owner_died(process_id)
+        if orphans:
+            self._orphans.update(orphans)
+            self._ask_for_orphans(time.monotonic())
+
+    def expire(self, now: float) -> None:
+        """Do what is due."""
+        self.stores.expire(now)
+        self.run(self.books.expire(now))
+        if self._orphans and now >= self._next_orphan_check:
+            self._ask_for_orphans(now)
+
+    def next_deadline(self) -> float | None:
+        """Return when `expire` has something to do."""
+        dues = [self.books.next_deadline(), self.stores.next_deadline()]
+        if self._orphans:
+            dues.append(self._next_orphan_check)
+        return min((due for due in dues if due is not None), default=None)
+
+    def _ask_for_orphans(self, now: float) -> None:
+        """Ask who still maps objects whose owner is dead; what nobody maps is freed when all have answered."""
+        self._question += 1
+        self._next_orphan_check = now + ORPHAN_CHECK_S
+        self._still_held = set()
+        self._asked = set(self._daemon.channels)
+        for channel in self._daemon.channels.values():
+            channel.send(m.Held(self._question, list(self._orphans)))
+
+    def _on_held(self, channel: Channel, message: m.Held) -> None:
+        if message.question != self._question:
+            return
+        self._still_held.update(message.object_ids)
+        self._asked.discard(channel.peer_id)
+        if not self._asked:
+            for object_id in self._orphans - self._still_held:
+                self.run(self.books.free(object_id))
+            self._orphans &= self._still_held
+
+    # -- for tools -------------------------------------------------------------------------------------------------
+
+    def describe_devices(self) -> dict[str, Any]:
+        """Return what a process that is not bound to devices must know to use them."""
+        return {
+            "backend": self.stores.backend_spec if self.devices else "",
+            "devices": [
+                {"arena": arena, "uuid": d.uuid, "index": d.index, "name": d.name, "memory": d.memory_bytes}
+                for arena, d in self.devices.items()
+            ],
+        }
+
+    def describe(self) -> dict[str, Any]:
+        """Return how the tiers are used: the host's figures, and all of them by name under "tiers"."""
+        host = self.books.usage(HOST)
+        tiers = {"host": host, "disk": self.books.usage(DISK)}
+        tiers |= {self.devices[arena].uuid: self.books.usage(arena) for arena in self.books.arenas if arena > HOST}
+        return {
+            "capacity": host.capacity,
+            "used": host.used,
+            "sealed": host.sealed,
+            "leased": host.leased,
+            "objects": sum(1 for _ in self.books.objects()),
+            "tiers": {name: asdict(usage) for name, usage in tiers.items()},
+        }

@@ -1,0 +1,123 @@
+"""The messages about stored values: where they are, and what processes and their node daemon say about room for them.
+
+Part of `messages`, whose tags these share: 30 to 35 and 55 to 58. All offsets and sizes are in bytes.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Part(msgspec.Struct, array_like=True, gc=False, frozen=True):
+    """One copy of one part of a stored object: `size` bytes at `offset` of an arena (0: the host's slab, 1 + i: device i's).
+
+    `slot` and `serial` name the copy on the pin board (`gpu_store.pins`); slot 0: it never moves. `home` is the arena that
+    the part was made in: 0 for host bytes, a device's for the memory of a device array.
+    """
+
+    arena: int
+    offset: int
+    size: int
+    slot: int = 0
+    serial: int = 0
+    home: int = 0
+
+
+class Location(msgspec.Struct, array_like=True, gc=False, frozen=True):
+    """Where a value lies: its parts, the first of them the serialised frame, unless that is small: then it is `frame`.
+
+    It is a hint: what it names may have moved; the pin board tells, and the node daemon knows where to.
+    """
+
+    parts: list[Part]
+    frame: bytes = b""
+
+    @property
+    def size(self) -> int:
+        """Bytes of the value."""
+        return len(self.frame) + sum(part.size for part in self.parts)
+
+
+class StoreLease(msgspec.Struct, array_like=True, tag=30):
+    """Ask for `size` bytes of an arena, waiting at most `timeout_s`."""
+
+    request: int
+    size: int
+    timeout_s: float
+    arena: int = 0
+
+
+class StoreGrant(msgspec.Struct, array_like=True, tag=31):
+    """The extent for request `request`, or the `refusal` with its arithmetic."""
+
+    request: int
+    offset: int
+    size: int
+    refusal: str
+    arena: int = 0
+
+
+class GiveBack(msgspec.Struct, array_like=True, tag=32):
+    """An unused part of an extent that was granted."""
+
+    offset: int
+    size: int
+    arena: int = 0
+
+
+class Seal(msgspec.Struct, array_like=True, tag=33):
+    """The parts, written into extents of the sender's, are object `object_id`, complete."""
+
+    object_id: bytes
+    owner: bytes
+    parts: list[Part]
+
+
+class Free(msgspec.Struct, array_like=True, tag=34):
+    """The owner says that nobody can reach these objects any more."""
+
+    object_ids: list[bytes]
+
+
+class Held(msgspec.Struct, array_like=True, tag=35):
+    """Question from the daemon (owner died): which of these are mapped by live values? The answer has the same form."""
+
+    question: int
+    object_ids: list[bytes]
+
+
+class Need(msgspec.Struct, array_like=True, tag=55):
+    """The sender needs parts (index, arena) of an object where they are not, or no longer. Priority 0: for a `get`."""
+
+    request: int
+    object_id: bytes
+    wants: list[tuple[int, int]]
+    priority: int
+    timeout_s: float
+
+
+class Found(msgspec.Struct, array_like=True, tag=56):
+    """The parts that request `request` asked for stay where they are until `Mapped`; or why they cannot be had.
+
+    `kind` is empty, or "unknown", "lost", "full", "failed" with a `reason`.
+    """
+
+    request: int
+    parts: list[tuple[int, Part]]
+    kind: str = ""
+    reason: str = ""
+
+
+class Mapped(msgspec.Struct, array_like=True, tag=57):
+    """The sender has pinned what `Found(request)` named."""
+
+    request: int
+
+
+class Trim(msgspec.Struct, array_like=True, tag=58):
+    """Memory of an arena is short: give back the chunks of it that you do not use."""
+
+    arena: int
+
+
+TierMessage = StoreLease | StoreGrant | GiveBack | Seal | Free | Held | Need | Found | Mapped | Trim

@@ -1,0 +1,152 @@
+"""The core of sharing a node's devices: what is left of each, which are away, and which fit what is needed.
+
+Theory of operation. Device amounts live on the devices, not in one sum: a device that is nine tenths full does not help
+who needs two tenths twice. A `Slot` is one device; amounts are in units of 1e-4, as everywhere in the scheduler.
+
+A device can be *withdrawn*: nothing new is placed on it, and the totals shrink. If it is coming back (its store process
+is being started anew, or it is being reset) what needs it waits; if it is gone, what can be met without it only is
+feasible. What its leases hold stays accounted until each is released, so a device that comes back is not handed out twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from afield.scheduler.devices import Device
+from afield.scheduler.resources import GPU, GPU_MEMORY, UNIT, format_amount
+
+# Devices that one error text names; the rest is counted.
+MAX_NAMED = 4
+
+
+class Slot:
+    """What is left of one device, and how much of that is kept for the demand with the hold."""
+
+    __slots__ = ("all_memory", "away", "coming_back", "held_memory", "held_units", "index", "memory", "units", "uuid")
+
+    def __init__(self, device: Device, index: int) -> None:
+        self.uuid = device.uuid
+        self.index = index
+        self.units = UNIT
+        self.all_memory = self.memory = device.memory_bytes * UNIT
+        self.held_units = 0
+        self.held_memory = 0
+        #: Why it was withdrawn, None while it is here.
+        self.away: str | None = None
+        self.coming_back = False
+
+    @property
+    def here(self) -> bool:
+        return self.away is None
+
+
+class DeviceSlots:
+    """The devices of one node."""
+
+    def __init__(self, devices: Sequence[Device]) -> None:
+        self._slots = [Slot(device, index) for index, device in enumerate(devices)]
+        self._by_uuid = {slot.uuid: slot for slot in self._slots}
+
+    # -- coming and going -----------------------------------------------------------------------------------------
+
+    def withdraw(self, uuid: str, cause: str, coming_back: bool) -> Slot:
+        """Place nothing more on a device; raises KeyError for one that the node never had."""
+        slot = self._by_uuid[uuid]
+        slot.away = cause
+        slot.coming_back = coming_back
+        slot.held_units = slot.held_memory = 0
+        return slot
+
+    def restore(self, uuid: str) -> None:
+        """Place things on it again; raises KeyError for a device that the node never had."""
+        slot = self._by_uuid[uuid]
+        slot.away = None
+        slot.coming_back = False
+
+    # -- what there is --------------------------------------------------------------------------------------------
+
+    def total(self) -> dict[str, int]:
+        """Return the amounts of the devices that are here, used or not."""
+        here = [slot for slot in self._slots if slot.here]
+        return {GPU: UNIT * len(here), GPU_MEMORY: sum(slot.all_memory for slot in here)}
+
+    def free(self) -> dict[str, int]:
+        """Return what is not leased of them."""
+        here = [slot for slot in self._slots if slot.here]
+        return {GPU: sum(slot.units for slot in here), GPU_MEMORY: sum(slot.memory for slot in here)}
+
+    def reserved_bytes(self, uuid: str) -> int:
+        """Return how many bytes of a device leases have reserved; raises KeyError for one that the node never had."""
+        slot = self._by_uuid[uuid]
+        return (slot.all_memory - slot.memory) // UNIT
+
+    # -- what fits ------------------------------------------------------------------------------------------------
+
+    def find(self, count: int, units: int, memory: int, with_held: bool) -> Sequence[Slot] | None:
+        """Return `count` devices with so much room, the fullest first choice, or None; without what is held unless told."""
+        if not count:
+            return ()
+        fitting = [
+            slot
+            for slot in self._slots
+            if slot.here
+            and slot.units - (0 if with_held else slot.held_units) >= units
+            and slot.memory - (0 if with_held else slot.held_memory) >= memory
+        ]
+        if len(fitting) < count:
+            return None
+        fitting.sort(key=lambda slot: (slot.units, slot.memory, slot.index))
+        return sorted(fitting[:count], key=lambda slot: slot.index)
+
+    def hold(self, count: int, units: int, memory: int, back: Iterable[tuple[Slot, int, int]]) -> bool:
+        """Keep devices on which so much fits once `back` (slot, units, memory) has come back; False if it never will."""
+        slot_units = [slot.units for slot in self._slots]
+        slot_memory = [slot.memory for slot in self._slots]
+        for slot, more_units, more_memory in back:
+            slot_units[slot.index] += more_units
+            slot_memory[slot.index] += more_memory
+        hopeful = [
+            slot
+            for slot in self._slots
+            if slot.here and slot_units[slot.index] >= units and slot_memory[slot.index] >= memory
+        ]
+        if len(hopeful) < count:
+            return False
+        # Devices that are kept already stay so, else the emptiest: changing the choice would lose what was gathered.
+        hopeful.sort(key=lambda slot: (-slot.held_units, -slot.held_memory, -slot.units, -slot.memory, slot.index))
+        self.end_hold()
+        for slot in hopeful[:count]:
+            slot.held_units, slot.held_memory = units, memory
+        return True
+
+    def end_hold(self) -> None:
+        """Nothing is kept for anybody any more."""
+        for slot in self._slots:
+            slot.held_units = slot.held_memory = 0
+
+    # -- what never will ------------------------------------------------------------------------------------------
+
+    def why_infeasible(self, gpu: int, count: int, memory: int) -> tuple[str, str]:
+        """Return (what is not enough, remedy) if `count` devices with so much memory are more than there will be."""
+        there = [slot for slot in self._slots if slot.here or slot.coming_back]
+        if count > len(there):
+            wanted = max(count, 2)
+            remedy = self._gone() or (
+                f'Ask for devices when the runtime starts: afield.init(devices="emulated:{wanted}") '
+                f"or AFIELD_DEVICES=emulated:{wanted} in the environment."
+            )
+            return f"{GPU} (asked {format_amount(GPU, gpu or UNIT)}, total {len(there)})", remedy
+        if sum(slot.all_memory >= memory for slot in there) < count:
+            have = ", ".join(format_amount(GPU_MEMORY, slot.all_memory) for slot in there)
+            asked = format_amount(GPU_MEMORY, memory)
+            return f"{GPU_MEMORY} (asked {asked} on {count} devices, they have {have})", self._gone()
+        return "", ""
+
+    def _gone(self) -> str:
+        """Say which devices were here once and why they are not any more."""
+        gone = [slot for slot in self._slots if not (slot.here or slot.coming_back)]
+        if not gone:
+            return ""
+        named = ", ".join(f"{slot.uuid} ({slot.away})" if slot.away else slot.uuid for slot in gone[:MAX_NAMED])
+        more = f" and {len(gone) - MAX_NAMED} more" if len(gone) > MAX_NAMED else ""
+        return f"Withdrawn from this node: {named}{more}; a device comes back when it was reset."
