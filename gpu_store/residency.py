@@ -277,6 +277,11 @@ class Residency:
         stored = self._catalogue.objects.get(object_id)
         return None if stored is None else [best_copy(part) for part in stored.parts]
 
+    def lost_from(self, object_id: bytes) -> bytes | None:
+        """Return the owner of an object of which a part is lost; None if it is whole, or not in the books."""
+        stored = self._catalogue.objects.get(object_id)
+        return stored.owner if stored is not None and any(part.lost for part in stored.parts) else None
+
     def objects(self) -> Iterator[tuple[bytes, bytes, dict[int, int]]]:
         """Yield (id, owner, bytes by arena, rounding included) of every object; DISK counts the pieces on disk."""
         for object_id, stored in self._catalogue.objects.items():

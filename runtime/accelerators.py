@@ -36,7 +36,8 @@ def prepare(uuids: Sequence[str], backend: str) -> None:
 
     Args:
         uuids: the devices that this process may use; none in a worker without a lease of devices.
-        backend: what the session hands to its processes: "emulated:<address>", "cuda:...", or "" without devices.
+        backend: what the session hands to its processes ("emulated:<address>", "cuda:..."), or the kind alone; "" without
+            devices.
     """
     global _prepared
     _prepared = _Prepared(tuple(uuids), backend.partition(":")[0])

@@ -16,7 +16,7 @@ from afield.errors import (
     AlreadyInitializedError,
     NotInitializedError,
 )
-from afield.runtime import current
+from afield.runtime import accelerators, current
 from afield.runtime import messages as m
 from afield.runtime.actors import ActorClass, ActorHandle
 from afield.runtime.bootstrap import Session, SessionOptions
@@ -134,6 +134,8 @@ def _start(options: SessionOptions) -> ClusterInfo:
     session = Session(options)
     _session, _no_auto_init = session, ""
     install(Facts(session.name, session.node_id, options.namespace, options.environment))
+    devices = options.devices
+    accelerators.prepare([device.uuid for device in devices], devices[0].kind if devices else "")
     _install_driver(session.participant)
     return _info(session)
 
@@ -189,6 +191,7 @@ def shutdown() -> None:
             process.pump.wait_for(ended, 2.0)
     finally:  # also if the user presses Ctrl-C once more
         current.install(None)
+        accelerators.prepare((), "")
         participant.close()
         session.end()
     if _printer is not None:
@@ -274,9 +277,7 @@ def _make_remote(target: Any, options: dict[str, Any]) -> Any:
 def get(refs: ObjectRef, *, timeout: float | None = None, device: str | int | None = None) -> Any: ...
 @overload
 def get(refs: Sequence[ObjectRef], *, timeout: float | None = None, device: str | int | None = None) -> list[Any]: ...
-def get(
-    refs: ObjectRef | Sequence[ObjectRef], *, timeout: float | None = None, device: str | int | None = None
-) -> Any:
+def get(refs: ObjectRef | Sequence[ObjectRef], *, timeout: float | None = None, device: str | int | None = None) -> Any:
     """Return the value of a ref, or the values of a list of refs, waiting until they are there.
 
     Arrays come back as read-only views of shared memory. Device arrays come back on this process's device, which copies

@@ -90,7 +90,7 @@ class Values:
             try:
                 return self.value_of(ref, entry, deadline, into=into)
             except PartsLostError as lost:
-                self.lost(ref.id, lost)
+                self.process.locked(self.table.lost, ref.id, str(lost))
 
     def wait_done(self, ref: ObjectRef, deadline: float | None) -> None:
         """Block until the value of `ref` is there."""
@@ -193,6 +193,8 @@ class Values:
         object_id = ref.id
         if entry.state == INLINE and not entry.value:
             return None
+        if entry.state == PENDING:  # it was lost since somebody looked
+            raise PartsLostError("the value was lost")
         on_ref = self._on_ref_in(object_id)
         if entry.state != LOCATED:
             value = deserialize(entry.value, "the value", on_ref)
@@ -212,10 +214,6 @@ class Values:
         if location is not entry.value and entry.state == LOCATED:
             entry.value = location
         return value
-
-    def lost(self, object_id: bytes, error: PartsLostError) -> None:
-        """The value of an object that we hold is in no tier any more: have its owner make it again, or learn why not."""
-        self.process.locked(self.table.lost, object_id, str(error))
 
     def _on_ref_in(self, container: bytes) -> Callable[[bytes, bytes], None]:
         def on_ref(object_id: bytes, owner: bytes) -> None:

@@ -255,8 +255,7 @@ def test_items_of_a_generator_fail() -> None:
     assert afield.get(refs[1])[0] == 1
 
 
-@remote_with()
-class Counter:
+class _Counter:
     def __init__(self) -> None:
         self.calls = 0
 
@@ -269,6 +268,17 @@ class Counter:
         return self.array()
 
 
+Counter: Any = afield.remote(_Counter)
+
+
+def _is_dead(counter: Any) -> bool:
+    try:
+        afield.get(counter.array.remote(), timeout=30)
+    except afield.ActorDiedError:
+        return True
+    return False
+
+
 @pytest.mark.usefixtures("shared_runtime")
 def test_calls_of_actors_are_repeated_only_where_they_may() -> None:
     counter = Counter.remote()
@@ -279,8 +289,7 @@ def test_calls_of_actors_are_repeated_only_where_they_may() -> None:
     with pytest.raises(ObjectLostError, match="max_task_retries"):
         afield.get(once)
     afield.kill(counter)
-    with pytest.raises(afield.ActorDiedError):
-        afield.get(counter.array.remote(), timeout=30)
+    poll(lambda: _is_dead(counter))
     lose_for_real(twice)
     with pytest.raises(afield.ActorDiedError):
         afield.get(twice, timeout=30)
@@ -319,8 +328,7 @@ def test_large_arguments_are_kept(log: Any) -> None:
 
 @pytest.mark.usefixtures("shared_runtime")
 def test_a_borrower_waits_for_what_is_made_again(log: Any) -> None:
-    @remote_with()
-    class Holder:
+    class _Holder:
         def keep(self, refs: list[Any]) -> float:
             self.ref = refs[0]
             return float(afield.get(self.ref)[0])
@@ -332,7 +340,7 @@ def test_a_borrower_waits_for_what_is_made_again(log: Any) -> None:
             return float(afield.get(self.ref, timeout=30)[0])
 
     ref = ones.remote(log.path, "a")
-    holder = Holder.remote()
+    holder = remote_with()(_Holder).remote()
     assert afield.get(holder.keep.remote([ref])) == 1
     lose_for_real(ref)
     assert afield.get(holder.read.remote(), timeout=60) == 1

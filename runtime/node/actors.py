@@ -10,7 +10,7 @@ import msgspec
 
 from afield.errors import ActorDiedError, ActorUnschedulableError
 from afield.runtime import messages as m
-from afield.scheduler.leases import Grant
+from afield.scheduler.leases import Grant, Infeasible
 from afield.scheduler.resources import ResourceSet
 from afield.transport.channel import Channel
 
@@ -113,6 +113,12 @@ class ActorDirectory:
         shape = ResourceSet(actor.spec.shape)
         owner = _ACTOR_OWNER + actor.spec.actor_id
         for refusal in self._daemon.leases.demand(owner, shape, 1, 0, lasting=True):
+            self.on_refused(refusal)
+
+    def on_refused(self, refusal: Infeasible) -> None:
+        """There never will be a worker for an actor."""
+        actor = self.actors.get(refusal.owner[len(_ACTOR_OWNER) :])
+        if actor is not None:
             error = ActorUnschedulableError(f"{actor.spec.class_name}: {refusal.reason}")
             self._end(actor, pickle.dumps(error, 5))
 

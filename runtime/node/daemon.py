@@ -26,7 +26,7 @@ from afield.runtime.node.output import OutputRelay
 from afield.runtime.node.tiers import Tiers
 from afield.runtime.node.workers import Worker, WorkerPool
 from afield.scheduler.devices import Device
-from afield.scheduler.leases import Grant, LeaseManager
+from afield.scheduler.leases import Grant, Infeasible, LeaseManager
 from afield.scheduler.resources import ResourceSet
 from afield.transport.auth import Handshake
 from afield.transport.channel import Channel, listen, same_user
@@ -255,6 +255,15 @@ class NodeDaemon:
             self.workers.provide(grant)
         for owner in self.leases.reclaims():
             self.send(owner, m.Reclaim())
+        for refusal in self.leases.refusals():
+            self._refuse(refusal)
+
+    def _refuse(self, refusal: Infeasible) -> None:
+        """What somebody waits for can never be had, since a device was lost."""
+        if self.actors.is_actor_lease(refusal.owner):
+            self.actors.on_refused(refusal)
+        else:
+            self.send(refusal.owner, m.Infeasible(refusal.key, refusal.reason))
 
     def granted(self, worker: Worker) -> None:
         """A worker is ready for its lease."""

@@ -114,6 +114,9 @@ class Tiers:
             self.run(self.books.free(object_id))
 
     def _on_need(self, channel: Channel, message: m.Need) -> None:
+        lost = self.books.lost_from(message.object_id)
+        if lost is not None:  # the owner was told, perhaps before it knew of the object
+            self._daemon.send(lost, m.Lost([message.object_id], "it was in no tier when it was needed"))
         for _, arena in message.wants:
             if arena != HOST and not self._is_ready(arena, channel, message):
                 return
@@ -141,8 +144,8 @@ class Tiers:
 
     # -- what the books decide -------------------------------------------------------------------------------------
 
-    def run(self, effects: Sequence[Any]) -> None:
-        """Execute what the books decided."""
+    def run(self, effects: Sequence[Any], kind_of_loss: str = "") -> None:
+        """Execute what the books decided; `kind_of_loss` as in `Lost`."""
         for effect in effects:
             kind = type(effect)
             if kind is t.Granted:
@@ -156,7 +159,7 @@ class Tiers:
             elif kind is t.NotFound:
                 self._daemon.send(effect.client, m.Found(effect.request_id, [], effect.kind, effect.reason))
             elif kind is t.Lost:
-                self._daemon.send(effect.owner, m.Lost(list(effect.object_ids), effect.cause))
+                self._daemon.send(effect.owner, m.Lost(list(effect.object_ids), effect.cause, kind_of_loss))
             elif kind is t.Trim:
                 for channel in self._daemon.channels.values():
                     channel.send(m.Trim(effect.arena))
@@ -178,14 +181,14 @@ class Tiers:
 
     def _on_lost(self, arena: int, uuid: str, epoch: int, cause: str) -> None:
         """A life of a device is over, whatever ended it; told once for each life."""
-        for lease_id in self._daemon.leases.withdraw(uuid):
-            self._daemon.workers.kill_leased(lease_id)
-        self._daemon.workers.end_bound_to(uuid)
+        again = self.stores.restart(arena)
+        words = f"lost at {time.strftime('%H:%M:%S')}: {cause}"
+        self._daemon.leases.withdraw(uuid, words, coming_back=again)
+        self._daemon.workers.end_bound_to(uuid, f"its device {uuid} was {words}")
         for channel, message in self._until_ready.pop(arena, []):
             if not channel.closed:
                 self._refuse(channel, message, cause)
-        self.run(self.books.remove_arena(arena, cause))
-        self.stores.restart(arena)
+        self.run(self.books.remove_arena(arena, cause), "device")
 
     def reserve(self) -> None:
         """Keep room free on the devices for what tasks have reserved (`gpu_memory`)."""

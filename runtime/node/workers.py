@@ -46,7 +46,7 @@ MIN_SPARE = 4
 class Worker:
     """One worker process as the daemon knows it."""
 
-    __slots__ = ("actor_id", "devices", "environment", "grant", "id", "index", "name", "pid", "ready")
+    __slots__ = ("actor_id", "devices", "ended_for", "environment", "grant", "id", "index", "name", "pid", "ready")
 
     def __init__(self, worker_id: bytes, pool: Pool, index: int) -> None:
         self.id = worker_id
@@ -58,6 +58,8 @@ class Worker:
         self.grant: Grant | None = None
         self.actor_id = b""
         self.name = "worker"
+        #: Why the daemon ended it, where that says more than the signal.
+        self.ended_for = ""
 
     @property
     def lease_id(self) -> int:
@@ -212,10 +214,11 @@ class WorkerPool:
         if worker is not None:
             self.kill(worker)
 
-    def end_bound_to(self, uuid: str) -> None:
+    def end_bound_to(self, uuid: str, reason: str) -> None:
         """End the workers of a device that is lost."""
         for worker in list(self.by_id.values()):
             if uuid in worker.devices:
+                worker.ended_for = f"pid {worker.pid} was ended, as {reason}"
                 self.kill(worker)
 
     def kill_process(self, process_id: bytes) -> None:
@@ -277,7 +280,7 @@ class WorkerPool:
         del self.by_id[worker.id]
         self._remove_idle(worker)
         self._not_spare(worker)
-        reason = describe_exit(pid, status)
+        reason = worker.ended_for or describe_exit(pid, status)
         if worker.grant is not None:
             self._by_lease.pop(worker.grant.lease_id, None)
             if worker.ready or not self._replace(worker, worker.grant, reason):
