@@ -50,7 +50,10 @@ NOBODY: Key = (-1, 0)
 
 
 class LeasedRanges:
-    """The leased and unsealed byte ranges of one client, sorted. Few: a client has one or two chunks open at a time."""
+    """The leased and unsealed byte ranges of one client, sorted. Few: a client has one or two chunks open at a time.
+
+    Ranges that touch are one: the client coalesces what it has free, so that what it seals may lie across two chunks.
+    """
 
     __slots__ = ("ends", "size", "starts")
 
@@ -60,10 +63,16 @@ class LeasedRanges:
         self.size = 0
 
     def add(self, start: int, end: int) -> None:
-        at = bisect_right(self.starts, start)
-        self.starts.insert(at, start)
-        self.ends.insert(at, end)
         self.size += end - start
+        at = bisect_right(self.starts, start)
+        if at < len(self.starts) and self.starts[at] == end:
+            end = self.ends[at]
+            del self.starts[at], self.ends[at]
+        if at and self.ends[at - 1] == start:
+            self.ends[at - 1] = end
+        else:
+            self.starts.insert(at, start)
+            self.ends.insert(at, end)
 
     def holds(self, start: int, end: int) -> bool:
         at = bisect_right(self.starts, start) - 1

@@ -21,9 +21,9 @@ from typing import Any
 
 import msgspec
 
-from afield.errors import NoDeviceError
+from afield.errors import AfieldError, DeviceLostError, NoDeviceError
 from afield.gpu_store.arena import DeviceArena
-from afield.gpu_store.backends.base import DeviceBackend, SlabExport
+from afield.gpu_store.backends.base import DeviceBackend, PoisonedContextError, SlabExport
 from afield.gpu_store.backends.select import open_backend
 from afield.gpu_store.client import Hold
 from afield.gpu_store.emulated_arrays import installed_as_import, set_process_devices
@@ -166,6 +166,17 @@ class Devices:
         """Return the arena of the first device that values are read into; None if they are read into host memory."""
         first = next(iter(self.bound), None)
         return None if first is None else self.arena(first)
+
+    def broken(self) -> str:
+        """Return why this process cannot go on with its devices, or ""."""
+        for arena in list(self._arenas.values()):
+            try:
+                arena.device.memory_info()
+            except (DeviceLostError, PoisonedContextError) as error:
+                return str(error)
+            except AfieldError:
+                continue  # not a matter of life and death
+        return ""
 
     def settle(self) -> None:
         """Wait for what arrays compute, so that the memory which they do not use any more can be given up."""

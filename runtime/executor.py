@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import signal
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 from afield.errors import TaskCancelledError
 from afield.runtime import current
@@ -37,6 +38,9 @@ from afield.transport.pump import Waiter, uninterruptible
 
 #: Replies are held back no longer than this while further tasks run.
 MAX_HOLD_S = 0.0005
+
+#: A worker that the daemon was asked to end does so itself after this time.
+END_WITHIN_S = 5.0
 
 Job = tuple[Channel, m.Push]
 
@@ -264,6 +268,9 @@ class Executor:
         """Make the reply of a task that raised."""
         if current.process is not self.process:
             leave_copy(error)
+        broken = self.values.parts.devices.broken()
+        if broken:
+            self._leave(broken)
         if isinstance(error, ActorExit):
             self._goodbye = "it ended itself"
             return self.invocations.reply([None] * max(1, definition.num_returns), push, channel.peer_id, definition)
@@ -434,6 +441,13 @@ class Executor:
     def own_handle(self) -> ActorHandle | None:
         """Return a handle to the actor that lives here, None if there is none."""
         return ActorHandle.from_description(self._own_description) if self._own_description else None
+
+    def _leave(self, reason: str) -> NoReturn:
+        """This process is of no use any more: what it was doing failed for that, and is to be done elsewhere."""
+        self.flush()
+        self.process.locked(self.process.daemon.send, m.Unfit(reason))
+        time.sleep(END_WITHIN_S)  # the daemon ends us
+        os._exit(1)
 
     def _say_goodbye(self) -> None:
         """Tell the daemon that this actor ends by its own will, after its caller has its answer."""

@@ -295,6 +295,12 @@ class Lost(msgspec.Struct, array_like=True, tag=36):
     kind: str = ""
 
 
+class Unfit(msgspec.Struct, array_like=True, tag=37):
+    """Worker to daemon: a device of mine is lost, or my context on it is broken: end me."""
+
+    reason: str
+
+
 class CreateActor(msgspec.Struct, array_like=True, tag=40):
     """Create an actor; the answer is a series of `ActorState`."""
 
@@ -432,6 +438,7 @@ Message = (
     | Retire
     | TierMessage
     | Lost
+    | Unfit
     | CreateActor
     | BecomeActor
     | ActorBorn

@@ -67,6 +67,7 @@ class NodeDaemon:
             m.Blocked: self._on_blocked,
             m.CreateActor: self._on_create_actor,
             m.Retire: self.workers.on_retire_refused,
+            m.Unfit: self.workers.on_unfit,
             m.ActorBorn: self.actors.on_born,
             m.WatchActor: self.actors.on_watch,
             m.ActorGone: self.actors.on_gone,

@@ -202,6 +202,13 @@ class StoreProcesses:
             self._start(store)
         return store.state in (State.STARTING, State.READY, State.ENDING, State.PAUSED)
 
+    def look(self, arena: int) -> None:
+        """Somebody had trouble with a device: see now whether it is lost, instead of with the next news."""
+        store = self._stores[arena]
+        gone = self._gone(store)
+        if gone:
+            self._end(store, gone, device_lost=True)
+
     def export(self, arena: int) -> SlabExport:
         """Return what other processes map the slab of a ready arena with."""
         export = self._stores[arena].export

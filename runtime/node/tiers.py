@@ -190,6 +190,12 @@ class Tiers:
                 self._refuse(channel, message, cause)
         self.run(self.books.remove_arena(arena, cause), "device")
 
+    def look(self, uuids: Sequence[str]) -> None:
+        """Somebody has trouble with these devices: see whether they are lost, before anybody else is sent there."""
+        for arena, device in self.devices.items():
+            if device.uuid in uuids:
+                self.stores.look(arena)
+
     def reserve(self) -> None:
         """Keep room free on the devices for what tasks have reserved (`gpu_memory`)."""
         for arena, device in self.devices.items():

@@ -221,6 +221,14 @@ class WorkerPool:
                 worker.ended_for = f"pid {worker.pid} was ended, as {reason}"
                 self.kill(worker)
 
+    def on_unfit(self, channel: Channel, message: m.Unfit) -> None:
+        """A worker cannot go on with its devices."""
+        worker = self.by_id.get(channel.peer_id)
+        if worker is not None:
+            worker.ended_for = worker.ended_for or f"pid {worker.pid} was ended: {message.reason}"
+            self._daemon.tiers.look(worker.devices)
+            self.kill(worker)
+
     def kill_process(self, process_id: bytes) -> None:
         """End a worker that broke the protocol."""
         worker = self.by_id.get(process_id)
