@@ -118,6 +118,11 @@ def _describe(session: SessionInfo) -> dict[str, Any]:
             {"pid": pid, "kind": kind, "name": name, "busy": bool(workers.get(pid, {}).get("lease"))}
             for _, pid, kind, name in client.ask("census")
         ]
+        processes += [
+            {"pid": one["pid"], "kind": "store", "name": one["device"] or "disk", "busy": False}
+            for one in client.ask("stores")
+            if one["pid"]
+        ]
         return {
             "session": session.name,
             "driver_pid": session.driver_pid,
@@ -138,6 +143,17 @@ def _print_status(facts: dict[str, Any]) -> None:
     print(
         f"store {format_bytes(store['used'])} of {format_bytes(store['capacity'])} used, {store['objects']} objects\n"
     )
+    if _is_tiered(store["tiers"]):
+        tiers = [
+            (
+                name,
+                *(format_bytes(tier[key]) for key in ("used", "sealed", "leased")),
+                format_bytes(tier["capacity"]) if tier["capacity"] else "",
+            )
+            for name, tier in store["tiers"].items()
+        ]
+        _table(("tier", "used", "by objects", "by processes", "capacity"), tiers, right=(1, 2, 3, 4))
+        print()
     rows = [
         (name, _amount(name, amount["available"]), _amount(name, amount["total"]))
         for name, amount in facts["resources"].items()
@@ -149,6 +165,11 @@ def _print_status(facts: dict[str, Any]) -> None:
         for process in facts["processes"]
     ]
     _table(("pid", "kind", "name", "state"), processes, right=(0,))
+
+
+def _is_tiered(tiers: dict[str, Any]) -> bool:
+    """Tell whether there is more to say than how full the host store is."""
+    return len(tiers) > 2 or bool(tiers["disk"]["used"])
 
 
 def _memory(options: argparse.Namespace) -> int:

@@ -62,6 +62,8 @@ class Devices:
         self._library_allocator: Any = None  # alive as long as the library uses it
         self._on_close = contextlib.ExitStack()
         self.bytes_shared = 0
+        #: Of a worker: why its device could not be used when it was asked for.
+        self.unusable = ""
         uuids = [uuid for uuid in os.environ.get("AFIELD_VISIBLE_DEVICES", "").split(",") if uuid]
         numbers = [int(n) for n in os.environ.get("AFIELD_VISIBLE_DEVICE_NUMBERS", "").split(",") if n]
         in_worker = "AFIELD_WORKER" in os.environ
@@ -130,7 +132,11 @@ class Devices:
             raise NoDeviceError(f"arena {number} is no device of this process; it has: {mine or 'none'}")
         if self._backend is None:
             self._backend = open_backend(self._spec)
-        raw = self._process.request(lambda request: m.Query(request, "slab", number))
+        try:
+            raw = self._process.request(lambda request: m.Query(request, "slab", number))
+        except AfieldError as error:
+            self.unusable = str(error)
+            raise DeviceLostError(str(error)) from None
         export = msgspec.msgpack.decode(raw, type=SlabExport)
         backend, uuid = self._backend, mine[number]
         device = backend.open(uuid)
@@ -169,6 +175,8 @@ class Devices:
 
     def broken(self) -> str:
         """Return why this process cannot go on with its devices, or ""."""
+        if self.unusable:
+            return self.unusable
         for arena in list(self._arenas.values()):
             try:
                 arena.device.memory_info()

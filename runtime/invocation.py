@@ -88,9 +88,7 @@ class Invocations:
 
         return on_ref
 
-    def _read(
-        self, oid: bytes, owner: bytes, location: m.Location, what: str, on_ref: Any, holds: list[Any]
-    ) -> Any:
+    def _read(self, oid: bytes, owner: bytes, location: m.Location, what: str, on_ref: Any, holds: list[Any]) -> Any:
         """Rebuild a stored argument; what its memory is held by goes into `holds`, as (weak reference, id, owner)."""
 
         def hold(slot: int) -> Any:

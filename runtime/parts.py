@@ -288,14 +288,24 @@ class Parts:
                 raise RuntimeDiedError(self.process.dead)
             raise GetTimeoutError("the value is there, but it could not be brought here in time")
 
-        answer: m.Found = self.process.request(
-            lambda request: m.Need(request, object_id, wants, priority, wait_s),
-            give_up=lambda unwanted: self._mapped(unwanted.request),
-            wait=wait,
-        )
+        try:
+            answer: m.Found = self.process.request(
+                lambda request: m.Need(request, object_id, wants, priority, wait_s),
+                give_up=lambda unwanted: self._mapped(unwanted.request),
+                wait=wait,
+            )
+        except DeviceLostError as error:
+            if self.devices.bound:  # a worker asks for nothing on other devices than its own
+                self.devices.unusable = str(error)
+            raise
         for index, part in answer.parts:
             if part.slot and not self.pinner.pin(part.slot, part.serial):
-                raise AfieldError(f"a part of object {object_id.hex()} moved although it was promised: a bug of afield's")
+                self._mapped(answer.request)
+                if part.arena != HOST:
+                    raise PartsLostError("the device that it was brought to was lost at that moment")
+                raise AfieldError(
+                    f"a part of object {object_id.hex()} moved although it was promised: a bug of afield's"
+                )
             parts[index], holds[index] = part, new_hold(part.slot)
         self._mapped(answer.request)
 

@@ -46,6 +46,8 @@ from afield.gpu_store.backends.faults import Call, Fault, FaultKind, inject, str
 from afield.gpu_store.backends.health import STICKY_CODES
 from afield.gpu_store.backends.streams import Bytes, EmulatedStream, Lane, Wire
 
+Check = Callable[[], None]
+
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
@@ -324,17 +326,23 @@ class EmulatedDevice:
                 "a peer's slab is one of another device of this machine; use copy_within on the same"
             )
         index = self._board.index(peer.device_uuid)
-        base.check_slab(peer, self._board.devices[index], self._board.epoch(index))
+
+        def check_peer() -> None:
+            base.check_slab(peer, self._board.devices[index], self._board.epoch(index))
+
+        check_peer()
         base.check_range(peer, peer_offset, size_bytes)
         source = peer.memory[peer_offset : peer_offset + size_bytes]
-        self._copy(target, source, self._backend.wire(peer.device_uuid, self.info.uuid), stream)
+        self._copy(target, source, self._backend.wire(peer.device_uuid, self.info.uuid), stream, check_peer)
 
     def _range(self, slab: Slab, offset: int, size_bytes: int) -> Bytes:
         mine = self._usable(slab)
         base.check_range(mine, offset, size_bytes)
         return mine.memory[offset : offset + size_bytes]
 
-    def _copy(self, target: Bytes, source: Bytes, wire: Wire | None, stream: Stream) -> None:
+    def _copy(
+        self, target: Bytes, source: Bytes, wire: Wire | None, stream: Stream, check_after: Check = lambda: None
+    ) -> None:
         self._enter(Call.OTHER)
         lane = stream.lane if isinstance(stream, EmulatedStream) else None
         if lane is None or lane.device_uuid != self.info.uuid:
@@ -346,6 +354,7 @@ class EmulatedDevice:
             else:
                 self._check_life()
                 np.copyto(target, source)
+            check_after()  # what was wiped meanwhile must not pass for data
 
         lane.submit(copy)
 

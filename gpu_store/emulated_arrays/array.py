@@ -198,7 +198,9 @@ class EmulatedArray(NDArrayOperatorsMixin, Held):
         """Return a copy in host memory, in `out` if that is given (same dtype and shape)."""
         self._home.touch()
         if out is None:
-            return np.array(self._array, order=order)
+            copy = np.array(self._array, order=order)
+            self._home.touch()  # what was wiped meanwhile must not pass for data
+            return copy
         if not isinstance(out, np.ndarray):
             raise TypeError("Only numpy.ndarray can be obtained from device arrays")
         if out.dtype != self.dtype:

@@ -172,6 +172,8 @@ def host_array(
     if 0 in shape:
         array = np.empty(shape, host_dtype(dtype))
     else:
-        array = np.ndarray(shape, host_dtype(dtype), place.memory, offset, strides)
+        # Not over `place.memory` itself: of a memoryview NumPy keeps the innermost array of the plain type alone, and what
+        # keeps the part in its place (`View`) is no plain array.
+        array = np.ndarray(shape, host_dtype(dtype), np.frombuffer(place.memory, np.uint8), offset, strides)
     array.flags.writeable = False
     return array

@@ -297,6 +297,7 @@ class NodeDaemon:
             "available": lambda argument: self.leases.available(),
             "store": lambda argument: self.tiers.describe(),
             "devices": lambda argument: self.tiers.describe_devices(),
+            "stores": lambda argument: self.tiers.stores.describe(),
             "processes": lambda argument: [process.hex() for process in self.channels],
             "workers": lambda argument: self.workers.describe(),
             "census": lambda argument: self.census.processes(),

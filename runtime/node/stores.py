@@ -324,6 +324,9 @@ class StoreProcesses:
             return
         if message.kind in ("device_lost", "poisoned"):
             self._end(store, message.text, device_lost=message.kind == "device_lost")
+        elif message.kind == "import" and peer is not None and self._is_over(peer):
+            # `on_lost` settles the job, and has what was to be copied made elsewhere.
+            self._end(peer, message.text, device_lost=bool(self._gone(peer)))
         else:
             self._on_done_callback(message.job, message.kind, message.text)
         if peer is not None:
@@ -463,6 +466,10 @@ class StoreProcesses:
             except DeviceLostError as error:
                 return str(error)
         return ""
+
+    def _is_over(self, store: _Store) -> bool:
+        """Tell whether a store's slab is of a life that its emulated device has behind it."""
+        return self._machine is not None and bool(store.uuid) and self._machine.epoch(store.uuid) != store.epoch
 
     def describe(self) -> list[dict[str, object]]:
         """List the stores that were ever needed, for tools."""
