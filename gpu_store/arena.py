@@ -123,6 +123,7 @@ class DeviceArena:
             ALIGNMENT; raises OutOfDeviceMemoryError.
         give_back: returns an unused (offset, size) to the daemon, without blocking; may be called from any thread.
         check: raises what stands against using the device (it was lost).
+        lease_now: as `lease`, but refuses what it would have to wait for; `lease` by default.
         current_stream: the stream of this thread that arrays compute in, by a number of its own; None where
             computations are complete when a call returns.
     """
@@ -136,6 +137,7 @@ class DeviceArena:
         give_back: Callable[[int, int], None],
         check: Callable[[], None] = lambda: None,
         *,
+        lease_now: Callable[[int], tuple[int, int]] | None = None,
         current_stream: Callable[[], int] | None = None,
     ) -> None:
         self.device = device
@@ -148,6 +150,7 @@ class DeviceArena:
         self.bytes_born = 0
         self.bytes_copied = 0
         self._lease = lease
+        self._lease_now = lease if lease_now is None else lease_now
         self._give_back = give_back
         self._current_stream = current_stream
         memory = getattr(slab, "memory", None)
@@ -219,20 +222,32 @@ class DeviceArena:
         chunk = self._next_chunk()
         alone = size * ALONE_SHARE > chunk
         self._give_up_reserve()
-        try:
-            return self._granted(size, *self._lease(size if alone else chunk))
-        except OutOfDeviceMemoryError:
-            # Arrays in reference cycles hold memory that nobody can use.
-            gc.collect()
-            with self._entered():
-                offset = self._carve(size, stream)
+        if self._used + size <= self.slab.size_bytes:
+            try:
+                return self._granted(size, *self._lease(size if alone else chunk))
+            except OutOfDeviceMemoryError:
+                offset = self._collected(size, stream)
                 if offset is not None:
-                    self._used += size
+                    return offset
+                if not self.trim() and alone:
+                    raise
+        else:
+            offset = self._collected(size, stream)
             if offset is not None:
                 return offset
-            if not self.trim() and alone:
-                raise
-        return self._granted(size, *self._lease(size))
+            self.trim()
+        # What this process uses comes free by nobody's waiting.
+        fits = self._used + size <= self.slab.size_bytes
+        return self._granted(size, *(self._lease if fits else self._lease_now)(size))
+
+    def _collected(self, size: int, stream: int) -> int | None:
+        """Try once more without arrays in reference cycles, which hold memory that nobody can use."""
+        gc.collect()
+        with self._entered():
+            offset = self._carve(size, stream)
+            if offset is not None:
+                self._used += size
+        return offset
 
     def _next_chunk(self) -> int:
         """Return how much to lease for a small block and those that follow it."""

@@ -362,9 +362,7 @@ class ArenaBooks:
     @property
     def may_find_more(self) -> bool:
         """True if somebody waits, and looking again may turn up something, although no event tells of it."""
-        return bool(self.queue) and bool(
-            self.primaries or self.secondaries or (self.leased_bytes and not self.trimming)
-        )
+        return bool(self.queue and (self.primaries or self.secondaries or self.leased_bytes))
 
     def admits_prefetch(self, room: int) -> bool:
         """Tell whether a copy that nobody waits for may come: it drives nothing else out."""

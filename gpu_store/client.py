@@ -215,9 +215,9 @@ class HostStoreClient:
         return b"", pieces
 
     @property
-    def has_born(self) -> bool:
-        """Whether arrays that were born in the store are alive."""
-        return bool(self._born)
+    def born(self) -> int:
+        """How many arrays that were born in the store are alive."""
+        return len(self._born)
 
     def _keep_born(self, value: Writable, holder: list[Any]) -> tuple[list[tuple[int, int] | None] | None, list[Piece]]:
         if not self._born:

@@ -126,7 +126,7 @@ class Copying:
         """Nobody waits for room in the arena any more: forget the spills out of it that still wait for room themselves."""
         for copy in list(self._arenas[arena].leaving):
             making = copy.part.making(HOST)
-            if making is not None and making.leaving is copy and making.offset < 0:
+            if making is not None and making.leaving is copy and making.offset < 0 and making.only_spills:
                 making.leaving = None
                 self._arenas[arena].stop_leaving(copy)
                 self._cancel_unwanted(making)
@@ -337,8 +337,7 @@ class Copying:
                 self.lose(part, error)
                 return
         making.attempts += 1
-        spill_only = not (making.needs or making.children or making.prefetch)
-        if spill_only or making.attempts >= MAX_ATTEMPTS:
+        if making.only_spills or making.attempts >= MAX_ATTEMPTS:
             self.fail(making, "failed", f"part {part.index} could not be moved: {error}")
         else:
             self._start(making)

@@ -191,8 +191,12 @@ class Making(Request):
         return self.part.making(self.arena) is self
 
     @property
+    def only_spills(self) -> bool:
+        return not (self.needs or self.children or self.prefetch)
+
+    @property
     def wanted(self) -> bool:
-        return bool(self.needs or self.children or self.leaving is not None or self.prefetch)
+        return self.leaving is not None or not self.only_spills
 
 
 class Need:

@@ -84,6 +84,9 @@ __all__ = [
     "WriteFile",
 ]
 
+#: Each round of work after an event serves somebody, or frees or starts to move something: there is far less of this.
+MAX_ROUNDS = 100_000
+
 
 class Residency:
     """The books of all tiers of one node; all sizes in bytes, all times on the caller's clock in seconds."""
@@ -348,6 +351,7 @@ class Residency:
                     books.due = now + RETRY_S
                 elif books.due <= now:
                     books.blocked = False
+                    books.trimming = False  # what clients had in use then may be free by now
         return self._settle()
 
     def next_deadline(self) -> float | None:
@@ -403,8 +407,10 @@ class Residency:
 
     def _work_off(self) -> None:
         catalogue, needs = self._catalogue, self._needs
-        again = True
+        again, rounds = True, 0
         while again:
+            rounds += 1
+            assert rounds < MAX_ROUNDS, "the books of residency run in circles"
             again = bool(catalogue.ready or catalogue.rewanted or catalogue.failed) and needs.work_off()
             for books in self._arenas.values():
                 if books.pressed:
@@ -434,4 +440,6 @@ class Residency:
                 books.queue.discard(request)
                 self._copying.place(request, offset)
             served = True
+        if not books.queue:
+            books.trimming = False  # whoever waits next asks anew
         return served

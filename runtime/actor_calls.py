@@ -25,7 +25,7 @@ from afield.ids import FIRST_RETURN, TASK_ID_BYTES
 from afield.runtime import messages as m
 from afield.runtime.dispatch import Task
 from afield.runtime.process import Process
-from afield.runtime.serialization import deserialize, serialize
+from afield.runtime.serialization import deserialize, serialize_error
 from afield.runtime.submission import Function, PeerState, Submitter
 from afield.transport.channel import Channel
 from afield.transport.pump import uninterruptible
@@ -98,7 +98,7 @@ class ActorCalls:
         error = deserialize(data, "the error of an argument", None)
         cause = getattr(error, "cause", None) or error
         text = getattr(error, "remote_traceback", "")
-        return serialize(ActorConstructionError.from_exception(f"{class_name}.__init__", cause, text), "it").pack()
+        return serialize_error(ActorConstructionError.from_exception(f"{class_name}.__init__", cause, text))
 
     def caller(self, actor_id: bytes) -> Caller:
         """Return the caller of an actor, asking the daemon where it is on first use; the caller holds the lock."""

@@ -85,7 +85,7 @@ class ActorClass:
         _check_signature(self._cls, args, kwargs, self.__name__)
         self._check_options()
         if self._session is not participant.key:
-            serialized = serialize(self._cls, f"the class {self.__name__}")
+            serialized = serialize(self._cls, f"the class {self.__name__}", stored=False)
             for ref in serialized.refs:
                 participant.process.pin_for_ever(ref, f"captured by the class {self.__name__}")
             self._blob, self._session = serialized.pack(), participant.key
@@ -242,7 +242,7 @@ def _methods(cls: type) -> dict[str, dict[str, Any]]:
 
 def _pack_types(retry: RetryOn) -> bool | bytes:
     """The actor directory keeps descriptions and knows no classes of the user."""
-    return retry if isinstance(retry, bool) else serialize(retry, "retry_exceptions").pack()
+    return retry if isinstance(retry, bool) else serialize(retry, "retry_exceptions", stored=False).pack()
 
 
 def _unpack_types(packed: bool | bytes) -> RetryOn:

@@ -41,14 +41,14 @@ class Devices:
 
     Args:
         process: this process.
-        lease: blocks for bytes of an arena; returns (offset, size).
+        lease: blocks for bytes of an arena, for so many seconds (None: as usual); returns (offset, size).
         give_back: returns leased bytes of an arena.
     """
 
     def __init__(
         self,
         process: Process,
-        lease: Callable[[int, int], tuple[int, int]],
+        lease: Callable[[int, int, float | None], tuple[int, int]],
         give_back: Callable[[int, int, int], None],
     ) -> None:
         self._process = process
@@ -150,9 +150,10 @@ class Devices:
             device,
             slab,
             number,
-            lambda size: self._lease(number, size),
+            lambda size: self._lease(number, size, None),
             lambda offset, size: self._give_back(number, offset, size),
             check,
+            lease_now=lambda size: self._lease(number, size, 0.0),
             current_stream=None if device.info.kind == "emulated" else cupy_stream,
         )
 

@@ -74,7 +74,7 @@ class RemoteFunction(Generic[P, R]):
         return participant.submitter.submit(bound[1], bound[2], args, kwargs, self._retries)
 
     def _bind(self, participant: Participant) -> tuple[object, Function, Lane]:
-        serialized = serialize(self._function, f"the function {self._name}()")
+        serialized = serialize(self._function, f"the function {self._name}()", stored=False)
         for ref in serialized.refs:  # captured by the function: they live as long as it may be called
             participant.process.pin_for_ever(ref, f"captured by the function {self._name}()")
         pushed = Function(

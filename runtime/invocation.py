@@ -133,13 +133,15 @@ class Invocations:
         return m.Item(push.sequence, index, result.kind, result.data, result.location, result.contained)
 
     def _encode(self, holder: list[Any], push: m.Push, index: int, owner: bytes, name: str) -> m.Result:
-        data = dumps_plain(holder[0])
-        if data is not None and len(data) <= INLINE_BYTES:
-            return m.Result(INLINE, data)
-        if data is not None:
-            serialized = Serialized(data, [], [])
-        else:
-            serialized = serialize(holder[0], f"the result of {name}()")
+        return self._written(holder, self._pickled(holder[0], name), push, index, owner)
+
+    @staticmethod
+    def _pickled(value: Any, name: str) -> Serialized:
+        data = dumps_plain(value)
+        return serialize(value, f"the result of {name}()") if data is None else Serialized(data, [], [])
+
+    def _written(self, holder: list[Any], serialized: Serialized, push: m.Push, index: int, owner: bytes) -> m.Result:
+        """Make the result out of a pickled value, to which `holder` has the only reference; large ones are stored."""
         location = None
         if not serialized.fits(INLINE_BYTES):
             # The refs inside are still held by the value: it is not in a frame of ours, but in the pickle's own list.
@@ -179,19 +181,27 @@ class Invocations:
             raise ValueError(
                 f"{definition.name}() has num_returns={expected} and must return {expected} values, not {found}"
             )
-        items = list(value)
+        holders = [[item] for item in value]
         del value
-        items.reverse()
+        # All are pickled before one is stored: what cannot be pickled then leaves nothing behind.
+        pickled = [self._pickled(holder[0], definition.name) for holder in holders]
         results: list[m.Result] = []
         try:
-            for index in range(expected):
-                results.append(self._encode([items.pop()], push, index, owner, definition.name))
+            for index, holder in enumerate(holders):
+                results.append(self._written(holder, pickled[index], push, index, owner))
         except BaseException:
-            for result in results:  # these are not sent: nobody will say `Took` for them
-                if result.contained is not None:
-                    self.process.locked(self.process.table.on_took, owner, result.contained.token)
+            self._unsent(results, push, owner)
             raise
         return results
+
+    def _unsent(self, results: list[m.Result], push: m.Push, owner: bytes) -> None:
+        """These were made in vain: nobody will say `Took` for what is in them, and nobody learns where they are stored."""
+        for result in results:
+            if result.contained is not None:
+                self.process.locked(self.process.table.on_took, owner, result.contained.token)
+        stored = [object_id(push.task_id, index) for index, result in enumerate(results) if result.location is not None]
+        if stored:
+            self.process.locked(self.process.daemon.send, m.Free(stored))
 
     def failure(
         self, sequence: int, definition: Definition, error: BaseException, in_user_code: bool, receiver: bytes
@@ -204,9 +214,10 @@ class Invocations:
         if in_user_code or not isinstance(error, AfieldError):
             wrapped = _wrap(TaskError, definition.name, error, text)
         try:
-            serialized = serialize(wrapped, "the error")
+            serialized = serialize(wrapped, "the error", stored=False)
         except Exception:
-            serialized = serialize(TaskError(definition.name, None, type(error).__name__, text), "the error")
+            plain = TaskError(definition.name, None, type(error).__name__, text)
+            serialized = serialize(plain, "the error", stored=False)
         data, refs = serialized.pack(), serialized.refs
         if definition.num_returns in (1, m.STREAMING):
             return m.Reply(sequence, FAILED, data, None, self._hand_on(refs, receiver))

@@ -102,13 +102,15 @@ class Parts:
 
     # -- room ------------------------------------------------------------------------------------------------------
 
-    def lease(self, arena: int, size: int) -> tuple[int, int]:
+    def lease(self, arena: int, size: int, wait_s: float | None = None) -> tuple[int, int]:
         """Block until `size` bytes of an arena are ours to write to; return (offset, size granted).
+
+        Waits for `wait_s`, by default what the session says; 0 asks for what is free now.
 
         Raises:
             ObjectStoreFullError, OutOfDeviceMemoryError: no room came free in time.
         """
-        wait_s = self.process.config.store_wait_s
+        wait_s = self.process.config.store_wait_s if wait_s is None else wait_s
         granted: tuple[int, int] = self.process.request(
             lambda request: m.StoreLease(request, size, wait_s, arena),
             give_up=lambda unwanted: self.give_back(arena, *unwanted),
@@ -149,17 +151,18 @@ class Parts:
         `holder` has the only reference to the value, if the caller has no other one; it is emptied.
         """
         packer = value.device
+        most = 1 + min(len(value.buffers), self.store.born) + (len(packer) if packer is not None else 0)
+        if len(self._slots) < most:
+            self._ask_for_slots(most)  # first of all: whoever is interrupted while he waits has nothing to give back yet
         on_devices: list[tuple[int, int, int]] = []
 
         def commit() -> None:
             if packer is not None:
                 on_devices.extend(packer.commit(self.devices.arenas()))
 
-        inline = INLINE_BYTES if packer is not None or self.store.has_born else -1
+        inline = INLINE_BYTES if packer is not None or self.store.born else -1
         frame, pieces = self.store.store(value, holder, inline, commit)
         places = [(HOST, offset, size) for offset, size in pieces] + on_devices
-        if len(self._slots) < len(places):
-            self._ask_for_slots(len(places))
         parts = [self._publish(*place) for place in places]
         if parts:
             with self.pump.lock:  # leaves with the next flush, before anything that could name the location
@@ -168,7 +171,8 @@ class Parts:
 
     def _ask_for_slots(self, least: int) -> None:
         count = max(least, self._slots_asked)
-        self._slots.extend(self.process.request(lambda request: m.Query(request, "slots", count)))
+        ask = self.process.request
+        self._slots.extend(ask(lambda request: m.Query(request, "slots", count), give_up=self._slots.extend))
         self._slots_asked = min(2 * self._slots_asked, MAX_SLOTS)
 
     def _publish(self, arena: int, offset: int, size: int) -> m.Part:

@@ -13,7 +13,8 @@ that it is in instead.
     header: u8 0x01, 3 zero bytes, u32 number of buffers, u64 length of the pickle
     table:  per buffer u64 offset (highest bit set: in the part whose number the next 15 bits tell), u64 length
 
-Device arrays leave a mark in the pickle, and what they are made of in `Serialized.device` (`gpu_store.interop`).
+Device arrays leave a mark in the pickle, and what they are made of in `Serialized.device` (`gpu_store.interop`). What is
+never stored (functions, classes, errors) carries a copy of them, which becomes a device array again where there is a device.
 
 Refs inside a value are found while it is pickled and unpickled: `ObjectRef.__reduce__` and its rebuilding function report to
 the `Collector` of the running thread. Pickled anywhere else, a ref has no carrier, and is pinned for its owner's life.
@@ -33,6 +34,7 @@ import numpy as np
 
 from afield.errors import DeserializationError, SerializationError
 from afield.gpu_store.interop import DevicePacker, adapter_of
+from afield.runtime import current
 
 ALIGNMENT = 64
 PACKED = 1
@@ -161,8 +163,8 @@ def dumps_plain(value: Any) -> bytes | None:
     return None
 
 
-def serialize(value: Any, what: str) -> Serialized:
-    """Pickle any value; `what` names it in errors.
+def serialize(value: Any, what: str, *, stored: bool = True) -> Serialized:
+    """Pickle any value; `what` names it in errors. One that cannot be `stored` carries copies of its device arrays.
 
     Raises:
         SerializationError: it cannot be pickled; names the attribute that is to blame.
@@ -176,7 +178,7 @@ def serialize(value: Any, what: str) -> Serialized:
         if type(value) is np.ndarray and not value.dtype.hasobject:
             pickled = pickle.dumps(value, 5, buffer_callback=buffers.append)
         else:
-            packer = DevicePacker()
+            packer = DevicePacker() if stored else None
             pickled = _pickle(value, buffers, packer)
         raw = [buffer.raw() for buffer in buffers]
     except Exception as error:
@@ -191,17 +193,33 @@ def serialize(value: Any, what: str) -> Serialized:
 class _Pickler(cloudpickle.CloudPickler):  # type: ignore[misc]
     """Cloudpickle's pickler, with device arrays left to a packer."""
 
-    packer: DevicePacker
+    packer: DevicePacker | None
 
     def reducer_override(self, obj: Any) -> Any:
-        if adapter_of(type(obj)) is not None:
-            reduced = self.packer.reduce(obj)
-            if reduced is not None:
-                return reduced
+        adapter = adapter_of(type(obj))
+        if adapter is not None:
+            if self.packer is not None:
+                reduced = self.packer.reduce(obj)
+                if reduced is not None:
+                    return reduced
+            elif adapter.kind in _COPIED:
+                return array_here, (obj.get(),)
         return super().reducer_override(obj)
 
 
-def _pickle(value: Any, buffers: Buffers, packer: DevicePacker) -> bytes:
+#: Adapters of arrays that `array_here` makes; those of other libraries are left to them where they are not stored.
+_COPIED = frozenset({"emulated", "cupy"})
+
+
+def array_here(host: np.ndarray[Any, Any]) -> Any:
+    """Return a copied array on this process's device, or as it is where there is none; named in pickles."""
+    participant = current.participant
+    if participant is None or not participant.values.parts.devices.bound:
+        return host
+    return participant.values.parts.devices.module().asarray(host)
+
+
+def _pickle(value: Any, buffers: Buffers, packer: DevicePacker | None) -> bytes:
     """Return the pickle; what refers to the value's parts is gone with this frame, but for the buffers."""
     out = io.BytesIO()
     pickler = _Pickler(out, 5, buffers.append)
@@ -212,7 +230,7 @@ def _pickle(value: Any, buffers: Buffers, packer: DevicePacker) -> bytes:
 
 def serialize_error(error: BaseException) -> bytes:
     """Return the inline form of an error that stands for a value."""
-    return serialize(error, "the error").pack()
+    return serialize(error, "the error", stored=False).pack()
 
 
 def deserialize(

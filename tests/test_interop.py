@@ -23,6 +23,7 @@ from afield.gpu_store.arena import ALIGNMENT, DeviceArena
 from afield.gpu_store.backends.base import DeviceUsageError, StaleEpochError
 from afield.gpu_store.backends.cuda import CudaBackend
 from afield.gpu_store.backends.emulated import EmulatedBackend, emulated_devices
+from afield.gpu_store.client import View
 from afield.gpu_store.emulated_arrays import EmulatedArray, inner_array, make_module, set_process_devices
 from afield.gpu_store.interop import DevicePacker, DevicePlace, HostPlace, adapter_of, resolving
 from afield.gpu_store.interop.emulated import emulated_module
@@ -33,7 +34,7 @@ from afield.gpu_store.interop.interop_cupy import (
 )
 from afield.gpu_store.interop.interop_numba import NumbaAdapter
 from afield.gpu_store.interop.interop_torch import TorchAdapter
-from afield.gpu_store.interop.places import host_dtype
+from afield.gpu_store.interop.places import host_array, host_dtype
 from tests.fake_cuda import libraries
 from tests.test_arena import Books
 
@@ -450,3 +451,22 @@ def test_inner_arrays_stay_inside(xp: Any, world: World) -> None:
     with pytest.raises(TypeError):
         loaded + np.arange(3)
     assert not inner_array(loaded).flags.writeable
+
+
+def test_host_array_keeps_what_holds_its_memory_in_place() -> None:
+    class Held(SimpleNamespace):
+        def __del__(self) -> None:
+            died.append(True)
+
+    died: list[bool] = []
+    view = np.frombuffer(memoryview(bytearray(64)).toreadonly(), np.uint8, 32, 16).view(View)
+    view.hold = Held()
+    array = host_array(HostPlace(view.data), 0, (2, 3), (12, 4), "<f4")
+    del view
+    part = array[1:, ::2]
+    del array
+    gc.collect()
+    assert not died
+    del part
+    gc.collect()
+    assert died

@@ -118,7 +118,7 @@ def test_what_nobody_knows_is_an_orphan_and_the_silent_are_named() -> None:
         "processes": [(owner, 1, "driver", "driver"), (reader, 2, "worker", "worker")],
         "tables": [(reader, [(lost, owner, 1, 10, False, ["local handle x1"], [], "")])],
         "silent": [owner],
-        "store": [(lost, owner, 64), (unknown, b"gone" * 2, 128)],
+        "store": [(lost, owner, {0: 64}), (unknown, b"gone" * 2, {0: 128})],
     }
     first, second = assemble(answer)
     assert (first.size, first.tier, first.owner) == (128, "host", f"process {(b'gone' * 2).hex()} (gone)")

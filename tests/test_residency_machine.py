@@ -61,7 +61,7 @@ class ManyTiers(RuleBasedStateMachine):
         self.memory: dict[int, list[Mark]] = {HOST: [None] * UNITS[HOST]}
         self.files: dict[int, dict[int, Mark]] = {}
         self.jobs: dict[int, Move | WriteFile | ReadFile] = {}
-        self.leased: dict[bytes, set[tuple[int, int]]] = {}  # client -> (arena, unit)
+        self.leased: dict[bytes, dict[tuple[int, int], int]] = {}  # client -> (arena, unit) -> of which grant
         self.asked: dict[tuple[bytes, int], list[tuple[int, int]] | None] = {}
         self.objects: set[bytes] = set()
         self.wanted: dict[tuple[bytes, int], bytes] = {}  # need -> object
@@ -108,8 +108,8 @@ class ManyTiers(RuleBasedStateMachine):
         assert self.asked.pop((effect.client, effect.request_id)) is None
         self.fill(effect.arena, effect.offset, effect.size, ("written by", effect.client))
         units = {(effect.arena, unit) for unit in self.span(effect.arena, effect.offset, effect.size)}
-        assert not any(units & held for held in self.leased.values())
-        self.leased.setdefault(effect.client, set()).update(units)
+        assert not any(units & set(held) for held in self.leased.values())
+        self.leased.setdefault(effect.client, {}).update(dict.fromkeys(units, effect.request_id))
 
     def on_refused(self, effect: Refused) -> None:
         assert self.asked.pop((effect.client, effect.request_id)) is None
@@ -173,7 +173,7 @@ class ManyTiers(RuleBasedStateMachine):
     @rule(
         client=CLIENTS,
         arena=ARENAS,
-        units=st.integers(1, 20),
+        units=st.sampled_from([1, 2, 3, 5, 8, 20]),
         priority=st.sampled_from([GET, ARGUMENT]),
         block=st.booleans(),
         patience=st.none() | st.integers(0, 5),
@@ -188,21 +188,45 @@ class ManyTiers(RuleBasedStateMachine):
 
     @rule(client=CLIENTS, object_id=IDS, owner=OWNERS, data=st.data())
     def seal(self, client: bytes, object_id: bytes, owner: bytes, data: st.DataObject) -> None:
-        parts: list[PartCopy] = []
-        left = set(self.leased.get(client, ()))
+        places: list[tuple[int, int, int]] = []
+        left = dict(self.leased.get(client, {}))
         for index, units in enumerate(layout(object_id)):
-            runs = [(arena, at) for arena, at in left if all((arena, at + i) in left for i in range(units))]
-            if not runs:
+            spans = [[(arena, at + i) for i in range(units)] for arena, at in sorted(left)]
+            spans = [span for span in spans if all(left.get(place) == left[span[0]] for place in span)]
+            if not spans:
                 return
-            arena, at = data.draw(st.sampled_from(sorted(runs)))
-            left -= {(arena, at + i) for i in range(units)}
-            size = units * UNIT - index
+            span = data.draw(st.sampled_from(spans))
+            for place in span:
+                del left[place]
+            places.append((*span[0], units * UNIT - index))
+        self.leased[client] = left
+        self.seal_places(client, object_id, owner, places)
+
+    @rule(client=CLIENTS, object_id=IDS, owner=OWNERS, arenas=st.lists(ARENAS, min_size=3, max_size=3))
+    def store(self, client: bytes, object_id: bytes, owner: bytes, arenas: list[int]) -> None:
+        """What most tasks do: each part gets an extent of its own."""
+        places: list[tuple[int, int, int]] = []
+        for index, units in enumerate(layout(object_id)):
+            self.request += 1
+            self.asked[client, self.request] = None
+            self.apply(self.books.lease(client, self.request, arenas[index], units * UNIT, block=False))
+            span = sorted(place for place, grant in self.leased.get(client, {}).items() if grant == self.request)
+            if not span:
+                return
+            places.append((*span[0], units * UNIT - index))
+        for (arena, at, _), units in zip(places, layout(object_id), strict=True):
+            for unit in range(at, at + units):
+                del self.leased[client][arena, unit]
+        self.seal_places(client, object_id, owner, places)
+
+    def seal_places(self, client: bytes, object_id: bytes, owner: bytes, places: list[tuple[int, int, int]]) -> None:
+        parts: list[PartCopy] = []
+        for index, (arena, at, size) in enumerate(places):
             self.fill(arena, at * UNIT, size, (object_id, index))
             slot, serial = self.pins.take()
             if slot:
                 self.pins.publish(slot, serial)
             parts.append(PartCopy(arena, at * UNIT, size, slot, serial, arena))
-        self.leased[client] = left
         self.objects.add(object_id)
         effects = self.books.seal(client, object_id, owner, parts)
         if self.books.parts(object_id) is None:
@@ -214,10 +238,10 @@ class ManyTiers(RuleBasedStateMachine):
         held = sorted(self.leased.get(client, ()))
         if held:
             arena, unit = data.draw(st.sampled_from(held))
-            self.leased[client].remove((arena, unit))
+            del self.leased[client][arena, unit]
             self.apply(self.books.give_back(client, arena, unit * UNIT, UNIT))
 
-    @rule(object_id=IDS, early=st.booleans())
+    @rule(object_id=IDS, early=st.sampled_from([False, False, False, True]))
     def free(self, object_id: bytes, early: bool) -> None:
         if any(mark[0] == object_id for _, _, mark in self.readers) or (object_id not in self.objects and not early):
             return
@@ -227,12 +251,12 @@ class ManyTiers(RuleBasedStateMachine):
 
     @rule(
         client=CLIENTS,
-        object_id=IDS,
         priority=st.sampled_from([GET, ARGUMENT]),
         patience=st.none() | st.integers(1, 5),
         data=st.data(),
     )
-    def need(self, client: bytes, object_id: bytes, priority: int, patience: int | None, data: st.DataObject) -> None:
+    def need(self, client: bytes, priority: int, patience: int | None, data: st.DataObject) -> None:
+        object_id = data.draw(st.sampled_from([*sorted(self.objects), b"o0"]))
         indices = range(len(layout(object_id)))
         wants = data.draw(st.lists(st.tuples(st.sampled_from(indices), ARENAS), min_size=1, max_size=3))
         request = self.new_request(client, wants)
@@ -274,8 +298,10 @@ class ManyTiers(RuleBasedStateMachine):
     def prefetch(self, object_id: bytes, index: int, arena: int) -> None:
         self.apply(self.books.prefetch(object_id, [(index, arena)]))
 
-    @rule(client=CLIENTS)
-    def client_dies(self, client: bytes) -> None:
+    @rule(client=CLIENTS, luck=st.sampled_from([0, 1, 2]))
+    def client_dies(self, client: bytes, luck: int) -> None:
+        if luck != 2:
+            return
         for at in [at for at, reader in enumerate(self.readers) if reader[0] == client][::-1]:
             self.drop_reader(at)
         self.asked = {request: wants for request, wants in self.asked.items() if request[0] != client}
@@ -287,7 +313,7 @@ class ManyTiers(RuleBasedStateMachine):
     # -- stores and devices ---------------------------------------------------------------------------------------
 
     @precondition(lambda self: self.jobs)
-    @rule(data=st.data(), fault=st.sampled_from(["", "", "", "", "failed: x", "corrupt: x"]))
+    @rule(data=st.data(), fault=st.sampled_from(["", "", "", "", "", "failed: x", "corrupt: x"]))
     def job_ends(self, data: st.DataObject, fault: str) -> None:
         self.end_job(data.draw(st.sampled_from(sorted(self.jobs))), fault)
 
@@ -309,15 +335,18 @@ class ManyTiers(RuleBasedStateMachine):
         self.apply(self.books.finished(number, fault))
         self.may_lose = False
 
-    @rule(arena=st.sampled_from([1, 2]))
-    def device_is_lost(self, arena: int) -> None:
+    @rule(arena=st.sampled_from([1, 2]), luck=st.sampled_from([0, 1, 2, 3, 4, 5]))
+    def device_is_lost(self, arena: int, luck: int) -> None:
+        if luck != 5:
+            return
         for at in [at for at, reader in enumerate(self.readers) if reader[1].arena == arena][::-1]:
             self.drop_reader(at)
         for number, job in list(self.jobs.items()):
             if isinstance(job, Move) and arena in (job.source[0], job.target[0]):
                 del self.jobs[number]
         for held in self.leased.values():
-            held -= {place for place in held if place[0] == arena}
+            for place in [place for place in held if place[0] == arena]:
+                del held[place]
         del self.memory[arena]
         self.may_lose = True
         self.apply(self.books.remove_arena(arena, "it fell off the bus"))
@@ -414,7 +443,7 @@ class ManyTiers(RuleBasedStateMachine):
             self.apply(self.books.free(object_id))
         self.objects.clear()
         for client in (b"A", b"B", b"C"):
-            self.client_dies(client)
+            self.client_dies(client, 2)
         for number in list(self.jobs):
             self.end_job(number)
         for arena in self.memory:

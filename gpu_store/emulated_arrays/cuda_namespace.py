@@ -111,11 +111,11 @@ class MemoryPool:
         if (size is None) == (fraction is None):
             raise ValueError("set_limit takes either size or fraction")
         limit = int(total * fraction) if fraction is not None else int(size or 0)
-        self._memory.account.limit_bytes = limit or total
+        self._memory.account.limit_bytes = limit or self._memory.limit_bytes
 
     def get_limit(self) -> int:
         limit = self._memory.account.limit_bytes
-        return 0 if limit == self._memory.memory_bytes else limit
+        return 0 if limit == self._memory.limit_bytes else limit
 
     def malloc(self, size: int) -> Any:
         raise NotImplementedError(

@@ -31,6 +31,8 @@ STANDALONE_BYTES = 4 << 30
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
+_UNLIMITED = 1 << 62
+
 # CuPy's dtypes: bool, integers, floats up to 64 bits, complex up to 128 bits.
 _LARGEST_ITEM = {"b": 1, "i": 8, "u": 8, "f": 8, "c": 16}
 
@@ -42,7 +44,8 @@ class Allocator(Protocol):
     """Where a device's memory comes from.
 
     `allocate` returns at least `nbytes` (> 0) writable bytes, aligned for any dtype, and an object that keeps them
-    allocated for as long as it is referred to. It raises OutOfDeviceMemoryError when there is no room.
+    allocated for as long as it is referred to. It raises OutOfDeviceMemoryError when there is no room. With an attribute
+    `knows_the_limit` that is true, its word is the last: arrays are counted, but not against the device's memory.
     """
 
     def allocate(self, nbytes: int) -> tuple[memoryview, object]: ...
@@ -164,8 +167,10 @@ class DeviceMemory:
         self.name = description.name
         self.memory_bytes = description.memory_bytes
         self.allocator = allocator
+        #: What the account says no at, unless the user sets a limit of his own.
+        self.limit_bytes = _UNLIMITED if getattr(allocator, "knows_the_limit", False) else description.memory_bytes
         #: What this process's arrays hold; the allocator has limits of its own.
-        self.account = Account(f"the memory pool of device {index} ({self.uuid})", description.memory_bytes)
+        self.account = Account(f"the memory pool of device {index} ({self.uuid})", self.limit_bytes)
         self.set: DeviceSet | None = None
         #: Called before an operation on this device's memory; raises where the device was lost.
         self.on_use: Callable[[], None] | None = None

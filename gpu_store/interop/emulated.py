@@ -26,6 +26,9 @@ from afield.gpu_store.interop.places import Adapter, Description, DevicePlace, c
 class ArenaAllocator:
     """An emulated device's memory comes from an arena; see `emulated_arrays.devices.Allocator`."""
 
+    #: It has the arithmetic, and names the largest holders.
+    knows_the_limit = True
+
     def __init__(self, arena: DeviceArena) -> None:
         self._arena = arena
         self._memory = memoryview(cast(Any, _emulated(arena).memory))

@@ -66,7 +66,7 @@ class _Piece:
 class DevicePacker:
     """Collects the device arrays of one value and stores them; used by one thread, for one value.
 
-    Use it in a `with` block: what was not committed by its end is let go.
+    Use it in a `with` block: what was not committed by its end is let go; without one, when the packer itself goes.
     """
 
     def __init__(self) -> None:
@@ -80,6 +80,9 @@ class DevicePacker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
         self.close()
 
     def __len__(self) -> int:
