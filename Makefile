@@ -24,7 +24,7 @@ $(STAMP): pyproject.toml
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
 	@touch $@
 
-demo: $(STAMP) ## train and serve a classifier on real data: examples/digits_pipeline.py
+demo: $(STAMP) ## train and serve a classifier with weights in device memory: examples/digits_pipeline.py
 	@$(BIN)/python examples/digits_pipeline.py $(ARGS)
 
 test: $(STAMP) ## run the tests

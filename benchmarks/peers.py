@@ -208,12 +208,16 @@ def install_hint(peer: str) -> str:
     )
 
 
-def measure_peer(peer: str, python: str, cases: list[str], *, quick: bool) -> Iterator[tuple[str, Outcome]]:
+def measure_peer(
+    peer: str, python: str, cases: list[str], *, quick: bool, module: str = "benchmarks.peers"
+) -> Iterator[tuple[str, Outcome]]:
     """Run the cases in the peer's interpreter and yield its version and each outcome as it arrives.
+
+    `module` is the one that runs there, with the arguments of `benchmarks.peers`.
 
     Raises `RuntimeError` with the peer's exit status when it ends with an error or had to be ended.
     """
-    command = [python, "-m", "benchmarks.peers", peer, "--cases", ",".join(cases), *(["--quick"] if quick else [])]
+    command = [python, "-m", module, peer, "--cases", ",".join(cases), *(["--quick"] if quick else [])]
     environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
     with (
         tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said,

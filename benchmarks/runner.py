@@ -11,13 +11,16 @@ from __future__ import annotations
 import contextlib
 import statistics
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks import procs
 from benchmarks.cases import Case, Scale, System
 from benchmarks.limits import LIMITS
+
+Limit = Callable[[Any], list[float]]
+"""Given a scale's `effort`, the samples of one round."""
 
 
 @dataclass(slots=True)
@@ -54,8 +57,13 @@ def ratio(top: Mapping[str, float], bottom: Mapping[str, float]) -> float | None
     return top["median"] / bottom["median"]
 
 
-def run_cases(system: System, cases: Iterable[Case], scale: Scale, *, limits: bool) -> Iterator[Outcome]:
-    """Run the cases on a system, which is stopped before and after, and yield each outcome as it is known."""
+def run_cases(
+    system: System, cases: Iterable[Case], scale: Scale, *, limits: bool, table: Mapping[str, Limit] = LIMITS
+) -> Iterator[Outcome]:
+    """Run the cases on a system, which is stopped before and after, and yield each outcome as it is known.
+
+    `table` has the limits by name.
+    """
     procs.mark_descendants()
     up = False
     try:
@@ -65,7 +73,7 @@ def run_cases(system: System, cases: Iterable[Case], scale: Scale, *, limits: bo
                 if up == case.fresh:
                     up = not up
                     (system.start if up else system.stop)()
-                _run_case(system, case, scale, outcome, limits=limits)
+                _run_case(system, case, scale, outcome, table if limits else {})
             except NotImplementedError as error:
                 outcome.error, outcome.unsupported = str(error) or "not supported", True
             except Exception as error:
@@ -78,8 +86,8 @@ def run_cases(system: System, cases: Iterable[Case], scale: Scale, *, limits: bo
             _stop_quietly(system)
 
 
-def _run_case(system: System, case: Case, scale: Scale, outcome: Outcome, *, limits: bool) -> None:
-    limit = LIMITS[case.limit] if limits and case.limit else None
+def _run_case(system: System, case: Case, scale: Scale, outcome: Outcome, table: Mapping[str, Limit]) -> None:
+    limit = table[case.limit] if table and case.limit else None
     if case.warm_up:
         case.measure(system, scale)
     for _ in range(min(scale.rounds, case.max_rounds)):

@@ -29,8 +29,7 @@ from __future__ import annotations
 import gc
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -243,7 +242,7 @@ class DeviceArena:
     def _collected(self, size: int, stream: int) -> int | None:
         """Try once more without arrays in reference cycles, which hold memory that nobody can use."""
         gc.collect()
-        with self._entered():
+        with _Entered(self):
             offset = self._carve(size, stream)
             if offset is not None:
                 self._used += size
@@ -255,7 +254,7 @@ class DeviceArena:
         return max(min(wanted, self.slab.size_bytes // MAX_SLAB_SHARE) & -ALIGNMENT, ALIGNMENT)
 
     def _granted(self, size: int, offset: int, granted: int) -> int:
-        with self._entered():
+        with _Entered(self):
             self._leased += granted
             self._used += size
             self._round_trips += 1
@@ -271,14 +270,14 @@ class DeviceArena:
         Waits for the device where something was freed in a stream; raises what the device raises.
         """
         self.synchronize()
-        with self._entered():
+        with _Entered(self):
             self._flush(None)
             pieces = self._shed(self._leased, least_bytes)
         return self._return(pieces)
 
     def _give_up_reserve(self) -> None:
         """More is to be leased: what is free here and of no use for that may be of use to others."""
-        with self._entered():
+        with _Entered(self):
             pieces = self._shed(self._leased - self._used - self._leased // IDLE_SHARE, self._next_chunk())
         self._return(pieces)
 
@@ -350,7 +349,7 @@ class DeviceArena:
 
     def claim(self, block: Block) -> Claim:
         """Note that the memory of `block`, of this arena, may become an object; ends with `release`."""
-        with self._entered():
+        with _Entered(self):
             claim = self._claims.get(block.offset)
             if claim is None:
                 claim = self._claims[block.offset] = Claim(block)
@@ -360,28 +359,31 @@ class DeviceArena:
 
     def sole(self, claim: Claim) -> bool:
         """Tell whether nothing refers to the block any more, and nobody else claims it: then it may be taken."""
-        with self._entered():
+        with _Entered(self):
             return _is_sole(claim)
 
-    def take(self, claim: Claim, offset: int, size: int) -> None:
+    def take(self, claim: Claim, offset: int, size: int) -> bool:
         """Let `size` bytes at `offset` of a block that is solely claimed leave the arena; the rest of it is free.
 
-        The daemon must hear of them: sealed or given back, rounded up to ALIGNMENT.
+        The daemon must hear of them: sealed or given back, rounded up to ALIGNMENT. Returns False, and changes nothing, where
+        somebody else has the block.
         """
         end = offset + size + (-size) % ALIGNMENT
         block_end = claim.offset + claim.size
         assert claim.offset <= offset < end <= block_end, (claim.offset, offset, size)
         assert offset % ALIGNMENT == 0
-        with self._entered():
-            assert _is_sole(claim), "only a block that nobody has can be taken"
+        with _Entered(self):
+            if not _is_sole(claim):
+                return False
             claim.taken = True
             # Its address may begin another block from here on.
             del self._claims[claim.offset]
-            self._leave(end - offset)
+            self._gone(end - offset)
             if offset > claim.offset:
                 self._put(claim.offset, offset - claim.offset, claim.stream)
             if end < block_end:
                 self._put(end, block_end - end, claim.stream)
+        return True
 
     def release(self, claim: Claim) -> None:
         """End a claim; memory that was not taken is free if nothing refers to its block. Never blocks."""
@@ -389,20 +391,20 @@ class DeviceArena:
 
     def detach(self, block: Block) -> None:
         """Let all memory of a block leave the arena; as `take`, for a block of which the caller has the only reference."""
-        with self._entered():
+        with _Entered(self):
             size, block.size = block.size, 0
-            self._leave(size)
+            self._gone(size)
 
     def put_back(self, offset: int, size: int) -> None:
         """Undo `take` or `detach` of bytes that the daemon has not heard of."""
         size += (-size) % ALIGNMENT
         stream = self._current_stream() if self._current_stream is not None else 0
-        with self._entered():
+        with _Entered(self):
             self._leased += size
             self._used += size
             self._put(offset, size, stream)
 
-    def _leave(self, size: int) -> None:
+    def _gone(self, size: int) -> None:
         self._leased -= size
         self._used -= size
 
@@ -459,27 +461,46 @@ class DeviceArena:
 
     def stats(self) -> ArenaStats:
         """Return what the process holds now."""
-        with self._entered():
+        with _Entered(self):
             return ArenaStats(self._leased, self._used, self._round_trips, self.bytes_born, self.bytes_copied)
 
-    @contextmanager
-    def _entered(self) -> Iterator[None]:
-        """Have the books for oneself, up to date."""
-        with self._lock:
-            if self._busy:
-                raise self._reentered()
-            self._busy = True
+    def _enter(self) -> None:
+        self._lock.acquire()
+        if self._busy:
+            self._lock.release()
+            raise self._reentered()
+        self._busy = True
+        if self.dead:
             try:
                 self._drain()
-                yield
-            finally:
-                self._busy = False
+            except BaseException:
+                self._leave()
+                raise
+
+    def _leave(self) -> None:
+        self._busy = False
+        self._lock.release()
 
     def _reentered(self) -> DeviceUsageError:
         return DeviceUsageError(
             f"memory of device {self.slab.device_uuid} was asked for in a finaliser (or signal handler) that ran in the "
             "middle of another allocation: do not compute in __del__"
         )
+
+
+class _Entered:
+    """Have the books of an arena for oneself, up to date; a generator would cost as much as what is done inside."""
+
+    __slots__ = ("_arena",)
+
+    def __init__(self, arena: DeviceArena) -> None:
+        self._arena = arena
+
+    def __enter__(self) -> None:
+        self._arena._enter()
+
+    def __exit__(self, *_: object) -> None:
+        self._arena._leave()
 
 
 def _is_sole(claim: Claim) -> bool:

@@ -124,9 +124,6 @@ class RoomQueue:
                 return
             at += 1
 
-    def all(self) -> list[Request]:
-        return list(self._waiting)
-
 
 def _key(request: Request) -> Key:
     return request.key
@@ -324,7 +321,7 @@ class ArenaBooks:
     def pressed(self) -> bool:
         """True if something has to go, or somebody waits: cheap, to be asked after each event."""
         return (
-            bool(self.queue._waiting)
+            len(self.queue) > 0
             or self.draining
             or bool(self.leaving)
             or self.extents.used > self._high
@@ -396,7 +393,7 @@ class ArenaBooks:
         elif extents.rounded(asked) <= extents.largest_free:
             verdict = f"would fit in {where}, but larger requests wait before it and may not be overtaken"
         else:
-            verdict = f"does not fit in {where} now; drop references to large values, or {raise_it}"
+            verdict = f"does not fit in {where} now; hold fewer large arrays at a time, or {raise_it}"
         holders = [(held.size, f"owner {o.hex()[:16]}", held.count) for o, held in self.owners.items()]
         holders += [(r.size, f"process {c.hex()[:16]} (being written)", 0) for c, r in self.leased.items()]
         top = [

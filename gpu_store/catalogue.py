@@ -223,6 +223,7 @@ class Catalogue:
         copy.leaving = False
         copy.arena, arena = NOWHERE, copy.arena
         self.pins.release(copy.slot)
+        copy.slot = 0
         part = copy.part
         if part.copies.get(arena) is copy:
             del part.copies[arena]
@@ -235,7 +236,6 @@ class Catalogue:
         """A job or a process does not need the copy any more: free it if only that was waited for."""
         if copy.dead and not copy.in_use and copy.arena in self.arenas:
             self.arenas[copy.arena].bury(copy)
-            self.pins.release(copy.slot)
 
     # -- who waits ------------------------------------------------------------------------------------------------
 
@@ -266,25 +266,25 @@ class Catalogue:
 
     def flush(self) -> list[Effect]:
         """Return what is to be done, once."""
-        for number in self.disk.deleted():
-            self.effects.append(DeleteFile(number))
         if self._lost:
             for (owner, cause), ids in self._lost.items():
                 self.effects.append(Lost(owner, list(ids), cause))
             self._lost = {}
         effects, self.effects = self.effects, []
-        return effects
+        deleted: list[Effect] = [DeleteFile(number) for number in self.disk.deleted()]
+        return deleted + effects if deleted else effects  # first, since what is written may need the room
 
     # -- inside ---------------------------------------------------------------------------------------------------
 
     def _discard(self, copy: Copy) -> None:
-        """The copy's object is freed."""
+        """The copy's object is freed: from now on it cannot be pinned, also by whom it was promised to."""
         books = self.arenas[copy.arena]
         if copy.in_use:
             books.free_later(copy, copy.part.object.owner)
         else:
             books.free(copy, copy.part.object.owner)
-            self.pins.release(copy.slot)
+        self.pins.release(copy.slot)
+        copy.slot = 0
 
     def _unhold_all(self, copy: Copy, arena: int | None = None) -> None:
         if not copy.held:

@@ -86,10 +86,14 @@ class Copying:
             self.place(making, offset)
         return True
 
-    def write(self, copies: Sequence[Copy]) -> int:
-        """Have copies in the host store, the only ones of their parts, leave for the disk; return how many do."""
+    def write(self, copies: Sequence[Copy], files: int) -> int:
+        """Have copies in the host store, the only ones of their parts, leave for the disk in at most so many files.
+
+        Returns how many do.
+        """
         started = 0
-        while started < len(copies):
+        while started < len(copies) and files:
+            files -= 1
             batch: list[Copy] = []
             size = 0
             for copy in copies[started : started + MAX_FILE_PARTS]:

@@ -48,7 +48,19 @@ class SpillFile:
 class DiskBooks:
     """Accounts for the spill files of one node; all sizes in bytes, all times on the caller's clock in seconds."""
 
-    __slots__ = ("_deleted", "_failures", "_next_file", "bad", "due", "error", "files", "limit", "live_bytes", "used")
+    __slots__ = (
+        "_deleted",
+        "_failures",
+        "_next_file",
+        "bad",
+        "due",
+        "error",
+        "files",
+        "limit",
+        "live_bytes",
+        "revived",
+        "used",
+    )
 
     def __init__(self, limit: int | None) -> None:
         self.limit = limit
@@ -56,6 +68,7 @@ class DiskBooks:
         self.used = 0
         self.live_bytes = 0
         self.bad = False
+        self.revived = False  # it was bad, and has room again: whoever sees this first clears it
         self.error = ""  # of the last write, if it failed
         #: When to try again; None: the next `expire` sets it.
         self.due: float | None = None
@@ -126,16 +139,13 @@ class DiskBooks:
 
     # -- time -----------------------------------------------------------------------------------------------------
 
-    def expire(self, now: float) -> bool:
-        """Let the disk be tried again when its time has come; return True if it has."""
-        if not self.bad:
-            return False
-        if self.due is None:
+    def expire(self, now: float) -> None:
+        """Let the disk be tried again when its time has come."""
+        if self.bad and self.due is None:
             self.due = now + min(RETRY_S * 2 ** max(self._failures - 1, 0), MAX_RETRY_S)
-        elif self.due <= now:
+        elif self.bad and self.due is not None and self.due <= now:
             self.bad = False
-            return True
-        return False
+            self.revived = True
 
     def describe(self) -> str:
         """Return a clause for error messages."""
@@ -162,4 +172,5 @@ class DiskBooks:
             del self.files[number]
             self.used -= file.size
             self._deleted.append(number)
+            self.revived |= self.bad
             self.bad = False

@@ -138,6 +138,6 @@ class Eviction:
         if not alone:
             return freed
         if books.number == HOST:
-            return self._copying.write(alone) > 0 or freed
+            return self._copying.write(alone, MAX_WRITES - self._copying.writes) > 0 or freed
         started = [self._copying.spill(copy, key, may_wait) for copy in alone]
         return freed or any(started)

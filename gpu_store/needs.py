@@ -21,6 +21,7 @@ from afield.gpu_store.catalogue import Catalogue
 from afield.gpu_store.copying import Copying
 from afield.gpu_store.records import Copy, Key, Need, StoredObject
 from afield.gpu_store.tiers import DISK, HOST, Found, NotFound, StoreUsageError
+from afield.units import format_bytes
 
 #: A seal that was overtaken is behind by milliseconds.
 SEAL_WAIT_S = 0.5
@@ -153,9 +154,11 @@ class Needs:
         if arena != HOST:
             host = catalogue.arenas[HOST].usage()
             below.insert(
-                0, f"{host.used} of {host.capacity} bytes of {host.label} are used ({host.leased} leased to processes)"
+                0,
+                f"{format_bytes(host.used)} of the {format_bytes(host.capacity)} of {host.label} are used "
+                f"({format_bytes(host.leased)} leased to processes)",
             )
-        return f"{text} What can be moved goes to a lower tier: {'; '.join(below)}."
+        return f"{text} What no process holds an array of can go to a lower tier: {'; '.join(below)}."
 
     # -- inside ---------------------------------------------------------------------------------------------------
 

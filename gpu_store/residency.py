@@ -343,8 +343,7 @@ class Residency:
             self._arenas[request.arena].queue.discard(request)
             self._catalogue.effects.append(Refused(request.client, request.request_id, request.arena, reason))
         self._needs.expire(now)
-        if self._disk.expire(now):
-            self._arenas[HOST].blocked = False
+        self._disk.expire(now)
         for books in self._arenas.values():
             if books.blocked:
                 if books.due is None:
@@ -407,6 +406,8 @@ class Residency:
 
     def _work_off(self) -> None:
         catalogue, needs = self._catalogue, self._needs
+        if self._disk.revived:
+            self._disk.revived = self._arenas[HOST].blocked = False
         again, rounds = True, 0
         while again:
             rounds += 1

@@ -118,9 +118,15 @@ class Devices:
         """
         with self._lock:
             arena = self._arenas.get(number)
-            if arena is None:
+            if arena is None or self._is_over(arena):
                 arena = self._arenas[number] = self._open(number)
             return arena
+
+    def _is_over(self, arena: DeviceArena) -> bool:
+        """Tell whether an arena is of a former life of its device. A worker does not outlive its devices."""
+        if self.bound or self._backend is None:
+            return False
+        return self._backend.epoch(arena.slab.device_uuid) != arena.device.epoch
 
     def arenas(self) -> dict[str, DeviceArena]:
         """Return UUID -> arena of the devices that are in use in this process."""
@@ -146,12 +152,16 @@ class Devices:
             if backend.epoch(uuid) != device.epoch:
                 device.memory_info()  # raises, with the cause
 
+        def give_back(offset: int, size: int) -> None:
+            if backend.epoch(uuid) == device.epoch:  # else it was taken back already
+                self._give_back(number, offset, size)
+
         return DeviceArena(
             device,
             slab,
             number,
             lambda size: self._lease(number, size, None),
-            lambda offset, size: self._give_back(number, offset, size),
+            give_back,
             check,
             lease_now=lambda size: self._lease(number, size, 0.0),
             current_stream=None if device.info.kind == "emulated" else cupy_stream,
@@ -161,7 +171,8 @@ class Devices:
         """Memory of an arena is short: give back what this process leases and does not use."""
         arena = self._arenas.get(number)
         if arena is not None:
-            arena.trim()
+            with contextlib.suppress(AfieldError):  # of a device that is lost there is nothing to give back
+                arena.trim()
 
     def place(self, number: int, offset: int, size: int, hold: Hold) -> DevicePlace:
         """Return what arrays over stored device memory are built on."""
@@ -195,8 +206,15 @@ class Devices:
     # -- what user code sees ---------------------------------------------------------------------------------------
 
     def module(self) -> Any:
-        """Return the array module on this process's devices; see `afield.array_module`."""
+        """Return the array module on this process's devices; see `afield.array_module`.
+
+        The driver's is another one after a device got a new life: arrays of the old one stay with the old module.
+        """
         with self._lock:
+            for number in [number for number, arena in self._arenas.items() if self._is_over(arena)]:
+                with contextlib.suppress(DeviceLostError):  # the other devices are as they were
+                    self.arena(number)
+                    self._module = None
             if self._module is None:
                 mine = self._mine()
                 if not mine:
@@ -214,6 +232,7 @@ class Devices:
         if self._stands_in:
             self._on_close.enter_context(installed_as_import(module))
         else:
+            self._on_close.close()
             before = set_process_devices(module.devices)
             self._on_close.callback(set_process_devices, before)
         return module

@@ -392,9 +392,13 @@ class Process:
             if waiter.done and give_up is not None and not isinstance(slot[1], BaseException):
                 give_up(slot[1])
             raise
-        if isinstance(slot[1], BaseException):
-            raise slot[1]
-        return slot[1]
+        answer = slot.pop()
+        if isinstance(answer, BaseException):
+            try:
+                raise answer
+            finally:
+                del answer  # else it refers to itself, by way of this frame, and keeps what all its frames have
+        return answer
 
     def answered(self, request: int, value: Any) -> bool:
         """Hand a value (or an error to raise) to the thread that made the request; return False if it has given up."""

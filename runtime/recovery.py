@@ -170,19 +170,18 @@ class Recovery:
 
     def _explain(self, oid: bytes, record: Record | None, why: str, loss: Loss) -> bytes:
         kind: type[AfieldError] = DeviceLostError if loss.kind == "device" else ObjectLostError
-        what, remedy = self._describe(oid, record, why)
+        what, remedy = self._describe(oid, record, why, loss.kind)
         cause = loss.cause or "the store does not have it any more"
         return serialize_error(kind(f"{what} (object {oid.hex()}) is lost: {cause}. {remedy}"))
 
-    def _describe(self, oid: bytes, record: Record | None, why: str) -> tuple[str, str]:
+    def _describe(self, oid: bytes, record: Record | None, why: str, kind: str) -> tuple[str, str]:
         """Return what an object was, and why it is not made again."""
         index = oid[TASK_ID_BYTES:]
         if record is None:
             if index == PUT_INDEX:
-                what = "a value that was given to put()"
-                return what, (
-                    "No task made it, so it cannot be made again: keep what must survive on the host "
-                    "(numpy), or make it in a task"
+                instead = "put what must survive as numpy arrays, or make it" if kind == "device" else "make it"
+                return "a value that was given to put()", (
+                    f"No task made it, so it cannot be made again: {instead} in a task"
                 )
             if index == ARGUMENTS_INDEX:
                 return "the arguments of a task", "They were stored once and cannot be made again: call the task again"

@@ -20,6 +20,9 @@ from afield.units import parse_bytes
 # Emulated memory is taken from the host only as far as it is touched; this much is a small real device.
 DEFAULT_EMULATED_BYTES = 4 * 2**30
 
+# Device memory is held in slabs of multiples of this, as on a CUDA device.
+SMALLEST_EMULATED_BYTES = 2 * 2**20
+
 # The largest machines have 16 devices; the bound keeps a typing error from making a million.
 MAX_EMULATED_DEVICES = 256
 
@@ -162,6 +165,6 @@ def _memory(spec: str, text: str | None) -> int:
         size_bytes = parse_bytes(text)
     except ValueError as error:
         raise InvalidOptionError(f"devices={spec!r}: {error}; {_EXAMPLES}") from None
-    if size_bytes == 0:
-        raise InvalidOptionError(f"devices={spec!r}: a device without memory is of no use; {_EXAMPLES}")
+    if size_bytes < SMALLEST_EMULATED_BYTES:
+        raise InvalidOptionError(f"devices={spec!r}: a device needs at least 2 MiB of memory; {_EXAMPLES}")
     return size_bytes

@@ -182,7 +182,7 @@ def test_a_put_value_fails(kind: str) -> None:
     ref = afield.put(np.ones(LARGE))
     lose_for_real(ref, kind=kind)
     expected: type[AfieldError] = DeviceLostError if kind else ObjectLostError
-    with pytest.raises(expected, match=r"given to put\(\).*fell off the bus.*keep what must survive"):
+    with pytest.raises(expected, match=r"given to put\(\).*fell off the bus.*in a task"):
         afield.get(ref)
 
 

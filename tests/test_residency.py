@@ -88,7 +88,7 @@ def test_refusal_says_who_holds_what_in_every_tier() -> None:
         "device GPU-1",
         f"owner {OWNER.hex()}: 16 KiB in 1 parts",
         f"process {B.hex()} (being written): 8 KiB",
-        "32768 of 65536 bytes of the host store are used",
+        "32 KiB of the 64 KiB of the host store are used",
         "the disk holds 0 B in 0 files",
     ):
         assert text in effect.reason, effect.reason

@@ -137,7 +137,7 @@ def test_a_spill_that_waits_for_the_host_is_given_up_with_its_cause() -> None:
     assert store.lease(B, 1, GPU, KIB, deadline=1.0) == []
     assert store.usage(HOST).waiting == 1
     reason = refused(store.expire(1.0)).reason
-    assert "2048 of 2048 bytes of the host store" in reason
+    assert "2 KiB of the 2 KiB of the host store" in reason
     assert store.usage(HOST).waiting == store.usage(GPU).leaving == 0
     assert store.where(b"d") == [GPU]
 
@@ -184,7 +184,7 @@ def test_the_limit_of_the_disk_gives_up_what_is_in_memory_too() -> None:
     store.store(b"2", (HOST, KIB))
     slot = store.pin(b"0")
     effects = store.lease(B, 4, HOST, KIB)
-    assert [type(effect) for effect in effects] == [WriteFile, DeleteFile]
+    assert [type(effect) for effect in effects] == [DeleteFile, WriteFile]
     del store.pins.pinned[slot]
     assert only(Granted, store.finish(effects)).client == B
     assert store.where(b"2") == [DISK]
@@ -480,3 +480,117 @@ def test_a_copy_without_a_slot_never_moves() -> None:
     store.pins.free.clear()
     found = only(Found, store.finish(store.need(B, 2, b"1", [(0, HOST)])))
     assert found.parts[0][1].slot == 0
+
+
+def test_who_comes_later_takes_nothing_that_is_held() -> None:
+    store = Books(64 * KIB, gpu=4 * KIB)
+    store.store(b"first", (HOST, 2 * KIB), (HOST, 2 * KIB))
+    store.store(b"fixed", (GPU, 2 * KIB), slots=False)
+    store.finish(store.need(B, 1, b"first", [(0, GPU), (1, GPU)]))
+    assert store.finish(store.lease(C, 1, GPU, 2 * KIB)) == []
+    assert only(Found, store.finish(store.free(b"fixed"))).client == B
+    store.mapped(B, 1)
+    store.expire(0.0)
+    assert only(Granted, store.finish(store.expire(1.0))).client == C
+
+
+def on_disk(store: Books, *places: tuple[int, int]) -> None:
+    """Store object b"0" of these parts, and have the host's and the devices' copies driven out to disk."""
+    store.store(b"0", *places)
+    for request, arena in ((90, GPU), (91, HOST)):
+        if arena in {place[0] for place in places} | {HOST}:
+            store.finish(store.lease(C, request, arena, store.usage(arena).capacity))
+    store.client_died(C)
+    assert set(store.where(b"0")) == {DISK}
+
+
+def test_a_restore_that_waits_for_the_host_is_hurried_and_refused_in_the_hosts_name() -> None:
+    store = Books(4 * KIB, gpu=4 * KIB)
+    on_disk(store, (GPU, KIB))
+    store.store(b"fixed", (HOST, 4 * KIB), slots=False)
+    assert store.lease(C, 1, HOST, KIB, priority=GET) == []
+    assert store.need(B, 1, b"0", [(0, GPU)], priority=1) == []
+    assert store.lease(C, 2, HOST, KIB) == []
+    assert store.need(B, 2, b"0", [(0, GPU)], priority=GET, deadline=1.0) == []
+    refusal = only(NotFound, store.expire(1.0))
+    assert (refusal.request_id, refusal.kind) == (2, "full")
+    effects = store.free(b"fixed")
+    assert [(e.client, e.request_id) for e in effects if isinstance(e, Granted)] == [(C, 1), (C, 2)]
+    assert only(Found, store.finish(effects)).request_id == 1
+
+
+def test_freeing_an_object_ends_its_needs_and_restores() -> None:
+    store = Books(4 * KIB, gpu=4 * KIB)
+    on_disk(store, (GPU, KIB), (GPU, KIB))
+    store.store(b"fixed", (HOST, 3 * KIB), slots=False)
+    read = only(ReadFile, store.need(B, 1, b"0", [(0, GPU), (1, GPU)]))
+    assert store.usage(HOST).waiting == 1
+    effects = store.free(b"0")
+    assert only(NotFound, effects).kind == "unknown"
+    assert store.usage(HOST).waiting == store.usage(GPU).used == 0
+    assert store.finished(read.job) == [DeleteFile(read.file)]
+    assert store.usage(HOST).moving == 0
+
+
+def test_a_prefetch_from_disk_does_not_wait_for_the_host() -> None:
+    store = Books(4 * KIB, gpu=4 * KIB)
+    on_disk(store, (GPU, KIB))
+    assert store.finish(store.prefetch(b"0", [(0, GPU)])) == []
+    assert store.where(b"0") == [GPU]
+    store.free(b"0")
+    on_disk(store, (HOST, KIB))
+    store.store(b"fixed", (HOST, 4 * KIB), slots=False)
+    assert store.prefetch(b"0", [(0, GPU)]) == []
+    assert store.usage(GPU).used == store.usage(HOST).waiting == 0
+
+
+def test_a_piece_that_cannot_be_read_fails_all_who_wait_for_it() -> None:
+    store = Books(4 * KIB, gpu=4 * KIB, peer=4 * KIB)
+    on_disk(store, (GPU, KIB))
+    read = only(ReadFile, store.need(B, 1, b"0", [(0, GPU)]))
+    assert store.need(B, 2, b"0", [(0, PEER)]) == store.need(C, 1, b"0", [(0, HOST)]) == []
+    effects = store.finished(read.job, "unreadable: input/output error")
+    assert sorted((e.request_id, e.kind) for e in effects if isinstance(e, NotFound)) == [
+        (1, "lost"),
+        (1, "lost"),
+        (2, "lost"),
+    ]
+    assert all(store.usage(arena).used == 0 for arena in (HOST, GPU, PEER))
+
+
+def test_a_disk_that_may_take_no_more() -> None:
+    store = Books(4 * KIB, disk_limit_bytes=4096)
+    on_disk(store, (HOST, KIB))
+    store.store(b"1", (HOST, 4 * KIB))
+    assert store.lease(B, 1, HOST, KIB, deadline=1.0) == []
+    reason = refused(store.expire(1.0)).reason
+    assert "the disk holds 4 KiB of at most 4 KiB" in reason
+    assert store.lease(B, 2, HOST, KIB) == []
+    effects = store.free(b"0")
+    assert [type(effect) for effect in effects] == [DeleteFile, WriteFile]
+    assert only(Granted, store.finish(effects)).client == B
+
+
+def test_files_are_bounded() -> None:
+    store = Books(200 << 20)
+    for i in range(3):
+        store.store(b"%d" % i, (HOST, 40 << 20))
+    store.store(b"big", (HOST, 80 << 20))
+    first, second = store.lease(B, 1, HOST, 200 << 20)
+    assert isinstance(first, WriteFile)
+    assert isinstance(second, WriteFile)
+    assert len(first.pieces) == len(second.pieces) == 1
+    effects = store.finish([first, second])
+    assert only(Granted, effects).client == B
+    assert store.usage(DISK).used == 200 << 20
+
+
+def test_a_copy_of_a_second_execution_goes_with_its_device() -> None:
+    store = Books(64 * KIB, gpu=4 * KIB)
+    store.store(b"0", (HOST, KIB))
+    store.store(b"0", (GPU, KIB))
+    assert dict(next(iter(store.objects()))[2]) == {HOST: KIB, GPU: KIB}
+    assert store.remove_arena(GPU, "gone") == []
+    assert dict(next(iter(store.objects()))[2]) == {HOST: KIB}
+    store.free(b"0")
+    assert not store.pins.taken

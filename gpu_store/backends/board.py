@@ -40,6 +40,8 @@ MAX_FAULTS = 16
 MAX_EVENTS = 64
 
 KINDS: tuple[HealthKind, ...] = get_args(HealthKind)
+#: What news without a number are in words.
+WORDS = {"lost": "it is not on its bus any more", "reset": "it was reset"}
 
 _SLAB = np.dtype([(name, "u8") for name in ("serial", "pid", "started", "fd", "inode", "size")])
 _FAULT = np.dtype([("kind", "u8"), ("at", "u8"), ("code", "i8"), ("factor", "f8"), ("pid", "u8")])
@@ -246,7 +248,7 @@ class Board:
             for number in range(max(seen, written - MAX_EVENTS), written):
                 row = self._rows["events"][index][number % MAX_EVENTS]
                 kind, code = KINDS[int(row["kind"])], int(row["code"])
-                text = f"Xid {code}: {judge_xid(code)[1]}" if kind == "xid" else kind
+                text = f"Xid {code}: {judge_xid(code)[1]}" if kind == "xid" else WORDS.get(kind, kind)
                 news.append(HealthEvent(uuid, int(row["epoch"]), kind, code, bool(row["fatal"]), text))
             return news, written
 

@@ -118,6 +118,7 @@ class Lane:
         """Block until the thread ended; call `stop` first."""
         if self._thread is not None and self._pid == os.getpid():
             self._thread.join()
+        self._on_failure = lambda error: None  # nothing fails any more: a device that is closed is not kept by this
 
     def _demand(self, ticket: float) -> None:
         if ticket > self._demanded:

@@ -17,9 +17,9 @@ from afield.errors import NoDeviceError
 from afield.gpu_store.arena import Block, DeviceArena
 from afield.gpu_store.backends.base import DeviceUsageError, Slab
 from afield.gpu_store.backends.emulated import EmulatedDevice, EmulatedSlab
-from afield.gpu_store.emulated_arrays import EmulatedArray, EmulatedModule, allocation_of, inner_array, make_module
+from afield.gpu_store.emulated_arrays import EmulatedArray, EmulatedModule, inner_array, make_module
 from afield.gpu_store.emulated_arrays.array import array_over
-from afield.gpu_store.emulated_arrays.devices import DeviceMemory, process_devices
+from afield.gpu_store.emulated_arrays.devices import DeviceMemory, holder_of, process_devices
 from afield.gpu_store.interop.places import Adapter, Description, DevicePlace, c_strides, host_dtype
 
 
@@ -59,13 +59,15 @@ class EmulatedAdapter(Adapter):
     """`EmulatedArray`, by whatever name its module goes."""
 
     kind = "emulated"
+    takes_all = True
 
     def describe(self, array: EmulatedArray) -> Description:
-        home, owner, _ = allocation_of(array)
         inner = inner_array(array)
-        dtype = inner.dtype
+        holder = holder_of(inner)
+        assert holder is not None, "device arrays lie in device memory"
+        dtype, owner = inner.dtype, holder.owner
         return Description(
-            home.uuid,
+            holder.device.uuid,
             inner.__array_interface__["data"][0],
             inner.shape,
             inner.strides,

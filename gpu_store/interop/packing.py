@@ -41,7 +41,7 @@ _Span = tuple[int, int]
 class _Piece:
     """One device array of a value."""
 
-    __slots__ = ("adapter", "array", "claim", "description", "record", "span", "type_name")
+    __slots__ = ("adapter", "array", "claim", "description", "is_dense", "kind", "record", "span")
 
     def __init__(self, adapter: Adapter, description: Description, claim: Claim | None, array: Any) -> None:
         self.adapter = adapter
@@ -49,14 +49,11 @@ class _Piece:
         self.claim = claim
         #: Only where there is no claim.
         self.array = array
-        self.span = description.span
+        self.span = first, end = description.span
+        self.is_dense = _DENSE * description.nbytes >= end - first
         self.record = bytearray(record_struct(len(description.shape)).size)
-        self.type_name = ""
+        self.kind: type | None = None
         self.write(UNCOMMITTED, 0)
-
-    @property
-    def is_dense(self) -> bool:
-        return _DENSE * self.description.nbytes >= self.span[1] - self.span[0]
 
     def write(self, part: int, offset: int, strides: tuple[int, ...] | None = None) -> None:
         steps = self.description.strides if strides is None else strides
@@ -103,7 +100,7 @@ class DevicePacker:
             return None
         claim = self._claim(description)
         piece = _Piece(adapter, description, claim, value if claim is None else None)
-        piece.type_name = f"{type(value).__module__}.{type(value).__qualname__}"
+        piece.kind = type(value)
         self._pieces.append(piece)
         record = pickle.PickleBuffer(piece.record)
         return rebuild, (adapter.kind_of(value), description.shape, description.dtype, record)
@@ -186,13 +183,13 @@ class DevicePacker:
         first, end = islands[0][0], islands[-1][1]
         touched = sum(hi - lo for lo, hi in islands)
         claim = rest[0].claim
-        if claim is not None and _DENSE * touched >= claim.size and arena.sole(claim):
+        if claim is not None and _DENSE * touched >= claim.size:
             start = (first - arena.slab.address) & -ALIGNMENT
             size = end - arena.slab.address - start
-            arena.take(claim, start, size)
-            arena.bytes_born += size
-            self._record(arena, start, size, arena.slab.address + start, rest)
-            return
+            if arena.take(claim, start, size):
+                arena.bytes_born += size
+                self._record(arena, start, size, arena.slab.address + start, rest)
+                return
         if claim is not None and _DENSE * touched >= end - first:
             islands = [(first, end)]  # other memory may be several allocations, which no copy may cross
         for lo, hi in islands:
@@ -236,8 +233,9 @@ def _arena_of(piece: _Piece, arenas: Mapping[str, DeviceArena]) -> DeviceArena:
         arena = next((one for one in arenas.values() if getattr(one.slab, "ordinal", None) == device), None)
     if arena is None:
         name = device if isinstance(device, str) else f"number {device} (as CUDA counts here)"
+        type_name = f"{piece.kind.__module__}.{piece.kind.__qualname__}" if piece.kind else "device array"
         raise SerializationError(
-            f"a {piece.type_name} in the value is on device {name}, which this process has no lease of"
+            f"a {type_name} in the value is on device {name}, which this process has no lease of"
             f" (it has: {', '.join(arenas) or 'none'}): copy the array to one of these devices, or to the host "
             "(array.get(), tensor.cpu(), copy_to_host()), before it is returned or put"
         )

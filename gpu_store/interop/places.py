@@ -107,6 +107,8 @@ class Adapter(ABC):
 
     #: Names the adapter in pickles.
     kind: str
+    #: Whether `describe` describes every array of its type, and leaves none to pickle.
+    takes_all = False
 
     @abstractmethod
     def describe(self, array: Any) -> Description | None:

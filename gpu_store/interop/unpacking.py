@@ -10,10 +10,10 @@ A part in host memory becomes a read-only NumPy array of the same shape and stri
 
 from __future__ import annotations
 
+import functools
 import struct
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from afield.errors import DeserializationError
@@ -37,21 +37,28 @@ class _Running(threading.local):
 _running = _Running()
 
 
-@contextmanager
-def resolving(resolve: Callable[[int], Place], home: DeviceArena | None = None) -> Iterator[None]:
+class resolving:  # noqa: N801 - used as a function is
     """Let device arrays that are unpickled in this block, on this thread, find their memory.
 
     `resolve(part)` returns where a part is; arrays of size 0 belong to no part and are made on the device of `home`, or as
     NumPy arrays where that is None.
     """
-    before = _running.resolve, _running.home
-    _running.resolve, _running.home = resolve, home
-    try:
-        yield
-    finally:
-        _running.resolve, _running.home = before
+
+    __slots__ = ("_before", "_here")
+
+    def __init__(self, resolve: Callable[[int], Place], home: DeviceArena | None = None) -> None:
+        self._here = resolve, home
+        self._before: tuple[Callable[[int], Place] | None, DeviceArena | None] = (None, None)
+
+    def __enter__(self) -> None:
+        self._before = _running.resolve, _running.home
+        _running.resolve, _running.home = self._here
+
+    def __exit__(self, *_: object) -> None:
+        _running.resolve, _running.home = self._before
 
 
+@functools.cache
 def record_struct(dimensions: int) -> struct.Struct:
     """Return the layout of the record of an array with so many dimensions."""
     return struct.Struct(f"<{2 + dimensions}q")

@@ -381,6 +381,8 @@ class StoreProcesses:
             store.channel.close()
         store.export = store.channel = None
         peers = self._forget_jobs(store)
+        if store.served and self._machine is not None and store.uuid and not self._is_over(store):
+            self._machine.reset(store.uuid)  # whoever has the slab of this life mapped is refused from here on
         told, served = store.down, store.served
         store.state = self._plan(store)
         if store.state is State.FAILED and not store.uuid:

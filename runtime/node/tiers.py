@@ -152,12 +152,14 @@ class Tiers:
                 grant = m.StoreGrant(effect.request_id, effect.offset, effect.size, "", effect.arena)
                 self._daemon.send(effect.client, grant)
             elif kind is t.Refused:
-                self._daemon.send(effect.client, m.StoreGrant(effect.request_id, 0, 0, effect.reason, effect.arena))
+                reason = self._with_names(effect.reason)
+                self._daemon.send(effect.client, m.StoreGrant(effect.request_id, 0, 0, reason, effect.arena))
             elif kind is t.Found:
                 parts = [(i, m.Part(p.arena, p.offset, p.size, p.slot, p.serial, p.home)) for i, p in effect.parts]
                 self._daemon.send(effect.client, m.Found(effect.request_id, parts))
             elif kind is t.NotFound:
-                self._daemon.send(effect.client, m.Found(effect.request_id, [], effect.kind, effect.reason))
+                reason = self._with_names(effect.reason)
+                self._daemon.send(effect.client, m.Found(effect.request_id, [], effect.kind, reason))
             elif kind is t.Lost:
                 self._daemon.send(effect.owner, m.Lost(list(effect.object_ids), effect.cause, kind_of_loss))
             elif kind is t.Trim:
@@ -165,6 +167,14 @@ class Tiers:
                     channel.send(m.Trim(effect.arena))
             else:
                 self.stores.execute(effect)
+
+    def _with_names(self, reason: str) -> str:
+        """Return what the books say with processes named as `afield.memory()` names them: the books know their ids only."""
+        for process_id, pid in self._daemon.pids.items():
+            name = f"{'worker' if process_id in self._daemon.workers.by_id else 'driver'} pid {pid}"
+            short = process_id.hex()[:16]
+            reason = reason.replace(f"owner {short}", f"values of {name}").replace(f"process {short}", name)
+        return reason
 
     def _on_done(self, job: int, kind: str, text: str) -> None:
         self.run(self.books.finished(job, f"{kind}: {text}" if kind else ""))
@@ -188,7 +198,7 @@ class Tiers:
         for channel, message in self._until_ready.pop(arena, []):
             if not channel.closed:
                 self._refuse(channel, message, cause)
-        self.run(self.books.remove_arena(arena, cause), "device")
+        self.run(self.books.remove_arena(arena, f"device {uuid} was {words}"), "device")
 
     def look(self, uuids: Sequence[str]) -> None:
         """Somebody has trouble with these devices: see whether they are lost, before anybody else is sent there."""
