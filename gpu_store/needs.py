@@ -98,6 +98,10 @@ class Needs:
         for request in [request for request in self._promises if request[0] == client]:
             self.mapped(*request)
 
+    def __len__(self) -> int:
+        """Return how many wait."""
+        return len(self._waiting)
+
     def expire(self, now: float) -> None:
         """Refuse those whose time is over."""
         for needs in self._unknown.values():

@@ -337,6 +337,8 @@ class Residency:
 
     def expire(self, now: float) -> list[Effect]:
         """Refuse the waiting requests whose deadline is not after `now`, and look again for what may leave by now."""
+        if self._is_calm():
+            return []
         for request in [r for r in self._leases.values() if r.deadline is not None and r.deadline <= now]:
             reason = self.describe_full(request.arena, request.size)
             del self._leases[request.client, request.request_id]
@@ -355,6 +357,8 @@ class Residency:
 
     def next_deadline(self) -> float | None:
         """Return when to call `expire` at the latest; the times of what has just begun are known after the next call."""
+        if self._is_calm():
+            return None
         times = [request.deadline for request in self._leases.values() if request.deadline is not None]
         due = self._needs.next_deadline()
         if due is not None:
@@ -365,6 +369,12 @@ class Residency:
         if self._disk.bad and self._disk.due is not None and self._arenas[HOST].queue:
             times.append(self._disk.due)
         return min(times, default=None)
+
+    def _is_calm(self) -> bool:
+        """Tell whether nobody waits and nothing failed, so that time changes nothing: the daemon asks in each turn."""
+        if self._leases or self._needs or self._disk.bad or self._disk.revived:
+            return False
+        return not any(books.blocked for books in self._arenas.values())
 
     # -- arithmetic -----------------------------------------------------------------------------------------------
 
