@@ -100,9 +100,9 @@ def store_pids() -> set[int]:
     return {pid for pid, name in processes(traces()).items() if name == "afield-store"}
 
 
-def spill_files() -> list[Path]:
-    """Return the spill files of the session."""
-    return [path for path in (Path(traces().directory) / "spill").glob("*") if path.is_file()]
+def spill_files(pattern: str = "*[0-9]") -> list[Path]:
+    """Return the spill files of the session; "*" finds those that are being written, too."""
+    return list((Path(traces().directory) / "spill").glob(pattern))
 
 
 def raised_by(call: Callable[[], Any], kind: type[BaseException]) -> str:

@@ -346,7 +346,7 @@ class Slab:
 
 def test_memory_handed_in_by_the_store() -> None:
     slab = Slab(MIB)
-    cp = make_module(parse_devices("emulated:1:1MiB"), lambda device: slab)
+    cp = make_module(parse_devices("emulated:1:2MiB"), lambda device: slab)
     first, second = cp.zeros(4), cp.full(2, 7, "i4")
     assert slab.memory[64:72].cast("i").tolist() == [7, 7]
     home, owner, offset = allocation_of(second[1:])
@@ -433,7 +433,7 @@ def test_a_lost_device_shows_at_the_next_operation(cp: Any) -> None:
 
 def test_the_current_device_can_be_the_runtimes_choice() -> None:
     lease = [1]
-    cp = make_module(parse_devices("emulated:2:1MiB"), current_device=lambda: lease[0])
+    cp = make_module(parse_devices("emulated:2:2MiB"), current_device=lambda: lease[0])
     assert cp.zeros(1).device.id == 1
     lease[0] = 0
     assert cp.zeros(1).device.id == 0
