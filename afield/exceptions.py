@@ -40,7 +40,8 @@ raised                             when
 `ObjectLostError`                  no copy of a value is left, and it cannot be computed again.
 `OwnerDiedError`                   the process that owned an object is gone, and all knowledge of the object with it.
 `DeviceLostError`                  a device failed or was reset, and a value or task with it.
-`SpillError`                       a value could not be spilled to disk, or not be read back: full, unreadable, corrupt.
+`SpillError`                       never by itself: the reason in an `ObjectStoreFullError` (the disk is full) or an
+                                   `ObjectLostError` (a spill file is unreadable or corrupt).
 `RuntimeDiedError`                 the node's daemon is gone, or the runtime could not start: `shutdown` and `init` again.
 =================================  ==========================================================================================
 """

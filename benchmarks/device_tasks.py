@@ -121,35 +121,38 @@ def _allocations() -> Callable[..., Any]:
 
 
 def _churn() -> Callable[..., Any]:
-    def churn(count: int, live: int, largest: int) -> dict[str, Any]:
-        """Replace blocks of mixed sizes in random order; {"fragmentation": worst in %, "each_us", "round_trips"}.
+    def churn(count: int, live: int, even: bool) -> dict[str, Any]:
+        """Replace blocks of mixed sizes in random order, and look a hundred times at what is leased and not used, in %.
 
-        The sizes are spread evenly over the powers of two from 512 bytes to `largest`, `live` blocks are alive.
+        Sizes are spread from 1 byte to 4 MiB, `even`ly or, over the powers of two, from 512 bytes; `live` blocks are alive.
+        Returns {"unused": [...], "kept": [what stays leased and unused when memory is short], "each_us", "round_trips"}.
         """
-        import math
         import random
         import time
 
         from afield.runtime import current
 
         arena = current.participant.values.parts.devices.home()  # type: ignore[union-attr]
+        arena.trim()
         chance = random.Random(1)
-        span = math.log(largest / 512)
-        sizes = [int(512 * math.exp(span * chance.random())) for _ in range(4096)]
-        blocks: list[Any] = [arena.allocate(sizes[number % 4096]) for number in range(live)]
-        places = [chance.randrange(live) for _ in range(10_007)]
+        sizes = [chance.randrange(1, 4 << 20) if even else int(512 * 8192 ** chance.random()) for _ in range(4096)]
+        order = [(chance.randrange(live), chance.choice(sizes)) for _ in range(50_021)]
+        blocks: list[Any] = [arena.allocate(size) for size in sizes[:live]]
+        blocks += [arena.allocate(chance.choice(sizes)) for _ in range(live - len(blocks))]
         allocate, step = arena.allocate, max(1, count // 100)
-        worst, spent_s, trips = 0.0, 0.0, arena.stats().round_trips
+        unused, spent_s, trips = [], 0.0, arena.stats().round_trips
         for start in range(0, count, step):
             began = time.perf_counter()
             for number in range(start, min(start + step, count)):
-                place = places[number % 10_007]
+                place, size = order[number % 50_021]
                 blocks[place] = None  # freed before the new one is asked for, as a variable that is assigned is not
-                blocks[place] = allocate(sizes[number & 4095])
+                blocks[place] = allocate(size)
             spent_s += time.perf_counter() - began
-            worst = max(worst, arena.stats().fragmentation)
+            unused.append(100 * arena.stats().fragmentation)
         trips = arena.stats().round_trips - trips
-        return {"fragmentation": 100 * worst, "each_us": spent_s * 1e6 / count, "round_trips": trips}
+        arena.trim(2 << 20)
+        kept = [100 * arena.stats().fragmentation]
+        return {"unused": unused, "kept": kept, "each_us": [spent_s * 1e6 / count], "round_trips": [float(trips)]}
 
     return churn
 

@@ -30,15 +30,13 @@ import gc
 import threading
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from afield.errors import OutOfDeviceMemoryError
 from afield.gpu_store.backends.base import Device, DeviceUsageError, Slab, Stream
+from afield.gpu_store.blocks import ALIGNMENT, ArenaStats, Block, Claim
 from afield.gpu_store.extents import ExtentAllocator
 
-#: Blocks start at multiples of this and are counted in multiples of it, as on a CUDA device.
-ALIGNMENT = 512
 MIN_CHUNK_BYTES, MAX_CHUNK_BYTES = 2 << 20, 32 << 20
 #: A chunk is at most this part of what the process leases already ...
 CHUNK_SHARE = 32
@@ -53,62 +51,6 @@ COPIES = -1
 #: Blocks in the cache, and sizes that it remembers. What lies there does not coalesce: a loop of mixed sizes leased a
 #: quarter more with thousands, 3 % more with 64.
 MAX_CACHED = 16
-
-
-class Block:
-    """Leased memory of a device; it is free again when the last reference to this object is gone."""
-
-    __slots__ = ("__weakref__", "home", "offset", "size", "stream")
-
-    def __init__(self, home: DeviceArena, offset: int, size: int, stream: int) -> None:
-        self.home = home
-        self.offset = offset
-        #: Bytes, a multiple of ALIGNMENT; 0 once the memory has left the arena.
-        self.size = size
-        self.stream = stream
-
-    @property
-    def arena(self) -> int:
-        return self.home.arena
-
-    @property
-    def address(self) -> int:
-        return self.home.slab.address + self.offset
-
-    def __del__(self) -> None:
-        if self.size:
-            self.home.dead.append((self.offset, self.size, self.stream))
-
-
-class Claim:
-    """Notes that somebody may want to keep the memory of a block when the block dies; see `DeviceArena.claim`."""
-
-    __slots__ = ("count", "dead", "home", "offset", "size", "stream", "taken")
-
-    def __init__(self, block: Block) -> None:
-        self.home = block.home
-        self.offset = block.offset
-        self.size = block.size
-        self.stream = block.stream
-        self.count = 1
-        self.dead = False
-        self.taken = False
-
-
-@dataclass(frozen=True, slots=True)
-class ArenaStats:
-    """What one process holds of one device, in bytes; `round_trips` counts leases."""
-
-    leased_bytes: int
-    used_bytes: int
-    round_trips: int
-    bytes_born: int
-    bytes_copied: int
-
-    @property
-    def fragmentation(self) -> float:
-        """The part of the leased bytes that nothing uses."""
-        return 1 - self.used_bytes / self.leased_bytes if self.leased_bytes else 0.0
 
 
 class DeviceArena:

@@ -31,6 +31,7 @@ from afield.units import format_bytes
 #: Written, read and checked at a time, so that the checksum finds the bytes in the processor's cache.
 CHUNK_BYTES = 4 << 20
 
+_UNFINISHED = ".part"
 _MARK = b"afspill1"
 _ENTRY = struct.Struct("<QQI")  # offset in the file, size, CRC-32
 _TAIL = struct.Struct("<QII8s")  # the file's number, entries, CRC-32 of the entries, mark
@@ -45,11 +46,17 @@ class SpillFiles:
     """The spill files of a session, by number."""
 
     def __init__(self, directory: str) -> None:
-        """Keep files in `directory`, which is made where it is missing; raises SpillError where that cannot be."""
+        """Keep files in `directory`, which is made where it is missing; nobody else may be writing there.
+
+        Raises SpillError where that cannot be.
+        """
         self.directory = directory
         self._indices: dict[int, _Index] = {}
         try:
             os.makedirs(directory, mode=0o700, exist_ok=True)
+            for name in os.listdir(directory):
+                if name.endswith(_UNFINISHED):  # whoever was writing it has died
+                    os.unlink(os.path.join(directory, name))
         except OSError as error:
             raise _failure(error, f"no directory for spill files at {directory}") from error
 
@@ -68,7 +75,7 @@ class SpillFiles:
         Raises SpillError; then there is no such file.
         """
         path = self.path(file)
-        unfinished = path + ".part"
+        unfinished = path + _UNFINISHED
         try:
             fd = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
             try:

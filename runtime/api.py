@@ -89,10 +89,10 @@ def init(
         address: None or "local" starts a runtime of our own.
         num_cpus: CPUs to schedule on; the machine's by default.
         num_gpus: checked against the devices that there are.
-        devices: "emulated:N" for N emulated devices, "none"; the environment variable AFIELD_DEVICES by default.
+        devices: "emulated:2", "emulated:2:16GiB" (memory of each), "cuda", "cuda:2", "none"; AFIELD_DEVICES by default.
         resources: custom resources, name to amount.
         host_memory: capacity of the host store, in bytes or as text ("6GiB"); 30 % of the machine's by default.
-        spill_dir: where the session keeps its files; the system's temporary directory by default.
+        spill_dir: where the session keeps its files and spilled values; the system's temporary directory by default.
         namespace: names of actors are looked up in it.
         runtime_env: what tasks and actors run in unless they say otherwise: `env_vars`, `working_dir`, `py_modules`.
         ignore_reinit_error: return quietly if the runtime is running already.
@@ -292,7 +292,8 @@ def get(refs: ObjectRef | Sequence[ObjectRef], *, timeout: float | None = None, 
     Raises:
         GetTimeoutError: not ready in time.
         TaskError: the task raised; also an instance of what it raised.
-        LossError: the value was lost with a process.
+        LossError: the value was lost with a process or device, and could not be made again.
+        ObjectStoreFullError, OutOfDeviceMemoryError: there was no room in time to bring it here.
     """
     values = (current.participant or current.ensure()).values
     deadline = None if timeout is None else time.monotonic() + timeout
@@ -324,7 +325,7 @@ def put(value: Any) -> ObjectRef:
     Raises:
         TypeError: the value is an ObjectRef already.
         SerializationError: it cannot be pickled.
-        ObjectStoreFullError: there was no room in time.
+        ObjectStoreFullError, OutOfDeviceMemoryError: there was no room in time.
     """
     if type(value) is ObjectRef:
         raise TypeError(
@@ -467,13 +468,13 @@ def array_module() -> Any:
 
     Raises:
         NoDeviceError: this process has no devices; says how to get some.
-        MissingDependencyError: the devices are CUDA devices and CuPy is not installed.
+        ImportError: the devices are CUDA devices and CuPy is not installed.
     """
     return (current.participant or current.ensure()).values.parts.devices.module()
 
 
 def stats(*, local: bool = False) -> dict[str, float]:
-    """Return counters: tasks submitted and retried, and bytes by kind of movement.
+    """Return counters: tasks submitted, retried and recomputed, and bytes by kind of movement.
 
     Bytes of host memory: `bytes_copied_in`, `bytes_shared` (read without a copy), `bytes_born` (kept without a copy). Of device
     memory: `device_bytes_shared`, `device_bytes_born`, `device_bytes_copied` (within a device, where a result could not be

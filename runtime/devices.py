@@ -9,6 +9,7 @@ slab, which its store process owns, and makes the arena that this process's devi
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import importlib.util
 import os
@@ -118,15 +119,23 @@ class Devices:
         """
         with self._lock:
             arena = self._arenas.get(number)
-            if arena is None or self._is_over(arena):
+            if arena is None:
                 arena = self._arenas[number] = self._open(number)
             return arena
 
-    def _is_over(self, arena: DeviceArena) -> bool:
-        """Tell whether an arena is of a former life of its device. A worker does not outlive its devices."""
+    def renew(self) -> None:
+        """Map the devices anew that got a new life; a worker does not outlive its devices, but the driver does.
+
+        Comes before parts are pinned: then what is pinned and what is mapped are of one life.
+        """
         if self.bound or self._backend is None:
-            return False
-        return self._backend.epoch(arena.slab.device_uuid) != arena.device.epoch
+            return
+        with self._lock:
+            for number, arena in list(self._arenas.items()):
+                if self._backend.epoch(arena.slab.device_uuid) != arena.device.epoch:
+                    with contextlib.suppress(DeviceLostError):  # it has no new life yet; the other devices are as they were
+                        self._arenas[number] = self._open(number)
+                        self._module = None
 
     def arenas(self) -> dict[str, DeviceArena]:
         """Return UUID -> arena of the devices that are in use in this process."""
@@ -172,11 +181,13 @@ class Devices:
         arena = self._arenas.get(number)
         if arena is not None:
             with contextlib.suppress(AfieldError):  # of a device that is lost there is nothing to give back
-                arena.trim()
+                if not arena.trim() and arena.stats().used_bytes:
+                    gc.collect()  # arrays in reference cycles hold memory that nobody can use
+                    arena.trim()
 
     def place(self, number: int, offset: int, size: int, hold: Hold) -> DevicePlace:
         """Return what arrays over stored device memory are built on."""
-        self.module()  # arrays belong to a module's devices
+        self._present_module()  # arrays belong to a module's devices
         self.bytes_shared += size
         return DevicePlace(self.arena(number), offset, size, _let_go, hold)
 
@@ -210,11 +221,11 @@ class Devices:
 
         The driver's is another one after a device got a new life: arrays of the old one stay with the old module.
         """
+        self.renew()
+        return self._present_module()
+
+    def _present_module(self) -> Any:
         with self._lock:
-            for number in [number for number, arena in self._arenas.items() if self._is_over(arena)]:
-                with contextlib.suppress(DeviceLostError):  # the other devices are as they were
-                    self.arena(number)
-                    self._module = None
             if self._module is None:
                 mine = self._mine()
                 if not mine:

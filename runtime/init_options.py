@@ -13,7 +13,8 @@ from typing import Any
 import psutil
 
 from afield.errors import InvalidOptionError, NoClusterError, NoDeviceError
-from afield.gpu_store.backends.base import DeviceInfo
+from afield.gpu_store.backends.base import DeviceInfo, DeviceUsageError
+from afield.gpu_store.backends.select import EMULATED_LINK, link_speed
 from afield.runtime.bootstrap import STORE_SHARE, SessionOptions
 from afield.runtime.environment import Environment
 from afield.scheduler.devices import parse_devices, visible_devices
@@ -78,6 +79,12 @@ def session_options(others: Mapping[str, Any], **given: Any) -> SessionOptions:
             f"num_gpus={num_gpus} but there are {len(found)} devices; "
             f'pass devices="emulated:{int(num_gpus)}" or set AFIELD_DEVICES=emulated:{int(num_gpus)}'
         )
+    link = os.environ.get(EMULATED_LINK)
+    if link and found and found[0].kind == "emulated":
+        try:
+            link_speed(link)  # here, and not in the daemon, where it would end the session
+        except DeviceUsageError as error:
+            raise InvalidOptionError(f"{EMULATED_LINK}: {error}") from None
     amounts = {name: float(amount) for name, amount in (resources or {}).items()}
     return SessionOptions(
         float(cpus),

@@ -42,7 +42,8 @@ _PACKAGE = os.path.dirname(os.path.abspath(__file__))
 class MemoryEntry:
     """One live object: `size` in bytes, `tier`, and why it is alive.
 
-    The tier is "inline", "host", "pending" (no value yet) or "freed" (made again if what was made from it is lost).
+    The size is that of all copies. The tier is "inline", "host", "disk", "device 0", several of these joined by "+", "pending"
+    (no value yet) or "freed" (made again if what was made from it is lost).
     """
 
     object_id: str

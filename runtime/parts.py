@@ -26,7 +26,8 @@ from afield.errors import (
     OutOfDeviceMemoryError,
     RuntimeDiedError,
 )
-from afield.gpu_store.arena import Block, DeviceArena
+from afield.gpu_store.arena import DeviceArena
+from afield.gpu_store.blocks import Block
 from afield.gpu_store.client import Hold, HostStoreClient
 from afield.gpu_store.interop import DevicePacker, DevicePlace, HostPlace, Place, resolving
 from afield.gpu_store.pins import Pinner
@@ -260,6 +261,8 @@ class Parts:
         """Pin each part that this process can read where it is; return the holds, and which parts are wanted where."""
         holds: dict[int, Hold] = {}
         wants: list[tuple[int, int]] = []
+        if into:
+            self.devices.renew()
         for index, part in enumerate(parts):
             wanted = HOST
             if part.home:

@@ -179,7 +179,10 @@ def serialize(value: Any, what: str, *, stored: bool = True) -> Serialized:
             pickled = pickle.dumps(value, 5, buffer_callback=buffers.append)
         else:
             packer = DevicePacker() if stored else None
-            pickled = _pickle(value, buffers, packer)
+            if packer is not None and _is_of_arrays(value):
+                pickled = _pickle_arrays(value, buffers, packer)
+            else:
+                pickled = _pickle(value, buffers, packer)
         raw = [buffer.raw() for buffer in buffers]
     except Exception as error:
         if packer is not None:
@@ -223,6 +226,39 @@ def _pickle(value: Any, buffers: Buffers, packer: DevicePacker | None) -> bytes:
     """Return the pickle; what refers to the value's parts is gone with this frame, but for the buffers."""
     out = io.BytesIO()
     pickler = _Pickler(out, 5, buffers.append)
+    pickler.packer = packer
+    pickler.dump(value)
+    return out.getvalue()
+
+
+class _ArrayPickler(pickle.Pickler):
+    """Pickle's own pickler, which is made in a tenth of the time."""
+
+    packer: DevicePacker
+
+    def reducer_override(self, obj: Any) -> Any:
+        reduced = self.packer.reduce(obj)
+        return NotImplemented if reduced is None else reduced
+
+
+def _is_of_arrays(value: Any) -> bool:
+    """Tell whether a value is a device array, or a few of them with plain items in a container: no matter for cloudpickle."""
+    kind = type(value)
+    if (kind is tuple or kind is list or kind is dict) and len(value) <= _MAX_PLAIN_ITEMS:
+        items = value if kind is not dict else [*value, *value.values()]
+        return all(type(item) in _PLAIN or _is_array(type(item)) for item in items)
+    return _is_array(kind)
+
+
+def _is_array(kind: type) -> bool:
+    adapter = adapter_of(kind)
+    return adapter is not None and adapter.takes_all
+
+
+def _pickle_arrays(value: Any, buffers: Buffers, packer: DevicePacker) -> bytes:
+    """As `_pickle`, for what `_is_of_arrays` accepts."""
+    out = io.BytesIO()
+    pickler = _ArrayPickler(out, 5, buffer_callback=buffers.append)
     pickler.packer = packer
     pickler.dump(value)
     return out.getvalue()

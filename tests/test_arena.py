@@ -19,10 +19,11 @@ import numpy as np
 import pytest
 
 from afield.errors import DeviceLostError, OutOfDeviceMemoryError
-from afield.gpu_store.arena import ALIGNMENT, MIN_CHUNK_BYTES, Block, DeviceArena
+from afield.gpu_store.arena import MIN_CHUNK_BYTES, DeviceArena
 from afield.gpu_store.backends.base import Device, DeviceUsageError, Slab
 from afield.gpu_store.backends.cuda import CudaBackend
 from afield.gpu_store.backends.emulated import EmulatedBackend, emulated_devices
+from afield.gpu_store.blocks import ALIGNMENT, Block
 from afield.gpu_store.extents import ExtentAllocator
 from tests.fake_cuda import libraries
 from tests.test_device_backend import peer_process, read, unpack, write

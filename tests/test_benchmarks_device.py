@@ -25,7 +25,7 @@ from benchmarks.runner import Outcome, run_cases
 
 ROOT = Path(__file__).resolve().parent.parent
 EMULATED = Backend("emulated")
-SMALL = DeviceScale(1, 2, (1 << 10,), (1 << 20,), 32 << 20, 10, 500, 50, 4096)
+SMALL = DeviceScale(1, 2, (1 << 10,), (1 << 20,), 32 << 20, 10, 500, 50)
 
 
 def groups(scale: DeviceScale = QUICK, backend: Backend = EMULATED) -> dict[str, Group]:

@@ -19,10 +19,11 @@ import numpy as np
 import pytest
 
 from afield.errors import DeserializationError, DeviceLostError, OutOfDeviceMemoryError, SerializationError
-from afield.gpu_store.arena import ALIGNMENT, DeviceArena
+from afield.gpu_store.arena import DeviceArena
 from afield.gpu_store.backends.base import DeviceUsageError, StaleEpochError
 from afield.gpu_store.backends.cuda import CudaBackend
 from afield.gpu_store.backends.emulated import EmulatedBackend, emulated_devices
+from afield.gpu_store.blocks import ALIGNMENT
 from afield.gpu_store.client import View
 from afield.gpu_store.emulated_arrays import EmulatedArray, inner_array, make_module, set_process_devices
 from afield.gpu_store.interop import DevicePacker, DevicePlace, HostPlace, adapter_of, resolving

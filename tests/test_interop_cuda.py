@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from afield.errors import SerializationError
-from afield.gpu_store.arena import Block
 from afield.gpu_store.backends.cuda import CudaBackend
+from afield.gpu_store.blocks import Block
 from afield.gpu_store.interop import DevicePacker, DevicePlace
 from afield.gpu_store.interop.interop_cupy import cupy_stream, install_cupy
 from afield.gpu_store.interop.interop_numba import NumbaAdapter, install_numba, memory_manager

@@ -270,6 +270,8 @@ def handle_of(machine: EmulatedBackend, figures: Any = None, asked: list[Any] | 
             return None
         if what == "store":
             return {"tiers": {} if figures is None else {info.uuid: figures}}
+        if what == "devices":
+            return {"devices": machine.inventory()}
         return {"GPU": float(sum(not machine.board.lost(index) for index in range(2)))}
 
     return DeviceHandle(info.uuid, 0, info.memory_bytes, 1, machine, query)

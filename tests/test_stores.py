@@ -291,7 +291,7 @@ def test_a_lost_device_is_tried_now_and_then(daemon: FakeDaemon) -> None:
 
 def test_a_source_is_not_given_up_while_a_peer_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The books may give the target's memory to others when a loss is told: nobody may write there any more."""
-    monkeypatch.setenv(module.EMULATED_LINK, "20MB/s")
+    monkeypatch.setenv("AFIELD_EMULATED_LINK", "20MB/s")
     daemon = FakeDaemon(tmp_path, [emulated_device(number, 9 * MIB) for number in range(2)])
     try:
         daemon.start(1, 2)

@@ -84,8 +84,12 @@ class DeviceHandle:
             self._wait_for(lambda: self._devices_of_runtime() < before, NOTICED_S)
 
     def reset(self) -> None:
-        """Begin a new life of the device, which is empty and usable again, also after a loss."""
+        """Begin a new life of the device, which is empty and usable again; waits until the runtime offers a lost one again."""
+        before = self._devices_of_runtime()
+        was_withdrawn = self.is_lost and before < len(self._query("devices")["devices"])
         self._machine().reset(self.uuid)
+        if was_withdrawn:
+            self._wait_for(lambda: self._devices_of_runtime() > before, BACK_S)
 
     def fail_next_allocation(self, n: int = 1) -> None:
         """Let the next `n` allocations of device memory, in whichever process, find no room."""

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from afield.gpu_store.backends.emulated import EmulatedBackend
 
 
+#: The speed of an emulated machine's links, such as "25GB/s"; without it they are as fast as the host's memory.
+EMULATED_LINK = "AFIELD_EMULATED_LINK"
+
+
 def open_backend(spec: str) -> DeviceBackend:
     """Return the backend that `spec` names, for this process.
 
@@ -43,15 +47,19 @@ def create_emulated(devices: Sequence[DeviceInfo], link: str = "") -> EmulatedBa
     """
     from afield.gpu_store.backends.emulated import EmulatedBackend, LinkSpeed
 
-    speed = LinkSpeed()
-    if link:
-        try:
-            speed = LinkSpeed(float(parse_bytes(link.removesuffix("/s"))))
-        except ValueError as error:
-            raise DeviceUsageError(f"a link of {link[:40]!r} is no speed ({error}); write one such as 25GB/s") from None
-        if not speed.bandwidth_bytes_per_s:
-            raise DeviceUsageError("a link that carries nothing is of no use; write a speed such as 25GB/s")
+    speed = LinkSpeed(link_speed(link)) if link else LinkSpeed()
     return EmulatedBackend.create(devices, host_link=speed, peer_link=speed)
+
+
+def link_speed(link: str) -> float:
+    """Return the bytes a second that a text such as "25GB/s" means; raises DeviceUsageError if it is no speed."""
+    try:
+        speed = float(parse_bytes(link.removesuffix("/s")))
+    except ValueError:
+        raise DeviceUsageError(f"a link of {link[:40]!r} is no speed; write one such as 25GB/s") from None
+    if not speed:
+        raise DeviceUsageError("a link that carries nothing is of no use; write a speed such as 25GB/s")
+    return speed
 
 
 def cuda_spec(epochs: Mapping[str, int]) -> str:

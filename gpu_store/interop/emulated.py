@@ -14,9 +14,10 @@ from typing import Any, cast
 import numpy as np
 
 from afield.errors import NoDeviceError
-from afield.gpu_store.arena import Block, DeviceArena
+from afield.gpu_store.arena import DeviceArena
 from afield.gpu_store.backends.base import DeviceUsageError, Slab
 from afield.gpu_store.backends.emulated import EmulatedDevice, EmulatedSlab
+from afield.gpu_store.blocks import Block
 from afield.gpu_store.emulated_arrays import EmulatedArray, EmulatedModule, inner_array, make_module
 from afield.gpu_store.emulated_arrays.array import array_over
 from afield.gpu_store.emulated_arrays.devices import DeviceMemory, holder_of, process_devices

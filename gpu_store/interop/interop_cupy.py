@@ -16,7 +16,8 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from afield.gpu_store.arena import Block, DeviceArena
+from afield.gpu_store.arena import DeviceArena
+from afield.gpu_store.blocks import Block
 from afield.gpu_store.interop.places import Adapter, Description, DevicePlace, c_strides, host_dtype
 
 _PER_THREAD_DEFAULT_STREAM = 2
@@ -136,6 +137,7 @@ class CupyAdapter(CudaAdapter):
     """`cupy.ndarray`."""
 
     kind = "cupy"
+    takes_all = True
 
     def describe(self, array: Any) -> Description:
         return described(array)

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from afield.errors import NoDeviceError
-from afield.gpu_store.arena import Block, DeviceArena
+from afield.gpu_store.arena import DeviceArena
+from afield.gpu_store.blocks import Block
 from afield.gpu_store.interop.interop_cupy import CudaAdapter, ordinal_of
 from afield.gpu_store.interop.places import Description, DevicePlace, c_strides
 

@@ -26,8 +26,9 @@ from types import TracebackType
 from typing import Any
 
 from afield.errors import AfieldError, SerializationError
-from afield.gpu_store.arena import ALIGNMENT, COPIES, Claim, DeviceArena
+from afield.gpu_store.arena import COPIES, DeviceArena
 from afield.gpu_store.backends import base
+from afield.gpu_store.blocks import ALIGNMENT, Claim
 from afield.gpu_store.interop.places import Adapter, Description, c_strides
 from afield.gpu_store.interop.registry import adapter_of
 from afield.gpu_store.interop.unpacking import NOWHERE, UNCOMMITTED, rebuild, record_struct

@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from afield.gpu_store.arena import Block, DeviceArena
+from afield.gpu_store.arena import DeviceArena
 from afield.gpu_store.backends.base import Slab
+from afield.gpu_store.blocks import Block
 
 
 class DevicePlace:

@@ -36,7 +36,7 @@ from typing import Any, Protocol
 from afield.clock import Clock, monotonic
 from afield.errors import DeviceLostError
 from afield.gpu_store.backends.base import DeviceBackend, DeviceInfo, SlabExport
-from afield.gpu_store.backends.select import create_emulated, cuda_spec
+from afield.gpu_store.backends.select import EMULATED_LINK, create_emulated, cuda_spec
 from afield.gpu_store.tiers import DISK, HOST, DeleteFile, Move, ReadFile, WriteFile
 from afield.ids import new_process_id
 from afield.runtime import messages as m
@@ -44,9 +44,6 @@ from afield.runtime import store_messages as s
 from afield.runtime.store_process import ARENA, BACKEND, DEVICE, LIFE
 from afield.scheduler.devices import Device
 from afield.transport.channel import Channel
-
-#: The speed of an emulated machine's links, such as "25GB/s"; without it they are as fast as the host's memory.
-EMULATED_LINK = "AFIELD_EMULATED_LINK"
 
 #: A process that was killed is gone within this time, or something is wrong with the machine.
 SETTLE_S = 5.0
@@ -206,8 +203,8 @@ class StoreProcesses:
         """Somebody had trouble with a device: see now whether it is lost, instead of with the next news."""
         store = self._stores[arena]
         gone = self._gone(store)
-        if gone:
-            self._end(store, gone, device_lost=True)
+        if gone or (store.state is State.READY and self._is_over(store)):
+            self._end(store, gone or "it was reset", device_lost=bool(gone))
 
     def export(self, arena: int) -> SlabExport:
         """Return what other processes map the slab of a ready arena with."""

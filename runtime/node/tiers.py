@@ -137,7 +137,8 @@ class Tiers:
         channel.send(m.Answer(message.request, slots))
 
     def _on_slab(self, channel: Channel, message: m.Query) -> None:
-        """A process wants to map a device's slab."""
+        """A process wants to map a device's slab; one of a life that is over would be of no use."""
+        self.stores.look(message.argument)
         if self._is_ready(message.argument, channel, message):
             export: SlabExport = self.stores.export(message.argument)
             channel.send(m.Answer(message.request, msgspec.msgpack.encode(export)))

@@ -1,0 +1,68 @@
+"""What a device arena hands out: blocks of leased memory, and claims on what becomes of them; see `arena`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from afield.gpu_store.arena import DeviceArena
+
+#: Blocks start at multiples of this and are counted in multiples of it, as on a CUDA device.
+ALIGNMENT = 512
+
+
+class Block:
+    """Leased memory of a device; it is free again when the last reference to this object is gone."""
+
+    __slots__ = ("__weakref__", "home", "offset", "size", "stream")
+
+    def __init__(self, home: DeviceArena, offset: int, size: int, stream: int) -> None:
+        self.home = home
+        self.offset = offset
+        #: Bytes, a multiple of ALIGNMENT; 0 once the memory has left the arena.
+        self.size = size
+        self.stream = stream
+
+    @property
+    def arena(self) -> int:
+        return self.home.arena
+
+    @property
+    def address(self) -> int:
+        return self.home.slab.address + self.offset
+
+    def __del__(self) -> None:
+        if self.size:
+            self.home.dead.append((self.offset, self.size, self.stream))
+
+
+class Claim:
+    """Notes that somebody may want to keep the memory of a block when the block dies; see `DeviceArena.claim`."""
+
+    __slots__ = ("count", "dead", "home", "offset", "size", "stream", "taken")
+
+    def __init__(self, block: Block) -> None:
+        self.home = block.home
+        self.offset = block.offset
+        self.size = block.size
+        self.stream = block.stream
+        self.count = 1
+        self.dead = False
+        self.taken = False
+
+
+@dataclass(frozen=True, slots=True)
+class ArenaStats:
+    """What one process holds of one device, in bytes; `round_trips` counts leases."""
+
+    leased_bytes: int
+    used_bytes: int
+    round_trips: int
+    bytes_born: int
+    bytes_copied: int
+
+    @property
+    def fragmentation(self) -> float:
+        """The part of the leased bytes that nothing uses."""
+        return 1 - self.used_bytes / self.leased_bytes if self.leased_bytes else 0.0
