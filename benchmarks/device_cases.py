@@ -178,7 +178,8 @@ def _expect(grown: Mapping[str, float], **expected: float) -> None:
 
 def _noop_pairs(produce: Mapping[str, float], consume: Mapping[str, float], system: DeviceSystem) -> Limit:
     def measure(scale: DeviceScale) -> list[float]:
-        return pair_us(afield.get, system.task("noop", produce), system.task("after", consume), scale.pairs)
+        noop, after = system.task("noop", produce), system.task("after", consume)
+        return pair_us(afield.get, lambda: noop(1), after, scale.pairs)
 
     return measure
 

@@ -50,7 +50,7 @@ def pair_us(
 def task_bodies() -> dict[str, Callable[..., Any]]:
     """Return the bodies of tasks by name."""
 
-    def noop() -> None:
+    def noop(_size_bytes: int) -> None:
         return None
 
     def after(_value: object) -> None:
