@@ -38,7 +38,7 @@ from afield.gpu_store.blocks import ALIGNMENT, ArenaStats, Block, Claim
 from afield.gpu_store.extents import ExtentAllocator
 
 MIN_CHUNK_BYTES, MAX_CHUNK_BYTES = 2 << 20, 32 << 20
-#: A chunk is at most this part of what the process leases already ...
+#: A chunk is at most this part of what the process has leased so far, and may have given up to objects since ...
 CHUNK_SHARE = 32
 #: ... and of the slab.
 MAX_SLAB_SHARE = 64
@@ -105,7 +105,7 @@ class DeviceArena:
         #: The one stream that may use the pool as it is; None: any.
         self._pool_stream: int | None = None
         self._claims: dict[int, Claim] = {}
-        self._leased = self._used = self._round_trips = 0
+        self._leased = self._turnover = self._used = self._round_trips = 0
         self._retired: deque[tuple[Callable[[Any], None], Any]] = deque()
         self._copies: Stream | None = None
 
@@ -192,12 +192,13 @@ class DeviceArena:
 
     def _next_chunk(self) -> int:
         """Return how much to lease for a small block and those that follow it."""
-        wanted = min(max(self._leased // CHUNK_SHARE, MIN_CHUNK_BYTES), MAX_CHUNK_BYTES)
+        wanted = min(max(self._turnover // CHUNK_SHARE, MIN_CHUNK_BYTES), MAX_CHUNK_BYTES)
         return max(min(wanted, self.slab.size_bytes // MAX_SLAB_SHARE) & -ALIGNMENT, ALIGNMENT)
 
     def _granted(self, size: int, offset: int, granted: int) -> int:
         with _Entered(self):
             self._leased += granted
+            self._turnover += granted
             self._used += size
             self._round_trips += 1
             if granted > size:

@@ -12,21 +12,9 @@ from afield.runtime.dispatch import Task
 from afield.runtime.ownership import FAILED, LOCATED, PENDING
 from afield.runtime.process import INLINE_BYTES, Process
 from afield.runtime.refs import ObjectRef
-from afield.runtime.serialization import Serialized, dumps_plain, serialize
+from afield.runtime.serialization import Arg, Serialized, dumps_plain, serialize
 from afield.runtime.values import Values
 from afield.transport.pump import uninterruptible
-
-
-class Arg:
-    """Stands in the pickled arguments for top-level ref number `index`."""
-
-    __slots__ = ("index",)
-
-    def __init__(self, index: int) -> None:
-        self.index = index
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Arg, (self.index,)
 
 
 class Arguments:
@@ -49,7 +37,7 @@ class Arguments:
                 if oid not in self.table.entries:
                     raise ObjectLostError(f"ObjectRef({oid.hex()}) belongs to a runtime that was shut down")
             task.dependencies = refs
-        data = None if refs else dumps_plain((args, kwargs))
+        data = dumps_plain((args, kwargs))
         nested: list[bytes] = []
         if data is None or len(data) > INLINE_BYTES:
             serialized = serialize((args, kwargs), f"the arguments of {name}()")

@@ -24,7 +24,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
-from afield.errors import TaskCancelledError
+from afield.errors import DeviceLostError, TaskCancelledError
 from afield.runtime import current
 from afield.runtime import messages as m
 from afield.runtime.actors import ActorHandle, describe_actor
@@ -268,7 +268,9 @@ class Executor:
         """Make the reply of a task that raised."""
         if current.process is not self.process:
             leave_copy(error)
-        broken = self.values.parts.devices.broken()
+        # Outside of user code it is our own device that is lost: where arguments go to, or results come from.
+        lost = isinstance(error, DeviceLostError) and not in_user_code
+        broken = str(error) if lost else self.values.parts.devices.broken()
         if broken:
             self._leave(broken)
         if isinstance(error, ActorExit):

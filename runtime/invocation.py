@@ -11,13 +11,20 @@ from typing import Any
 from afield.errors import ActorConstructionError, AfieldError, TaskError
 from afield.ids import ARGUMENTS_INDEX, object_id
 from afield.runtime import messages as m
-from afield.runtime.arguments import Arg
 from afield.runtime.context import TaskContext
 from afield.runtime.ownership import FAILED, INLINE, LOCATED, Obligation
 from afield.runtime.participant import Participant
 from afield.runtime.parts import ARGUMENT, PartsLostError
 from afield.runtime.process import INLINE_BYTES
-from afield.runtime.serialization import Serialized, collector, deserialize, dumps_plain, serialize, serialize_error
+from afield.runtime.serialization import (
+    Arg,
+    Serialized,
+    collector,
+    deserialize,
+    dumps_plain,
+    serialize,
+    serialize_error,
+)
 from afield.transport.channel import Channel
 
 

@@ -305,6 +305,8 @@ class Parts:
             if self.devices.bound:  # a worker asks for nothing on other devices than its own
                 self.devices.unusable = str(error)
             raise
+        if any(arena != HOST for _, arena in wants):
+            self.devices.renew()
         for index, part in answer.parts:
             if part.slot and not self.pinner.pin(part.slot, part.serial):
                 self._mapped(answer.request)

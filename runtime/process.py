@@ -44,6 +44,8 @@ INLINE_BYTES = 100 * 1024
 #: A producer waits this long for room in the host store unless told otherwise.
 STORE_WAIT_S = 10.0
 
+#: While frees follow one another they leave together: not later than this, and not more than this many.
+FREE_DELAY_S, MAX_FREED = 0.002, 64
 #: The rows of the pin board: the node daemon's is 0, workers have those after the driver's.
 DRIVER_INDEX = 1
 
@@ -123,6 +125,8 @@ class Process:
         self.dead = ""  # why nothing works any more, once it does not
         #: Objects whose handles are gone, left by `__del__` for the next transition.
         self.dropped: deque[bytes] = deque()
+        self._freed: list[bytes] = []  # stored values of ours that nobody can reach any more
+        self._free_due = 0.0
         self._requests: dict[int, list[Any]] = {}
         self._request = 0
         self._next_due: float | None = None
@@ -277,6 +281,8 @@ class Process:
         self._next_due = None
         if self.tickers:
             now = time.monotonic()
+            if self._freed:
+                self._free_later(now)
             for tick in self.tickers:
                 due = tick(now)
                 if due is not None and (self._next_due is None or due < self._next_due):
@@ -292,7 +298,6 @@ class Process:
     def run_effects(self) -> None:
         """Execute what the table decided; the caller holds the lock."""
         table = self.table
-        freed: list[bytes] = []
         while table.effects:
             effects, table.effects = table.effects, []
             for effect in effects:
@@ -302,15 +307,27 @@ class Process:
                     if channel is not None:
                         channel.send(effect.message)
                 elif kind is FreeStored:
-                    freed.append(effect.object_id)
+                    self._freed.append(effect.object_id)
                 elif kind is Settled:
                     self.on_settled(effect.token)
                 elif kind is Recompute:
+                    self._send_freed()  # or it would free what comes of this
                     self.on_recompute(effect.record)
                 elif kind is LifeEnded:
                     self.on_life_ended(effect.object_id)
-        if freed and not self.dead:
-            self.daemon.send(m.Free(freed))
+
+    def _free_later(self, now: float) -> None:
+        """Let frees gather for a moment while values come and go in quick succession: each message wakes the daemon."""
+        if len(self._freed) >= MAX_FREED or now >= self._free_due:
+            self._send_freed()
+            self._free_due = now + FREE_DELAY_S
+        else:
+            self._next_due = self._free_due
+
+    def _send_freed(self) -> None:
+        if self._freed and not self.dead:
+            self.daemon.send(m.Free(self._freed))
+        self._freed = []
 
     @uninterruptible
     def locked(self, action: Callable[..., _T], *args: Any) -> _T:
@@ -319,6 +336,8 @@ class Process:
             result = action(*args)
             if self.table.effects:
                 self.run_effects()
+                if self._freed:
+                    self._send_freed()
             if self.loop.dirty:
                 self.loop.flush()
         return result
@@ -376,7 +395,8 @@ class Process:
 
         def send() -> None:
             self.check_alive()
-            self.after_events()  # what we freed comes first: it may make the room that we ask for
+            self.after_events()
+            self._send_freed()  # it may make the room that we ask for
             self._request += 1
             self._requests[self._request] = slot
             self.daemon.send(make(self._request))

@@ -44,8 +44,21 @@ _OFFSET_MASK = (1 << _PART_SHIFT) - 1
 _HEADER = struct.Struct("<B3xIQ")
 _PLACE = struct.Struct("<QQ")
 
+
+class Arg:
+    """Stands in the pickled arguments for top-level ref number `index`."""
+
+    __slots__ = ("index",)
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Arg, (self.index,)
+
+
 #: Types that plain pickle treats exactly as cloudpickle does, so the slower pickler is not needed.
-_PLAIN = frozenset([int, float, str, bytes, bool, type(None), complex, bytearray])
+_PLAIN = frozenset([int, float, str, bytes, bool, type(None), complex, bytearray, Arg])
 _MAX_PLAIN_ITEMS = 128
 
 Buffers = list[pickle.PickleBuffer]

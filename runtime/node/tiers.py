@@ -196,7 +196,7 @@ class Tiers:
         words = f"lost at {time.strftime('%H:%M:%S')}: {cause}"
         self._daemon.leases.withdraw(uuid, words, coming_back=again)
         self._daemon.workers.end_bound_to(uuid, f"its device {uuid} was {words}")
-        for channel, message in self._until_ready.pop(arena, []):
+        for channel, message in [] if again else self._until_ready.pop(arena, []):
             if not channel.closed:
                 self._refuse(channel, message, cause)
         self.run(self.books.remove_arena(arena, f"device {uuid} was {words}"), "device")
