@@ -39,8 +39,9 @@ format: $(STAMP) ## apply the style
 	$(BIN)/python -m ruff check --fix .
 	$(BIN)/python -m ruff format .
 
-bench: $(STAMP) ## measure, beside the machine's own limits: benchmarks/micro.py
+bench: $(STAMP) ## measure, beside the machine's own limits: benchmarks/micro.py, then device.py (options: DEVICE_ARGS)
 	@$(BIN)/python -m benchmarks.micro $(ARGS)
+	@$(BIN)/python -m benchmarks.device $(or $(DEVICE_ARGS),$(filter --quick,$(ARGS)))
 
 clean: ## remove what the targets made
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -237,7 +237,9 @@ class Pinner:
                 self.drain()
             held = self._held.get(slot)
             if held is not None:
-                if held[0] != serial:  # a copy that was in the slot before the one that we have pinned
+                # A copy that was in the slot before the one that we have pinned; or one that we have pinned in vain,
+                # since its device was lost.
+                if held[0] != serial or self._states[slot] != serial:
                     return False
                 held[1] += 1
                 return True

@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 
 from afield.errors import InvalidOptionError, RuntimeDiedError
-from afield.gpu_store.pins import BOARD_BYTES
+from afield.gpu_store.rings import SHARED_BYTES
 from afield.runtime import sessions
 from afield.runtime.environment import Environment
 from afield.runtime.participant import Participant
@@ -88,7 +88,7 @@ class Session:
         os.ftruncate(slab_fd, options.store_bytes)
         pins_fd = os.memfd_create(f"afield-pins-{self.name}")
         opened.callback(os.close, pins_fd)
-        os.ftruncate(pins_fd, BOARD_BYTES)
+        os.ftruncate(pins_fd, SHARED_BYTES)
         lifeline_read, self._lifeline = os.pipe()
         opened.callback(os.close, lifeline_read)
         failed.callback(os.close, self._lifeline)

@@ -17,6 +17,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import msgspec
+
 from afield.errors import (
     AfieldError,
     DeviceLostError,
@@ -31,6 +33,7 @@ from afield.gpu_store.blocks import Block
 from afield.gpu_store.client import Hold, HostStoreClient
 from afield.gpu_store.interop import DevicePacker, DevicePlace, HostPlace, Place, resolving
 from afield.gpu_store.pins import Pinner
+from afield.gpu_store.rings import RingWriter
 from afield.gpu_store.tiers import ARGUMENT, GET, HOST
 from afield.runtime import messages as m
 from afield.runtime.devices import Devices
@@ -52,6 +55,8 @@ uninterruptible(DevicePlace.__del__)
 # Cut in half, these would leave memory that nobody gives back.
 uninterruptible(DeviceArena.allocate)
 uninterruptible(DevicePacker.commit)
+
+_encode = msgspec.msgpack.Encoder().encode
 
 #: Waits for an answer: True when it is there, False when the time is over.
 Wait = Callable[[Waiter, float | None, bool], bool]
@@ -82,6 +87,8 @@ class Parts:
         config = process.config
         self.store = HostStoreClient(config.slab_fd, config.capacity, self._lease_host, self._give_back_host)
         self.pinner = Pinner(config.pins_fd, config.process_index)
+        #: What we seal is noted for the daemon here; it reads before it handles any message.
+        self._notes = RingWriter(config.pins_fd, config.process_index)
         self.devices = Devices(process, self.lease, self.give_back)
         self._slots: deque[int] = deque()
         self._slots_asked = 16
@@ -100,6 +107,8 @@ class Parts:
         self.store.close()
         self.devices.close()
         self.pinner.close()
+        with self.pump.lock:
+            self._notes.close()
 
     # -- room ------------------------------------------------------------------------------------------------------
 
@@ -154,7 +163,9 @@ class Parts:
         packer = value.device
         most = 1 + min(len(value.buffers), self.store.born) + (len(packer) if packer is not None else 0)
         if len(self._slots) < most:
-            self._ask_for_slots(most)  # first of all: whoever is interrupted while he waits has nothing to give back yet
+            self._ask_for_slots(
+                most
+            )  # first of all: whoever is interrupted while he waits has nothing to give back yet
         on_devices: list[tuple[int, int, int]] = []
 
         def commit() -> None:
@@ -166,8 +177,10 @@ class Parts:
         places = [(HOST, offset, size) for offset, size in pieces] + on_devices
         parts = [self._publish(*place) for place in places]
         if parts:
-            with self.pump.lock:  # leaves with the next flush, before anything that could name the location
-                self.process.daemon.send(m.Seal(object_id, owner, parts))
+            seal = m.Seal(object_id, owner, parts)
+            with self.pump.lock:
+                if not self._notes.put(_encode(seal)):
+                    self.process.daemon.send(seal)  # leaves with the next flush, before anything that could name it
         return m.Location(parts, frame)
 
     def _ask_for_slots(self, least: int) -> None:
@@ -267,7 +280,9 @@ class Parts:
             wanted = HOST
             if part.home:
                 wanted = into if into is not None else self.devices.readable(part.home)
-            if part.arena == wanted and (not part.slot or self.pinner.pin(part.slot, part.serial)):
+            # What has no slot never moves, but the driver outlives devices.
+            stays = part.slot or part.arena == HOST or self.devices.bound
+            if part.arena == wanted and stays and self.pinner.pin(part.slot, part.serial):
                 holds[index] = new_hold(part.slot)
             else:
                 wants.append((index, wanted))

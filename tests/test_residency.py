@@ -248,7 +248,7 @@ def test_trim_is_asked_for_again_while_somebody_waits() -> None:
     assert store.lease(B, 1, HOST, 2 * KIB) == [Trim(HOST)]
     assert store.expire(0.0) == []
     assert store.next_deadline() == eviction.RETRY_S
-    assert store.expire(1.0) == [Trim(HOST)], "what A had in use may be free by now, and A is not asked for anything else"
+    assert store.expire(1.0) == [Trim(HOST)], "what A had in use may be free by now"
     assert store.expire(1.0 + eviction.RETRY_S / 2) == []
     assert store.give_back(A, HOST, 0, KIB) == []
     assert store.expire(3.0) == [Trim(HOST)]

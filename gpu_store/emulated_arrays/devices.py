@@ -36,6 +36,9 @@ _UNLIMITED = 1 << 62
 # CuPy's dtypes: bool, integers, floats up to 64 bits, complex up to 128 bits.
 _LARGEST_ITEM = {"b": 1, "i": 8, "u": 8, "f": 8, "c": 16}
 
+# The usual ones, so that they are known at a glance.
+_PLAIN_DTYPES = frozenset("?bBhHiIlLqQefdFD")
+
 # Zero-size arrays need some address; nobody reads it.
 _NOTHING = np.empty(ALIGNMENT, np.uint8)
 
@@ -151,7 +154,9 @@ def holder_of(array: Array) -> Holder | None:
 
 def checked_dtype(dtype: Any) -> np.dtype[Any]:
     """Return the dtype in native byte order; raises ValueError for one that no device array can have."""
-    checked = np.dtype(dtype)
+    checked: np.dtype[Any] = np.dtype(dtype)
+    if checked.char in _PLAIN_DTYPES and checked.isnative:
+        return checked
     if checked.itemsize > _LARGEST_ITEM.get(checked.kind, -1):
         raise ValueError(f"Unsupported dtype {checked}: device arrays hold bools, integers, floats and complex numbers")
     native: np.dtype[Any] = checked.newbyteorder("=")
@@ -186,7 +191,7 @@ class DeviceMemory:
     def empty(self, shape: tuple[int, ...], dtype: Any, strides: tuple[int, ...] | None = None) -> Array:
         """Return an uninitialised array; `strides` must be a dense layout of `shape`. Raises OutOfDeviceMemoryError."""
         checked = checked_dtype(dtype)
-        if any(extent < 0 for extent in shape):
+        if shape and min(shape) < 0:
             raise ValueError("negative dimensions are not allowed")
         self.touch()
         nbytes = math.prod(shape) * checked.itemsize

@@ -119,6 +119,7 @@ class NodeDaemon:
             Channel(self.loop, sock, handshake, m.decode, self._on_messages, self._lost)
 
     def _on_messages(self, channel: Channel, batch: list[Any]) -> None:
+        self.tiers.read_notes()
         for message in batch:
             try:
                 self.handle(channel, message)
@@ -164,8 +165,8 @@ class NodeDaemon:
             self.process_died(process_id, "the driver ended")
         # A worker's end is reported by the fork server, with the reason.
 
-    def process_died(self, process_id: bytes, reason: str, index: int = 0) -> None:
-        """Settle everything that a process leaves behind; `index` is its row of the pin board."""
+    def process_died(self, process_id: bytes, reason: str) -> None:
+        """Settle everything that a process leaves behind."""
         self.channels.pop(process_id, None)
         self.drivers.pop(process_id, None)
         self.output.driver_left(process_id)
@@ -180,7 +181,7 @@ class NodeDaemon:
         self.actors.on_process_died(process_id)
         for channel in self.channels.values():
             channel.send(m.ProcessDied(process_id, reason))
-        self.tiers.process_died(process_id, index)
+        self.tiers.process_died(process_id)
 
     # -- leases --------------------------------------------------------------------------------------------------
 

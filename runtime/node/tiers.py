@@ -11,6 +11,7 @@ it until it has a new life.
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from afield.gpu_store import tiers as t
 from afield.gpu_store.backends.base import SlabExport
 from afield.gpu_store.pins import PinBoard
 from afield.gpu_store.residency import Residency
+from afield.gpu_store.rings import Rings
 from afield.gpu_store.tiers import DISK, HOST, PartCopy
 from afield.runtime import messages as m
 from afield.runtime.node.stores import StoreProcesses
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
 
 #: A process leases no more slots than this at once.
 MAX_SLOTS = 4096
+_decode_seal = msgspec.msgpack.Decoder(m.Seal).decode
+
 #: While a dead owner's objects are still mapped somewhere, ask again this often.
 ORPHAN_CHECK_S = 1.0
 
@@ -45,7 +49,9 @@ class Tiers:
         config = daemon.config
         self.devices = {1 + device.index: device for device in devices}
         self.board = PinBoard(config.pins_fd)
-        self.board.add_process(DRIVER_INDEX)
+        self._notes = Rings(config.pins_fd)
+        self._processes: dict[int, bytes] = {}  # row of the pin board -> process
+        self._indexes: dict[bytes, int] = {}
         self.books = Residency(config.capacity, self.board)
         self.stores = StoreProcesses(
             daemon, devices, on_ready=self._on_ready, on_done=self._on_done, on_lost=self._on_lost
@@ -67,6 +73,7 @@ class Tiers:
             m.Held: self._on_held,
             **self.stores.handlers,
         }
+        self.begin_process(daemon.primary, DRIVER_INDEX)
         self.questions = {"slots": self._on_slots, "slab": self._on_slab}
 
     # -- what processes ask ----------------------------------------------------------------------------------------
@@ -104,10 +111,24 @@ class Tiers:
         else:
             channel.send(m.Answer(message.request, None, reason))
 
+    def read_notes(self) -> None:
+        """Take note of what processes have sealed; comes before anything else is done."""
+        for index, record in self._notes.take():
+            process_id = self._processes[index]
+            try:
+                self._seal(process_id, index, _decode_seal(record))
+            except Exception:
+                # A bug of its sender (or ours): it costs that process, not the node.
+                traceback.print_exc()
+                self._daemon.workers.kill_process(process_id)
+
     def _on_seal(self, channel: Channel, message: m.Seal) -> None:
-        self.board.adopt([part.slot for part in message.parts], self._index_of(channel.peer_id))
+        self._seal(channel.peer_id, self._indexes[channel.peer_id], message)
+
+    def _seal(self, client: bytes, index: int, message: m.Seal) -> None:
+        self.board.adopt([part.slot for part in message.parts], index)
         parts = [PartCopy(p.arena, p.offset, p.size, p.slot, p.serial, p.home) for p in message.parts]
-        self.run(self.books.seal(channel.peer_id, message.object_id, message.owner, parts))
+        self.run(self.books.seal(client, message.object_id, message.owner, parts), "device")
 
     def _on_free(self, channel: Channel, message: m.Free) -> None:
         for object_id in message.object_ids:
@@ -133,7 +154,7 @@ class Tiers:
 
     def _on_slots(self, channel: Channel, message: m.Query) -> None:
         """A process wants slots of the pin board for what it is going to write."""
-        slots = self.board.lease_slots(min(int(message.argument), MAX_SLOTS), self._index_of(channel.peer_id))
+        slots = self.board.lease_slots(min(int(message.argument), MAX_SLOTS), self._indexes[channel.peer_id])
         channel.send(m.Answer(message.request, slots))
 
     def _on_slab(self, channel: Channel, message: m.Query) -> None:
@@ -217,9 +238,12 @@ class Tiers:
 
     # -- processes and time ----------------------------------------------------------------------------------------
 
-    def begin_process(self, index: int, devices: Sequence[str]) -> dict[str, str]:
-        """Prepare for a worker that is about to be forked; return the variables that it needs."""
+    def begin_process(self, process_id: bytes, index: int, devices: Sequence[str] = ()) -> dict[str, str]:
+        """Prepare for a process that is about to begin; return the variables that it needs."""
+        self._processes[index] = process_id
+        self._indexes[process_id] = index
         self.board.add_process(index)
+        self._notes.add(index)
         if not devices:
             return {"AFIELD_DEVICE_BACKEND": self.stores.backend_spec}
         by_uuid = {device.uuid: device.index for device in self.devices.values()}
@@ -231,14 +255,14 @@ class Tiers:
             "AFIELD_DEVICE_BACKEND": self.stores.backend_spec,
         }
 
-    def _index_of(self, process_id: bytes) -> int:
-        worker = self._daemon.workers.by_id.get(process_id)
-        return worker.index if worker is not None else DRIVER_INDEX
-
-    def process_died(self, process_id: bytes, index: int) -> None:
+    def process_died(self, process_id: bytes) -> None:
         """Take back what a process had leased and pinned; what its objects become is decided when nobody uses them."""
-        if index:
+        self.read_notes()
+        index = self._indexes.pop(process_id, None)
+        if index is not None:
             self.board.remove_process(index)
+            self._notes.remove(index)
+            del self._processes[index]
         self.run(self.books.client_died(process_id))
         self._asked.discard(process_id)
         orphans = self.books.owner_died(process_id)
@@ -248,6 +272,7 @@ class Tiers:
 
     def expire(self, now: float) -> None:
         """Do what is due."""
+        self.read_notes()
         self.stores.expire(now)
         self.run(self.books.expire(now))
         if self._orphans and now >= self._next_orphan_check:

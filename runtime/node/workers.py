@@ -127,7 +127,7 @@ class WorkerPool:
             "CUDA_VISIBLE_DEVICES": devices,
             "AFIELD_VISIBLE_DEVICES": devices,
             "AFIELD_PROCESS_INDEX": str(worker.index),
-            **self._daemon.tiers.begin_process(worker.index, worker.devices),
+            **self._daemon.tiers.begin_process(worker.id, worker.index, worker.devices),
         }
         self._ask_for("worker", worker.id, variables, worker.environment)
         return worker
@@ -294,7 +294,7 @@ class WorkerPool:
             if worker.ready or not self._replace(worker, worker.grant, reason):
                 self._daemon.leases.release(worker.grant.lease_id)
         self._daemon.actors.on_worker_died(worker, reason)
-        self._daemon.process_died(worker.id, reason, worker.index)
+        self._daemon.process_died(worker.id, reason)
 
     def _replace(self, worker: Worker, grant: Grant, reason: str) -> bool:
         """A worker ended before it could take its lease: find another one, or return False once too many have."""

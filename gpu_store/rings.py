@@ -1,0 +1,132 @@
+"""Notes to the daemon that it need not be woken for: a ring of records in shared memory for each process.
+
+Theory of operation. What a process has sealed the daemon has to know before it does anything about the object, and not
+sooner. So the note is left in memory: the daemon reads all rings before it handles any message, and whoever can name the
+object has heard of it after the note was written. A message would cost a system call, and the daemon a turn, for each
+object. What a process left before it died is still there. When the ring is full the process sends a message after all.
+
+    ring:    u64 bytes written so far, u64 bytes read so far, then the records, each at a multiple of 8
+    record:  u32 length (WRAP: the next record is at the start), u32 checksum, the bytes
+
+Only the process writes the first number, only the daemon the second. The checksum is for processors that may show the number
+before the record: such a record is read at the next look.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from collections.abc import Iterator
+from typing import Final
+from zlib import crc32
+
+from afield.gpu_store.pins import BOARD_BYTES, MAX_PROCESSES
+
+RING_BYTES: Final = 1 << 16
+#: The pin board and the rings behind it, in one sparse memory file.
+SHARED_BYTES: Final = BOARD_BYTES + MAX_PROCESSES * RING_BYTES
+
+_HEADER_BYTES: Final = 64
+_ROOM: Final = RING_BYTES - _HEADER_BYTES
+_WRAP: Final = 0xFFFF_FFFF
+_RECORD = struct.Struct("<II")
+#: The daemon maps so many rings at once: a mapping costs it a file descriptor.
+_WINDOW: Final = 64
+
+
+class RingWriter:
+    """A process's own ring; the caller sees to it that one thread writes at a time."""
+
+    def __init__(self, fd: int, index: int) -> None:
+        self._map = mmap.mmap(fd, RING_BYTES, offset=BOARD_BYTES + index * RING_BYTES)
+        self._data = memoryview(self._map)
+        self._counts = self._data[:16].cast("Q")
+        self._written = self._counts[0]
+
+    def put(self, record: bytes) -> bool:
+        """Leave a record; False: there is no room (or the ring was closed), and nothing was done."""
+        if self._map.closed:
+            return False
+        size = (_RECORD.size + len(record) + 7) & -8
+        at = self._written % _ROOM
+        skipped = _ROOM - at if at + size > _ROOM else 0
+        if size > _ROOM or self._written + skipped + size - self._counts[1] > _ROOM:
+            return False
+        data = self._data
+        if skipped:
+            _RECORD.pack_into(data, _HEADER_BYTES + at, _WRAP, 0)
+            at = 0
+        start = _HEADER_BYTES + at
+        _RECORD.pack_into(data, start, len(record), crc32(record))
+        data[start + _RECORD.size : start + _RECORD.size + len(record)] = record
+        self._written += skipped + size
+        self._counts[0] = self._written
+        return True
+
+
+    def close(self) -> None:
+        """Give the mapping up; what was left stays for the daemon."""
+        self._counts.release()
+        self._data.release()
+        self._map.close()
+
+
+class _Ring:
+    """One process's ring, as the daemon reads it."""
+
+    __slots__ = ("counts", "data", "read")
+
+    def __init__(self, data: memoryview) -> None:
+        self.data = data
+        self.counts = data[:16].cast("Q")
+        self.read = self.counts[1]
+
+
+class Rings:
+    """The daemon's side: the rings of all processes."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._rings: dict[int, _Ring] = {}
+        self._windows: dict[int, mmap.mmap] = {}
+
+    def add(self, index: int) -> None:
+        """Read the ring of this process from now on."""
+        number, place = divmod(index, _WINDOW)
+        window = self._windows.get(number)
+        if window is None:
+            size = _WINDOW * RING_BYTES
+            window = self._windows[number] = mmap.mmap(self._fd, size, offset=BOARD_BYTES + number * size)
+        self._rings[index] = _Ring(memoryview(window)[place * RING_BYTES : (place + 1) * RING_BYTES])
+
+    def remove(self, index: int) -> None:
+        """Forget a process that has ended, after the last `take`; an index is not used twice."""
+        if self._rings.pop(index, None) is not None:
+            number, place = divmod(index, _WINDOW)
+            self._windows[number].madvise(mmap.MADV_REMOVE, place * RING_BYTES, RING_BYTES)
+            if not any(other // _WINDOW == number for other in self._rings):
+                del self._windows[number]
+
+    def take(self) -> Iterator[tuple[int, bytes]]:
+        """Yield (index of the process, record) for all that was left; in the order of each process."""
+        for index, ring in list(self._rings.items()):
+            if ring.counts[0] != ring.read:
+                for record in _records(ring):
+                    yield index, record
+
+
+def _records(ring: _Ring) -> Iterator[bytes]:
+    data = ring.data
+    while ring.read != ring.counts[0]:
+        at = ring.read % _ROOM
+        length, checksum = _RECORD.unpack_from(data, _HEADER_BYTES + at)
+        if length == _WRAP:
+            ring.read += _ROOM - at
+            continue
+        start = _HEADER_BYTES + at + _RECORD.size
+        record = bytes(data[start : start + length])
+        if length > _ROOM or crc32(record) != checksum:
+            return
+        ring.read += (_RECORD.size + length + 7) & -8
+        ring.counts[1] = ring.read
+        yield record
