@@ -237,10 +237,10 @@ class Pinner:
                 self.drain()
             held = self._held.get(slot)
             if held is not None:
-                # A copy that was in the slot before the one that we have pinned; or one that we have pinned in vain,
-                # since its device was lost.
-                if held[0] != serial or self._states[slot] != serial:
+                # It was in the slot before, or we have pinned it and its device was lost.
+                if self._states[slot] != serial:
                     return False
+                held[0] = serial  # what was there before is lost, and its pins go on for this one
                 held[1] += 1
                 return True
             self._row[slot] = 1

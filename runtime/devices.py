@@ -120,7 +120,11 @@ class Devices:
         with self._lock:
             arena = self._arenas.get(number)
             if arena is None:
-                arena = self._arenas[number] = self._open(number)
+                try:
+                    arena = self._arenas[number] = self._open(number)
+                except DeviceLostError as error:
+                    self.unusable = str(error)
+                    raise
             return arena
 
     def renew(self) -> None:
@@ -133,7 +137,8 @@ class Devices:
         with self._lock:
             for number, arena in list(self._arenas.items()):
                 if self._backend.epoch(arena.slab.device_uuid) != arena.device.epoch:
-                    with contextlib.suppress(DeviceLostError):  # it has no new life yet; the other devices are as they were
+                    # Without a new life all stays as it is, for the sake of the other devices.
+                    with contextlib.suppress(DeviceLostError):
                         self._arenas[number] = self._open(number)
                         self._module = None
 
@@ -150,7 +155,6 @@ class Devices:
         try:
             raw = self._process.request(lambda request: m.Query(request, "slab", number))
         except AfieldError as error:
-            self.unusable = str(error)
             raise DeviceLostError(str(error)) from None
         export = msgspec.msgpack.decode(raw, type=SlabExport)
         backend, uuid = self._backend, mine[number]
@@ -191,10 +195,13 @@ class Devices:
         self.bytes_shared += size
         return DevicePlace(self.arena(number), offset, size, _let_go, hold)
 
-    def home(self) -> DeviceArena | None:
-        """Return the arena of the first device that values are read into; None if they are read into host memory."""
-        first = next(iter(self.bound), None)
-        return None if first is None else self.arena(first)
+    def home(self, into: int | None = None) -> DeviceArena | None:
+        """Return the device that arrays of size 0 are read into: `into`, by default our first; None for host memory."""
+        number = next(iter(self.bound), HOST) if into is None else into
+        if number == HOST:
+            return None
+        self._present_module()  # arrays belong to a module's devices
+        return self.arena(number)
 
     def broken(self) -> str:
         """Return why this process cannot go on with its devices, or ""."""

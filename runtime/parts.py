@@ -52,8 +52,10 @@ uninterruptible(Hold.__del__)
 uninterruptible(HostStoreClient.on_born_died)
 uninterruptible(Block.__del__)
 uninterruptible(DevicePlace.__del__)
-# Cut in half, these would leave memory that nobody gives back.
+uninterruptible(DevicePacker.__del__)
+# Cut in half, these would leave memory that nobody gives back, or an arena that is never free again.
 uninterruptible(DeviceArena.allocate)
+uninterruptible(DevicePacker.reduce)
 uninterruptible(DevicePacker.commit)
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -242,8 +244,7 @@ class Parts:
         on_devices = [_as_place(place) for part, place in zip(parts, places, strict=True) if part.home]
         if parts != location.parts:
             location = m.Location(parts, location.frame)
-        home = self.devices.home() if location.frame and into != HOST else None
-        with resolving(on_devices.__getitem__, home):
+        with resolving(on_devices.__getitem__, lambda: self.devices.home(into)):
             return deserialize(frame, what, on_ref, places), location
 
     def hold(self, slot: int, object_id: bytes | None) -> Hold:
@@ -268,6 +269,7 @@ class Parts:
         elif self.pump.standby_leads:
             self.pump.wake_standby()
 
+    @uninterruptible
     def _pin(
         self, parts: Sequence[m.Part], new_hold: Callable[[int], Hold], into: int | None
     ) -> tuple[list[m.Part], dict[int, Hold], list[tuple[int, int]]]:
@@ -288,6 +290,7 @@ class Parts:
                 wants.append((index, wanted))
         return list(parts), holds, wants
 
+    @uninterruptible
     def _bring(
         self,
         object_id: bytes,
@@ -297,6 +300,7 @@ class Parts:
         parts: list[m.Part],
         holds: dict[int, Hold],
         new_hold: Callable[[int], Hold],
+        tries: int = 3,
     ) -> None:
         """Have parts brought to where we can read them, and pin them."""
         wait_s = self.process.config.store_wait_s
@@ -325,8 +329,10 @@ class Parts:
         for index, part in answer.parts:
             if part.slot and not self.pinner.pin(part.slot, part.serial):
                 self._mapped(answer.request)
-                if part.arena != HOST:
-                    raise PartsLostError("the device that it was brought to was lost at that moment")
+                if part.arena != HOST:  # the device was lost at that moment
+                    if not tries:
+                        raise DeviceLostError("the device is lost again and again before a value can be read on it")
+                    return self._bring(object_id, wants, priority, deadline, parts, holds, new_hold, tries - 1)
                 raise AfieldError(
                     f"a part of object {object_id.hex()} moved although it was promised: a bug of afield's"
                 )

@@ -167,7 +167,6 @@ def test_arrays_in_reference_cycles_are_found_before_there_is_no_room(devices: l
 
 
 def test_no_room_for_the_copy_of_a_result(devices: list[str]) -> None:
-    @remote_with(num_gpus=1)
     class Holder:
         def __init__(self) -> None:
             self.state = afield.array_module().ones(20 * MIB, "u1")
@@ -178,7 +177,7 @@ def test_no_room_for_the_copy_of_a_result(devices: list[str]) -> None:
         def some(self) -> Any:
             return self.state[: 4 * MIB] + 1
 
-    holder = Holder.remote()
+    holder = remote_with(num_gpus=1)(Holder).remote()
     assert "20 MiB" in raised_by(lambda: get(holder.all_of_it.remote()), OutOfDeviceMemoryError)
     assert int(get(holder.some.remote())[0]) == 2, "the actor lives, and what it has is whole"
 
@@ -231,7 +230,6 @@ def test_a_worker_that_dies_in_the_middle_of_an_allocation(devices: list[str]) -
 def test_processes_that_free_at_once(devices: list[str]) -> None:
     """Owners in several processes drop what they own, share and have on the way, at the same moment."""
 
-    @remote_with(num_gpus=0.5, num_cpus=0)
     class Owner:
         def make(self, count: int) -> list[Any]:
             cp = afield.array_module()
@@ -246,7 +244,7 @@ def test_processes_that_free_at_once(devices: list[str]) -> None:
         def drop(self) -> None:
             self.refs = self.others = self.views = []
 
-    owners = [Owner.remote() for _ in range(4)]
+    owners = [remote_with(num_gpus=0.5, num_cpus=0)(Owner).remote() for _ in range(4)]
     for _ in range(5):
         made = get([owner.make.remote(40) for owner in owners])
         assert get([owners[number].take.remote(made[number - 1]) for number in range(4)]) == [40] * 4
@@ -326,7 +324,6 @@ def test_a_task_whose_device_is_lost_runs_again_elsewhere(devices: list[str], tm
 
 
 def test_an_actor_on_a_lost_device_starts_again_on_another(devices: list[str]) -> None:
-    @remote_with(num_gpus=1, max_restarts=1, max_task_retries=1)
     class Holder:
         def __init__(self) -> None:
             self.array = afield.array_module().ones(100)
@@ -334,7 +331,7 @@ def test_an_actor_on_a_lost_device_starts_again_on_another(devices: list[str]) -
         def where(self) -> tuple[float, str]:
             return float(self.array.sum()), os.environ["AFIELD_VISIBLE_DEVICES"]
 
-    holder = Holder.remote()
+    holder = remote_with(num_gpus=1, max_restarts=1, max_task_retries=1)(Holder).remote()
     amount, uuid = get(holder.where.remote())
     lose(uuid)
     assert get(holder.where.remote()) == (amount, next(iter(set(devices) - {uuid})))

@@ -164,6 +164,23 @@ def test_a_frame_of_more_than_a_message_with_host_and_device_arrays() -> None:
     assert value["text"] == "x" * 200_000 and int(value["device"][-1]) == 99_999
 
 
+@on_device
+def nothing(frame_bytes: int) -> Any:
+    return afield.array_module().zeros((0, 2), "f4"), b"x" * frame_bytes
+
+
+@pytest.mark.parametrize("frame_bytes", [0, 300_000])
+def test_an_array_of_size_0_is_where_it_is_wanted(frame_bytes: int) -> None:
+    ref = nothing.remote(frame_bytes)
+    kind, device = get(on_device(lambda value: (type(value[0]).__name__, str(value[0].device))).remote(ref))
+    assert kind == "EmulatedArray" and device == "<CUDA Device 0>"
+    assert type(get(ref)[0]) is np.ndarray
+    array = get(ref, device=1)[0]
+    assert type(array).__name__ == "EmulatedArray" and str(array.device) == "<CUDA Device 1>"
+    assert array.shape == (0, 2) and array.dtype == "f4"
+    assert type(get(ref, device="host")[0]) is np.ndarray
+
+
 def test_thousands_of_small_arrays_in_one_value() -> None:
     @on_device
     def make(count: int) -> Any:
@@ -206,7 +223,6 @@ def test_a_result_is_handed_on_without_a_copy() -> None:
 
 
 def test_a_result_that_is_kept_is_copied_once_and_the_copy_does_not_change() -> None:
-    @remote_with(num_gpus=1)
     class Trainer:
         def __init__(self) -> None:
             self.weights = afield.array_module().zeros(MIB, "u1")
@@ -219,7 +235,7 @@ def test_a_result_that_is_kept_is_copied_once_and_the_copy_does_not_change() -> 
             self.weights = self.weights + 1
             return self.weights
 
-    trainer = Trainer.remote()
+    trainer = remote_with(num_gpus=1)(Trainer).remote()
     with movement() as moved:
         values = get([trainer.in_place.remote() for _ in range(4)] + [trainer.replace.remote() for _ in range(3)])
         assert [int(value[0]) for value in values] == [1, 2, 3, 4, 5, 6, 7]
@@ -417,7 +433,6 @@ def test_several_results_of_which_one_cannot_be_stored() -> None:
 
 
 def test_actors_take_and_give_device_arrays() -> None:
-    @remote_with(num_gpus=1)
     class Holder:
         def __init__(self, array: Any) -> None:
             self.array = array
@@ -429,10 +444,10 @@ def test_actors_take_and_give_device_arrays() -> None:
             array = await refs[0]
             return type(array).__name__, int(array.sum())
 
-    holder = Holder.remote(ones.remote(1000))
+    holder = remote_with(num_gpus=1)(Holder).remote(ones.remote(1000))
     assert get(holder.total.remote()) == ("EmulatedArray", 1000)
     assert get(holder.later.remote([ones.remote(10)])) == ("EmulatedArray", 10)
-    literal = Holder.options(num_gpus=0).remote(afield.array_module().ones(5, "u1"))
+    literal = remote_with(num_gpus=0)(Holder).remote(afield.array_module().ones(5, "u1"))
     assert get(literal.total.remote()) == ("ndarray", 5)
 
 

@@ -105,7 +105,7 @@ class Stored:
                     places[part] = DevicePlace(arena, offset, size, None if dead is None else dead.append, part)
             return places[part]
 
-        with resolving(resolve, None if host else self.world.first):
+        with resolving(resolve, lambda: None if host else self.world.first):
             return pickle.loads(self.pickled, buffers=self.buffers)
 
     @property

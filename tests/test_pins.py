@@ -340,6 +340,23 @@ def test_threads_of_one_process_count_together(fd: int, board: PinBoard) -> None
     assert board.close([(slot, serial)]) == [True]
 
 
+def test_a_copy_that_was_lost_while_pinned_cannot_be_pinned_again(fd: int, board: PinBoard) -> None:
+    """Its slot goes to another copy, which the old pins keep in its place, too."""
+    reader = Pinner(fd, 1)
+    (slot,) = board.lease_slots(1)
+    board.publish(slot, 7)
+    assert reader.pin(slot, 7)
+    board.release(slot)
+    assert not reader.pin(slot, 7)
+    assert board.lease_slots(1) == [slot]
+    board.publish(slot, 8)
+    assert not reader.pin(slot, 7) and reader.pin(slot, 8)
+    for closed in (False, False, True):
+        reader.drain()
+        assert board.close([(slot, 8)]) == [closed]
+        reader.unpin(slot)
+
+
 def test_without_membarrier_the_closer_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pins, "_membarrier", lambda command: False)
     began = time.monotonic()

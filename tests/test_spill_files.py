@@ -55,6 +55,13 @@ def test_another_process_can_read_them(files: SpillFiles, memory: memoryview) ->
     check(SpillFiles(files.directory), memory)
 
 
+def test_what_a_dead_process_was_writing_is_removed(files: SpillFiles, memory: memoryview) -> None:
+    files.write(3, PIECES, memory)
+    Path(files.path(4) + ".part").write_bytes(b"half")
+    check(SpillFiles(files.directory), memory)
+    assert [path.name for path in Path(files.directory).iterdir()] == ["3"]
+
+
 def test_pieces_larger_than_a_chunk(files: SpillFiles, memory: memoryview, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spill_files, "CHUNK_BYTES", 1000)
     files.write(3, PIECES, memory)

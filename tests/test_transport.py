@@ -452,6 +452,27 @@ def test_ctrl_c_inside_a_transition_comes_after_it() -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_ctrl_c_ends_a_wait_inside_a_transition() -> None:
+    import signal
+
+    @uninterruptible
+    def transition(pump: Pump) -> None:
+        pump.wait_for(Waiter(), 30)
+
+    with a_pump() as pump:
+        restore = pump.install_sigint()
+        timer = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT))
+        started = time.monotonic()
+        try:
+            timer.start()
+            with pytest.raises(KeyboardInterrupt):
+                transition(pump)
+        finally:
+            restore()
+        timer.join()
+        assert time.monotonic() - started < 10
+
+
 def test_a_handler_of_the_program_s_own_is_left_alone() -> None:
     import signal
 

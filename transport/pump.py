@@ -14,7 +14,8 @@ thread lead, so that a process also answers others while its own code computes.
 
 SIGINT: the interpreter raises `KeyboardInterrupt` between any two bytecodes of the main thread, which could cut a state
 transition in half. Functions marked `uninterruptible` are therefore finished first: the handler that `install_sigint` sets
-looks for them on the main thread's stack, which costs nothing until somebody presses Ctrl-C.
+looks for them on the main thread's stack, which costs nothing until somebody presses Ctrl-C. Where such a function waits
+(`wait_for`), the interrupt comes there: whoever waits has nothing to lose yet.
 """
 
 from __future__ import annotations
@@ -273,6 +274,7 @@ class Pump:
             return
         if self.in_transition(frame):
             self.interrupted = True
+            self.loop.kick()  # the transition may wait for an answer: then it is over now
             # Not every transition's caller looks, and `__del__` has no caller that could.
             _thread.start_new_thread(self._remind, ())
         else:

@@ -268,6 +268,8 @@ class EmulatedDevice:
             raise SlabImportError(f"a slab of device {self.info.uuid} cannot be mapped: {error}") from error
         try:
             freed = not self._board.holds(self._index, handle.serial)
+            if freed:
+                self._check_life()  # it may have gone with the device
             if freed or os.fstat(fd).st_size != export.size_bytes:
                 raise SlabImportError(f"a slab of device {self.info.uuid} cannot be mapped: it was freed")
             return self._map(fd, export.size_bytes, handle.serial, imported=True)

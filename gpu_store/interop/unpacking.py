@@ -31,7 +31,7 @@ class _Running(threading.local):
     """What unpickling on this thread asks; None outside of the runtime's own unpickling."""
 
     resolve: Callable[[int], Place] | None = None
-    home: DeviceArena | None = None
+    home: Callable[[], DeviceArena | None] | None = None
 
 
 _running = _Running()
@@ -40,15 +40,15 @@ _running = _Running()
 class resolving:  # noqa: N801 - used as a function is
     """Let device arrays that are unpickled in this block, on this thread, find their memory.
 
-    `resolve(part)` returns where a part is; arrays of size 0 belong to no part and are made on the device of `home`, or as
-    NumPy arrays where that is None.
+    `resolve(part)` returns where a part is; arrays of size 0 belong to no part and are made on the device of `home()`, or
+    as NumPy arrays where that is None.
     """
 
     __slots__ = ("_before", "_here")
 
-    def __init__(self, resolve: Callable[[int], Place], home: DeviceArena | None = None) -> None:
+    def __init__(self, resolve: Callable[[int], Place], home: Callable[[], DeviceArena | None] | None = None) -> None:
         self._here = resolve, home
-        self._before: tuple[Callable[[int], Place] | None, DeviceArena | None] = (None, None)
+        self._before: tuple[Callable[[int], Place] | None, Callable[[], DeviceArena | None] | None] = (None, None)
 
     def __enter__(self) -> None:
         self._before = _running.resolve, _running.home
@@ -69,7 +69,7 @@ def rebuild(kind: str, shape: tuple[int, ...], dtype: str, record: Any) -> Any:
 
     Raises DeserializationError outside of `resolving`.
     """
-    resolve, home = _running.resolve, _running.home
+    resolve, find_home = _running.resolve, _running.home
     if resolve is None:
         raise DeserializationError(
             "device arrays inside a value of afield's store are rebuilt by get() and as arguments of tasks only; pickle the "
@@ -81,6 +81,7 @@ def rebuild(kind: str, shape: tuple[int, ...], dtype: str, record: Any) -> Any:
     if part != NOWHERE:
         place = resolve(part)
     else:
+        home = find_home() if find_home is not None else None
         place = DevicePlace(home, 0, 0) if home is not None else HostPlace(memoryview(b""))
     if isinstance(place, HostPlace):
         return host_array(place, offset, shape, tuple(steps), dtype)
