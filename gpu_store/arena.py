@@ -26,6 +26,7 @@ memory that died are given up then as well (`retire`).
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import threading
 from collections import deque
@@ -65,6 +66,7 @@ class DeviceArena:
         give_back: returns an unused (offset, size) to the daemon, without blocking; may be called from any thread.
         check: raises what stands against using the device (it was lost).
         lease_now: as `lease`, but refuses what it would have to wait for; `lease` by default.
+        lease_ahead: asks for as many bytes without waiting; what is granted, if anything, comes by `put_back`.
         current_stream: the stream of this thread that arrays compute in, by a number of its own; None where
             computations are complete when a call returns.
     """
@@ -79,6 +81,7 @@ class DeviceArena:
         check: Callable[[], None] = lambda: None,
         *,
         lease_now: Callable[[int], tuple[int, int]] | None = None,
+        lease_ahead: Callable[[int], None] | None = None,
         current_stream: Callable[[], int] | None = None,
     ) -> None:
         self.device = device
@@ -92,6 +95,9 @@ class DeviceArena:
         self.bytes_copied = 0
         self._lease = lease
         self._lease_now = lease if lease_now is None else lease_now
+        self._lease_ahead = lease_ahead
+        #: The size of the last extent that was leased for one block, and whether that was the size before as well.
+        self._alone, self._again = 0, False
         self._give_back = give_back
         self._current_stream = current_stream
         memory = getattr(slab, "memory", None)
@@ -162,15 +168,21 @@ class DeviceArena:
         self.check()
         chunk = self._next_chunk()
         alone = size * ALONE_SHARE > chunk
+        if alone:
+            self._alone, self._again = size, size == self._alone
         self._give_up_reserve()
         if self._used + size <= self.slab.size_bytes:
+            if not alone:
+                # A chunk is for what may follow: that is not worth waiting for.
+                with contextlib.suppress(OutOfDeviceMemoryError):
+                    return self._granted(size, *self._lease_now(chunk))
             try:
-                return self._granted(size, *self._lease(size if alone else chunk))
+                return self._granted(size, *self._lease(size))
             except OutOfDeviceMemoryError:
                 offset = self._collected(size, stream)
                 if offset is not None:
                     return offset
-                if not self.trim() and alone:
+                if not self.trim():
                     raise
         else:
             offset = self._collected(size, stream)
@@ -326,6 +338,10 @@ class DeviceArena:
                 self._put(claim.offset, offset - claim.offset, claim.stream)
             if end < block_end:
                 self._put(end, block_end - end, claim.stream)
+            ahead = self._again and claim.size == self._alone > self._pool.largest_free
+        if ahead and self._lease_ahead is not None:
+            # Large results of one size follow one another: the next one shall find its memory here.
+            self._lease_ahead(claim.size)
         return True
 
     def release(self, claim: Claim) -> None:
@@ -339,7 +355,7 @@ class DeviceArena:
             self._gone(size)
 
     def put_back(self, offset: int, size: int) -> None:
-        """Undo `take` or `detach` of bytes that the daemon has not heard of."""
+        """Undo `take` or `detach` of bytes that the daemon has not heard of, or take what was leased ahead."""
         size += (-size) % ALIGNMENT
         stream = self._current_stream() if self._current_stream is not None else 0
         with _Entered(self):

@@ -16,7 +16,8 @@ of three states:
 
 Those who find no room wait in one queue, in the order of their keys (priority, then arrival): while somebody waits, nobody
 who comes after him is served before him, so a big request is served as soon as the frees before it add up, however many
-small ones come after it.
+small ones come after it. But who has leased bytes already and asks for a little (`FINISHING_SHARE`) comes first: he may have
+to finish before anybody's turn can come.
 
 The copies stand on *shelves*, each in the order of their last use, as far as the books are told of it:
 
@@ -38,15 +39,18 @@ from collections.abc import Sequence
 
 from afield.gpu_store.extents import ExtentAllocator
 from afield.gpu_store.records import Copy, Key, Making, Request
-from afield.gpu_store.tiers import HOST, PREFETCH, ArenaUsage, StoreUsageError
+from afield.gpu_store.tiers import FINISH, HOST, PREFETCH, ArenaUsage, StoreUsageError
 from afield.units import format_bytes
 
 #: An error message names the few holders that matter.
 TOP_HOLDERS = 5
 
 Shelf = OrderedDict[Copy, None]
+#: So small a part of an arena, and so many bytes, are little: no client's chunk of a device is larger.
+FINISHING_SHARE = 64
+FINISHING_BYTES = 32 << 20
 #: No key comes before this.
-NOBODY: Key = (-1, 0)
+NOBODY: Key = (FINISH - 1, 0)
 
 
 class LeasedRanges:
@@ -174,6 +178,10 @@ class ArenaBooks:
         return self.extents.capacity
 
     # -- leases ---------------------------------------------------------------------------------------------------
+
+    def is_finishing(self, client: bytes, room: int) -> bool:
+        """Tell whether a request is for a little more than the client has: see above."""
+        return client in self.leased and room <= min(self.capacity // FINISHING_SHARE, FINISHING_BYTES)
 
     def lease(self, client: bytes, offset: int, room: int) -> None:
         """Enter an extent that was allocated as leased to `client`."""
@@ -327,6 +335,10 @@ class ArenaBooks:
             or self.extents.used > self._high
             or (self.reserved > 0 and self.sealed_bytes > self.capacity - self.reserved)
         )
+
+    def has_plenty(self, size: int) -> bool:
+        """Tell whether the arena would stay below its low mark with `size` bytes more."""
+        return not self.queue and self.extents.used + size <= self._low
 
     def shortage(self) -> int:
         """Return the bytes that have to start leaving for the head of the queue; 0 if what is leaving will do."""

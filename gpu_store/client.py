@@ -1,10 +1,9 @@
 """A process's side of the host store: maps the slab, writes objects into leased extents, reads them in place.
 
 Theory of operation. The node daemon owns the slab's free space (`residency`). A process leases a chunk of it at a time and
-carves small objects out of the chunk without a round trip; a large object is leased exactly. What is written is announced
-with `seal`; the rest of a chunk goes back when a new one is leased. Readers map the same slab read-only, so a value's
-buffers are views of shared memory and stay valid for as long as any of them lives: each `View` counts as a handle of its
-object.
+carves small objects out of the chunk without a round trip; a large object is leased exactly. The rest of a chunk goes back
+when a new one is leased. What is written the caller makes known. Readers map the same slab read-only, so a value's buffers
+are views of shared memory, and stay valid for as long as any of them lives: a `Hold` keeps the part in its place.
 
 `empty` makes an array whose memory is an extent already ("born in the store"). If nothing but the returned value refers to
 it when the value is stored, its memory becomes part of the object as it is; otherwise somebody could still write to it, and

@@ -137,11 +137,10 @@ class PinBoard:
         slot = self._take_slot()
         return (slot, self._next_serial()) if slot else (0, 0)
 
-    def lease_slots(self, count: int, index: int = 0) -> list[int]:
-        """Return up to `count` slots for what a process will write; `index` tells whose they are until `adopt`."""
+    def lease_slots(self, count: int, index: int) -> list[int]:
+        """Return up to `count` slots for what process `index` will write; they are its own until `adopt`."""
         slots = [slot for slot in (self._take_slot() for _ in range(count)) if slot]
-        if index:
-            self._leased.setdefault(index, set()).update(slots)
+        self._leased.setdefault(index, set()).update(slots)
         return slots
 
     def adopt(self, slots: Iterable[int], index: int) -> None:
@@ -154,14 +153,6 @@ class PinBoard:
             if slot and slot not in leased:
                 raise ValueError(f"slot {slot} of the pin board is not leased to process {index}")
             leased.discard(slot)
-
-    def give_back_slots(self, slots: Iterable[int], index: int = 0) -> None:
-        """A process does not need these slots; raises ValueError for one that is not leased to it."""
-        given = list(slots)
-        if index:
-            self.adopt(given, index)
-        for slot in given:
-            self.release(slot)
 
     def publish(self, slot: int, serial: int) -> None:
         """Let the copy of this serial be pinned from now on."""

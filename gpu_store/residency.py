@@ -38,6 +38,7 @@ from afield.gpu_store.records import Key, LeaseRequest, Making, Need
 from afield.gpu_store.tiers import (
     ARGUMENT,
     DISK,
+    FINISH,
     GET,
     HOST,
     NOWHERE,
@@ -188,7 +189,7 @@ class Residency:
         if books is None or books.extents.rounded(size) > books.capacity:
             return [Refused(client, request_id, arena, self.describe_full(arena, size), never_fits=True)]
         room = books.extents.rounded(size)
-        key = self._next_key(priority)
+        key = self._next_key(FINISH if books.is_finishing(client, room) else priority)
         if not books.queue.keeps_waiting(key):
             offset = books.extents.allocate(room)
             if offset is not None:
@@ -394,6 +395,11 @@ class Residency:
             return self._arenas[arena].usage()
         disk = self._disk
         return ArenaUsage("the disk", disk.limit or 0, disk.used, 0, disk.live_bytes, 0, 0, 0, 0, 0, 0, 0)
+
+    def has_plenty(self, arena: int, size: int) -> bool:
+        """Tell whether an arena would stay below its low mark with `size` bytes more."""
+        books = self._arenas.get(arena)
+        return books is not None and books.has_plenty(size)
 
     def describe_full(self, arena: int, asked: int) -> str:
         """Return what tells a user why `asked` bytes were not granted in an arena, and what to do; names each tier."""

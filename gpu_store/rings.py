@@ -17,6 +17,7 @@ from __future__ import annotations
 import mmap
 import struct
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Final
 from zlib import crc32
 
@@ -63,7 +64,6 @@ class RingWriter:
         self._counts[0] = self._written
         return True
 
-
     def close(self) -> None:
         """Give the mapping up; what was left stays for the daemon."""
         self._counts.release()
@@ -103,7 +103,8 @@ class Rings:
         """Forget a process that has ended, after the last `take`; an index is not used twice."""
         if self._rings.pop(index, None) is not None:
             number, place = divmod(index, _WINDOW)
-            self._windows[number].madvise(mmap.MADV_REMOVE, place * RING_BYTES, RING_BYTES)
+            with suppress(OSError):  # its memory is not given back: the ring is not looked at any more all the same
+                self._windows[number].madvise(mmap.MADV_REMOVE, place * RING_BYTES, RING_BYTES)
             if not any(other // _WINDOW == number for other in self._rings):
                 del self._windows[number]
 

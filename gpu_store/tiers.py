@@ -16,8 +16,9 @@ DISK: Final = -1
 #: Where a part is said to be of which no copy is left.
 NOWHERE: Final = -2
 
-#: Who is served first: a `get`, then a task's argument or output, then what is only expected to be needed.
-GET, ARGUMENT, PREFETCH = 0, 1, 2
+#: Who is served first: who needs a little more to finish, and be of use to all others; a `get`; a task's argument or output;
+#: what is only expected to be needed.
+FINISH, GET, ARGUMENT, PREFETCH = -1, 0, 1, 2
 
 
 class StoreUsageError(AssertionError):

@@ -52,6 +52,7 @@ class SessionOptions:
 
     num_cpus: float
     devices: list[Device]
+    emulated_link: str
     resources: dict[str, float]
     store_bytes: int
     spill_dir: str | None
@@ -123,6 +124,7 @@ class Session:
             "arguments": list(sys.argv) or [""],
             "num_cpus": options.num_cpus,
             "devices": [asdict(device) for device in options.devices],
+            "emulated_link": options.emulated_link,
             "resources": options.resources,
             "memory": psutil.virtual_memory().total,
             "namespace": options.namespace,

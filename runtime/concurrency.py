@@ -210,7 +210,7 @@ class EventLoop:
             failed = True
         if failed and holds:
             args, kwargs = (), {}  # noqa: F841 - lets go of them
-            executor.invocations.keep_holds(holds, context)
+            executor.keep_holds_of_failed(holds, context)
         executor.invocations.end(channel, push)
         executor.answer(channel, reply, context)
         self._flush_soon()

@@ -12,9 +12,9 @@ import contextlib
 import gc
 import importlib
 import importlib.util
-import os
 import sys
 import threading
+import time
 from collections.abc import Callable
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -36,6 +36,9 @@ from afield.gpu_store.tiers import HOST
 from afield.runtime import messages as m
 from afield.runtime.process import Process
 
+#: While memory stays short the daemon asks for it again and again, and to look at all objects of a process takes its time.
+COLLECT_EVERY_S = 1.0
+
 
 class Devices:
     """The devices of one process.
@@ -44,6 +47,7 @@ class Devices:
         process: this process.
         lease: blocks for bytes of an arena, for so many seconds (None: as usual); returns (offset, size).
         give_back: returns leased bytes of an arena.
+        lease_ahead: asks for bytes of an arena without waiting; what is granted comes by `granted_ahead`.
     """
 
     def __init__(
@@ -51,9 +55,11 @@ class Devices:
         process: Process,
         lease: Callable[[int, int, float | None], tuple[int, int]],
         give_back: Callable[[int, int, int], None],
+        lease_ahead: Callable[[int, int], None],
     ) -> None:
         self._process = process
         self._lease = lease
+        self._lease_ahead = lease_ahead
         self._give_back = give_back
         self._lock = threading.RLock()
         self._backend: DeviceBackend | None = None
@@ -62,16 +68,15 @@ class Devices:
         self._stands_in = False
         self._library_allocator: Any = None  # alive as long as the library uses it
         self._on_close = contextlib.ExitStack()
+        self._next_collection = 0.0
         self.bytes_shared = 0
         #: Of a worker: why its device could not be used when it was asked for.
         self.unusable = ""
-        uuids = [uuid for uuid in os.environ.get("AFIELD_VISIBLE_DEVICES", "").split(",") if uuid]
-        numbers = [int(n) for n in os.environ.get("AFIELD_VISIBLE_DEVICE_NUMBERS", "").split(",") if n]
-        in_worker = "AFIELD_WORKER" in os.environ
         #: Arena number -> UUID of the devices that values are read into; of a worker.
-        self.bound: dict[int, str] = dict(zip((1 + n for n in numbers), uuids, strict=True)) if in_worker else {}
-        self._known: dict[int, dict[str, Any]] | None = None
-        self._spec = os.environ.get("AFIELD_DEVICE_BACKEND", "") if in_worker else ""
+        self.bound = process.config.bound
+        self._in_worker = process.config.in_worker
+        self._spec = process.config.device_backend
+        self._known: dict[int, str] | None = None  # the same of the node's devices, in the driver
 
     # -- which devices ---------------------------------------------------------------------------------------------
 
@@ -100,13 +105,13 @@ class Devices:
 
     def _mine(self) -> dict[int, str]:
         """Return arena number -> UUID of the devices that this process may use: those of its lease, or the driver's."""
-        if self.bound or "AFIELD_WORKER" in os.environ:
+        if self._in_worker:
             return self.bound
         if self._known is None:
             answer = self._process.request(lambda request: m.Query(request, "devices"))
             self._spec = answer["backend"]
-            self._known = {device["arena"]: device for device in answer["devices"]}
-        return {arena: device["uuid"] for arena, device in self._known.items()}
+            self._known = {device["arena"]: device["uuid"] for device in answer["devices"]}
+        return self._known
 
     # -- their memory ----------------------------------------------------------------------------------------------
 
@@ -177,16 +182,26 @@ class Devices:
             give_back,
             check,
             lease_now=lambda size: self._lease(number, size, 0.0),
+            lease_ahead=lambda size: self._lease_ahead(number, size),
             current_stream=None if device.info.kind == "emulated" else cupy_stream,
         )
+
+    def granted_ahead(self, number: int, offset: int, size: int) -> bool:
+        """Take memory that an arena has asked for ahead; False if the arena is gone."""
+        arena = self._arenas.get(number)
+        if arena is None:
+            return False
+        arena.put_back(offset, size)
+        return True
 
     def trim(self, number: int) -> None:
         """Memory of an arena is short: give back what this process leases and does not use."""
         arena = self._arenas.get(number)
         if arena is not None:
             with contextlib.suppress(AfieldError):  # of a device that is lost there is nothing to give back
-                if not arena.trim() and arena.stats().used_bytes:
+                if not arena.trim() and arena.stats().used_bytes and time.monotonic() >= self._next_collection:
                     gc.collect()  # arrays in reference cycles hold memory that nobody can use
+                    self._next_collection = time.monotonic() + COLLECT_EVERY_S
                     arena.trim()
 
     def place(self, number: int, offset: int, size: int, hold: Hold) -> DevicePlace:
@@ -236,7 +251,7 @@ class Devices:
             if self._module is None:
                 mine = self._mine()
                 if not mine:
-                    raise NoDeviceError(_no_devices("AFIELD_WORKER" in os.environ))
+                    raise NoDeviceError(_no_devices(self._in_worker))
                 self._module = self._make_module([self.arena(number) for number in mine])
             return self._module
 

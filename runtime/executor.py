@@ -24,7 +24,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
-from afield.errors import DeviceLostError, TaskCancelledError
+from afield.errors import AfieldError, DeviceLostError, TaskCancelledError
 from afield.runtime import current
 from afield.runtime import messages as m
 from afield.runtime.actors import ActorHandle, describe_actor
@@ -254,9 +254,8 @@ class Executor:
             reply = self.failure(channel, push, definition, error, in_user_code)
             failed = True
         if failed and holds:
-            # What user code has put aside before it raised; the frames that only took part are gone with the error.
             args, kwargs = (), {}  # noqa: F841 - lets go of them
-            self.invocations.keep_holds(holds, context)
+            self.keep_holds_of_failed(holds, context)
         enter(None)
         self.answer(channel, reply, context)
         if definition.once and self.queue:
@@ -281,6 +280,16 @@ class Executor:
             error = TaskCancelledError(f"{definition.name}() was cancelled while it ran")
             in_user_code = False
         return self.invocations.failure(push.sequence, definition, error, in_user_code, channel.peer_id)
+
+    def keep_holds_of_failed(self, holds: list[Any], context: TaskContext) -> None:
+        """Keep what user code has put aside before it raised; the frames that only took part are gone with the error.
+
+        What it began on the device may end badly only here: then this process cannot go on.
+        """
+        try:
+            self.invocations.keep_holds(holds, context)
+        except AfieldError as error:
+            self._leave(str(error))
 
     def answer(self, channel: Channel, reply: Any, context: TaskContext) -> None:
         """Queue a reply; it waits until the refs that the task keeps are registered with their owners."""

@@ -52,6 +52,7 @@ class ForkServerConfig(msgspec.Struct):
     arguments: list[str]
     num_cpus: float
     devices: list[dict[str, Any]]
+    emulated_link: str  # the speed of emulated devices' links
     resources: dict[str, float]
     memory: int
     namespace: str

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import psutil
@@ -17,7 +17,7 @@ from afield.gpu_store.backends.base import DeviceInfo, DeviceUsageError
 from afield.gpu_store.backends.select import EMULATED_LINK, link_speed
 from afield.runtime.bootstrap import STORE_SHARE, SessionOptions
 from afield.runtime.environment import Environment
-from afield.scheduler.devices import parse_devices, visible_devices
+from afield.scheduler.devices import Device, parse_devices, visible_devices
 from afield.scheduler.resources import ResourceSet
 from afield.units import parse_bytes
 
@@ -79,16 +79,11 @@ def session_options(others: Mapping[str, Any], **given: Any) -> SessionOptions:
             f"num_gpus={num_gpus} but there are {len(found)} devices; "
             f'pass devices="emulated:{int(num_gpus)}" or set AFIELD_DEVICES=emulated:{int(num_gpus)}'
         )
-    link = os.environ.get(EMULATED_LINK)
-    if link and found and found[0].kind == "emulated":
-        try:
-            link_speed(link)  # here, and not in the daemon, where it would end the session
-        except DeviceUsageError as error:
-            raise InvalidOptionError(f"{EMULATED_LINK}: {error}") from None
     amounts = {name: float(amount) for name, amount in (resources or {}).items()}
     return SessionOptions(
         float(cpus),
         found,
+        _emulated_link(found),
         amounts,
         _store_bytes(given["host_memory"]),
         given["spill_dir"],
@@ -104,6 +99,18 @@ def _cuda_inventory() -> list[DeviceInfo]:
 
     order = os.environ.get("CUDA_DEVICE_ORDER")
     return visible_devices(cuda.find_devices(), os.environ.get("CUDA_VISIBLE_DEVICES"), order == "PCI_BUS_ID")
+
+
+def _emulated_link(devices: Sequence[Device]) -> str:
+    """Return the speed that the user gives the links of emulated devices; "" for none."""
+    link = os.environ.get(EMULATED_LINK, "")
+    if not link or not devices or devices[0].kind != "emulated":
+        return ""
+    try:
+        link_speed(link)  # here, and not in the daemon, where it would end the session
+    except DeviceUsageError as error:
+        raise InvalidOptionError(f"{EMULATED_LINK}: {error}") from None
+    return link
 
 
 def _store_bytes(host_memory: int | str | None) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from afield.runtime.store_messages import StoreMessage
+from afield.runtime.tier_messages import AHEAD as AHEAD
 from afield.runtime.tier_messages import Found as Found
 from afield.runtime.tier_messages import Free as Free
 from afield.runtime.tier_messages import GiveBack as GiveBack
@@ -202,7 +203,7 @@ class CancelObject(msgspec.Struct, array_like=True, tag=17, gc=False):
 
 
 class Register(msgspec.Struct, array_like=True, tag=20):
-    """A process introduces itself: `kind` is "driver", "worker" or "client" (a tool that only asks)."""
+    """A process introduces itself: `kind` is "driver", "worker", "store" or "client" (a tool that only asks)."""
 
     kind: str
     pid: int
@@ -241,7 +242,7 @@ class Infeasible(msgspec.Struct, array_like=True, tag=23):
 
 
 class ReturnLease(msgspec.Struct, array_like=True, tag=24):
-    """The owner is done with the lease; `reusable` is False if the worker must not run another task."""
+    """The owner is done with the lease."""
 
     lease_id: int
 

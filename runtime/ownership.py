@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 
 PENDING = 3
 FREED = 5  # only lineage needs it: its value was freed and can be made again
+#: The room of such a value is given back without delay.
+LARGE_BYTES = 1 << 20
 _NEW, _SENT, _KNOWN = 0, 1, 2  # registration of a borrowed entry with its owner
 
 __all__ = [
@@ -70,9 +72,10 @@ class Send(msgspec.Struct, frozen=True, gc=False):
 
 
 class FreeStored(msgspec.Struct, frozen=True, gc=False):
-    """Effect: free the stored value of an object that we own."""
+    """Effect: free the stored value of an object that we own; `soon`: it is large, and its room may be waited for."""
 
     object_id: bytes
+    soon: bool = False
 
 
 class LifeEnded(msgspec.Struct, frozen=True, gc=False):
@@ -200,7 +203,8 @@ class OwnershipTable:
         elif entry.state != PENDING:  # a pending one is collected when its task ends
             del self.entries[object_id]
             if entry.state == LOCATED or (lineage is not None and lineage.has_remains(object_id)):
-                self.effects.append(FreeStored(object_id))
+                soon = entry.state == LOCATED and entry.value.size >= LARGE_BYTES
+                self.effects.append(FreeStored(object_id, soon))
             elif entry.life:
                 self.effects.append(LifeEnded(object_id))
         else:

@@ -1,8 +1,8 @@
 """A process's side of the tiers: writes values as parts, maps the parts of values, asks for those that are elsewhere.
 
 Theory of operation. What a value is made of lies in parts: host bytes in the host's slab, device arrays in the slabs of
-devices. Writing needs no answer from anybody: the memory is leased already, a slot of the pin board too, and `Seal` tells
-the node daemon afterwards. Reading needs none either as long as a part lies in an arena that this process can map, and has
+devices. Writing needs no answer from anybody: the memory is leased already, a slot of the pin board too, and a note (`Seal`)
+tells the node daemon afterwards. Reading needs none either as long as a part lies in an arena that we can map, and has
 not moved: `Pinner.pin` says so, and a `Hold` keeps it there for as long as anything uses the memory. Otherwise the daemon is
 asked (`Need`); it has the part brought, and promises that it stays until we say that we have pinned it (`Mapped`).
 
@@ -31,6 +31,7 @@ from afield.errors import (
 from afield.gpu_store.arena import DeviceArena
 from afield.gpu_store.blocks import Block
 from afield.gpu_store.client import Hold, HostStoreClient
+from afield.gpu_store.emulated_arrays import devices as emulated
 from afield.gpu_store.interop import DevicePacker, DevicePlace, HostPlace, Place, resolving
 from afield.gpu_store.pins import Pinner
 from afield.gpu_store.rings import RingWriter
@@ -53,6 +54,7 @@ uninterruptible(HostStoreClient.on_born_died)
 uninterruptible(Block.__del__)
 uninterruptible(DevicePlace.__del__)
 uninterruptible(DevicePacker.__del__)
+uninterruptible(emulated.Lease.__del__)
 # Cut in half, these would leave memory that nobody gives back, or an arena that is never free again.
 uninterruptible(DeviceArena.allocate)
 uninterruptible(DevicePacker.reduce)
@@ -66,8 +68,6 @@ Wait = Callable[[Waiter, float | None, bool], bool]
 
 class PartsLostError(ObjectLostError):
     """Parts of a value are gone from every tier: its owner may be able to make it again."""
-
-    object_id = b""
 
 
 class WouldBlockError(AfieldError):
@@ -91,7 +91,7 @@ class Parts:
         self.pinner = Pinner(config.pins_fd, config.process_index)
         #: What we seal is noted for the daemon here; it reads before it handles any message.
         self._notes = RingWriter(config.pins_fd, config.process_index)
-        self.devices = Devices(process, self.lease, self.give_back)
+        self.devices = Devices(process, self.lease, self.give_back, self.lease_ahead)
         self._slots: deque[int] = deque()
         self._slots_asked = 16
         self._given_back: deque[m.GiveBack] = deque()
@@ -131,6 +131,11 @@ class Parts:
         )
         return granted
 
+    def lease_ahead(self, arena: int, size: int) -> None:
+        """Ask for bytes of a device that may be needed soon, without waiting for them."""
+        with self.pump.lock:
+            self.process.daemon.send(m.StoreLease(m.AHEAD, size, 0.0, arena))
+
     def _lease_host(self, size: int) -> tuple[int, int]:
         return self.lease(HOST, size)
 
@@ -148,7 +153,10 @@ class Parts:
         self.pinner.drain()
 
     def _on_store_grant(self, channel: Channel, message: m.StoreGrant) -> None:
-        if message.refusal:
+        if message.request == m.AHEAD:
+            if not message.refusal and not self.devices.granted_ahead(message.arena, message.offset, message.size):
+                self.give_back(message.arena, message.offset, message.size)
+        elif message.refusal:
             kind = ObjectStoreFullError if message.arena == HOST else OutOfDeviceMemoryError
             self.process.answered(message.request, kind(message.refusal))
         elif not self.process.answered(message.request, (message.offset, message.size)):
@@ -164,10 +172,8 @@ class Parts:
         """
         packer = value.device
         most = 1 + min(len(value.buffers), self.store.born) + (len(packer) if packer is not None else 0)
-        if len(self._slots) < most:
-            self._ask_for_slots(
-                most
-            )  # first of all: whoever is interrupted while he waits has nothing to give back yet
+        if len(self._slots) < most:  # first of all: whoever is interrupted while he waits has nothing to give back yet
+            self._ask_for_slots(most)
         on_devices: list[tuple[int, int, int]] = []
 
         def commit() -> None:

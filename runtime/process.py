@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from afield.errors import (
@@ -49,6 +49,12 @@ FREE_DELAY_S, MAX_FREED = 0.002, 64
 #: The rows of the pin board: the node daemon's is 0, workers have those after the driver's.
 DRIVER_INDEX = 1
 
+#: What a worker is told at its fork, in variables of its environment: its row of the pin board; the devices that it is bound to
+#: (UUIDs, which its tasks may read too, and their numbers on the node); and what `open_backend` needs.
+PROCESS_INDEX = "AFIELD_PROCESS_INDEX"
+VISIBLE_DEVICES, VISIBLE_DEVICE_NUMBERS = "AFIELD_VISIBLE_DEVICES", "AFIELD_VISIBLE_DEVICE_NUMBERS"
+DEVICE_BACKEND = "AFIELD_DEVICE_BACKEND"
+
 _T = TypeVar("_T")
 
 
@@ -56,7 +62,10 @@ class SessionConfig:
     """What every process of a session must know."""
 
     __slots__ = (
+        "bound",
         "capacity",
+        "device_backend",
+        "in_worker",
         "pins_fd",
         "process_index",
         "record_call_sites",
@@ -78,6 +87,19 @@ class SessionConfig:
         self.record_call_sites = False
         #: This process's row of the pin board.
         self.process_index = DRIVER_INDEX
+        self.in_worker = False
+        #: Of a worker: arena number -> UUID of the devices that it is bound to for life, and the session's device backend.
+        self.bound: dict[int, str] = {}
+        self.device_backend = ""
+
+    def become_worker(self, variables: Mapping[str, str]) -> None:
+        """Take in what the daemon tells a worker that is forked."""
+        uuids = filter(None, variables[VISIBLE_DEVICES].split(","))
+        numbers = filter(None, variables.get(VISIBLE_DEVICE_NUMBERS, "").split(","))
+        self.in_worker = True
+        self.process_index = int(variables[PROCESS_INDEX])
+        self.bound = {1 + int(number): uuid for number, uuid in zip(numbers, uuids, strict=True)}
+        self.device_backend = variables[DEVICE_BACKEND]
 
     def address(self, process_id: bytes) -> str:
         """Return the socket name of a process; the daemon's id is empty."""
@@ -308,6 +330,8 @@ class Process:
                         channel.send(effect.message)
                 elif kind is FreeStored:
                     self._freed.append(effect.object_id)
+                    if effect.soon:
+                        self._free_due = 0.0
                 elif kind is Settled:
                     self.on_settled(effect.token)
                 elif kind is Recompute:

@@ -96,7 +96,7 @@ class Recovery:
         """An execution has come to nothing: so have the losses of what it stored."""
         self.lineage.not_yet(object_id(task.task_id, index) for index in range(task.num_returns))
 
-    def forget_stored(self, outputs: Iterable[bytes]) -> None:
+    def forget_stored(self, worker: bytes, outputs: Iterable[bytes]) -> None:
         """A worker died before its reply: free what it may have stored, unless an earlier execution had stored it too."""
         entries = self.process.table.entries
         unwanted = []
@@ -107,7 +107,7 @@ class Recovery:
             elif entry.state == FREED:  # a free that arrives before its seal waits for it, and this one may never come
                 self.lineage.may_be_stored(oid)
         if unwanted:
-            self.process.daemon.send(m.Free(unwanted))
+            self.process.daemon.send(m.Free(unwanted, worker))
 
     # -- what is lost --------------------------------------------------------------------------------------------
 

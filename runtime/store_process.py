@@ -21,22 +21,16 @@ from afield.gpu_store.backends.base import DeviceBackend
 from afield.gpu_store.backends.select import open_backend
 from afield.gpu_store.mover import Completions, DeviceMover, DiskMover, describe
 from afield.gpu_store.spill_files import SpillFiles
+from afield.gpu_store.tiers import DISK, HOST
 from afield.runtime import messages as m
 from afield.runtime import store_messages as s
-from afield.runtime.process import SessionConfig
+from afield.runtime.process import DEVICE_BACKEND, SessionConfig
 from afield.transport.auth import Handshake
 from afield.transport.channel import Channel, connect
 from afield.transport.loop import Loop
 
-HOST, DISK = 0, -1
-
-#: What a store process is told at its start, beside the session: variables of its environment.
-ARENA, LIFE, DEVICE, BACKEND = (
-    "AFIELD_STORE_ARENA",
-    "AFIELD_STORE_LIFE",
-    "AFIELD_STORE_DEVICE",
-    "AFIELD_DEVICE_BACKEND",
-)
+#: What a store process is told at its fork, beside `DEVICE_BACKEND`: variables of its environment.
+ARENA, LIFE, DEVICE = "AFIELD_STORE_ARENA", "AFIELD_STORE_LIFE", "AFIELD_STORE_DEVICE"
 #: The user's: which share of a CUDA device's free memory the store takes.
 SHARE = "AFIELD_DEVICE_STORE_SHARE"
 #: The rest is for contexts, and for libraries that do not allocate through afield.
@@ -79,7 +73,7 @@ class StoreProcess:
                 self._loop.step(None)
             return
         self._daemon.send(ready)
-        poll_s = HEALTH_POLL_S[self._variables[BACKEND].partition(":")[0]] if self._backend is not None else None
+        poll_s = HEALTH_POLL_S[self._variables[DEVICE_BACKEND].partition(":")[0]] if self._backend is not None else None
         due = 0.0
         while not self._ended:
             now = time.monotonic()
@@ -100,7 +94,7 @@ class StoreProcess:
         return s.StoreReady(DISK, self._life, files.free_bytes(), None)
 
     def _open_device(self) -> s.StoreReady:
-        spec = self._variables[BACKEND]
+        spec = self._variables[DEVICE_BACKEND]
         self._backend = open_backend(spec)
         share = _share() if spec.startswith("cuda:") else 1.0
         self._mover = DeviceMover(self._backend, self._variables[DEVICE], self._host, self._done, share=share)

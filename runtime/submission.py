@@ -168,8 +168,6 @@ class Submitter:
 
     def own(self, task: Task, object_ids: list[bytes]) -> None:
         """Enter a task's outputs into the table and pin its arguments; the caller holds the lock."""
-        if self.process.dead:  # another thread may have ended the runtime since the arguments were encoded
-            self.process.check_alive()
         self.process.check_alive()  # under the lock: what is entered later than the end would wait for ever
         self.tasks_submitted += 1
         for oid in object_ids:
@@ -452,14 +450,14 @@ class Submitter:
                 continue
             if position == 0:  # tasks run in order: only the oldest can have started without a reply
                 if not task.retries_left:
-                    self._crashed(task, reason)
+                    self._crashed(task, process_id, reason)
                     continue
                 self.use_retry(task)
                 self.tasks_retried += 1
             requeue.append(task)
         lease.lane.requeue(requeue, time.monotonic())
 
-    def _crashed(self, task: Task, reason: str) -> None:
+    def _crashed(self, task: Task, worker: bytes, reason: str) -> None:
         self.fail_with(
             task,
             WorkerCrashedError(
@@ -467,4 +465,4 @@ class Submitter:
                 "raise max_retries if it is safe to run it again, and look at the worker's output for the cause"
             ),
         )
-        self.recovery.forget_stored(object_id(task.task_id, index) for index in range(task.num_returns))
+        self.recovery.forget_stored(worker, (object_id(task.task_id, index) for index in range(task.num_returns)))

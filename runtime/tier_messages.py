@@ -24,7 +24,7 @@ class Part(msgspec.Struct, array_like=True, gc=False, frozen=True):
 
 
 class Location(msgspec.Struct, array_like=True, gc=False, frozen=True):
-    """Where a value lies: its parts, the first of them the serialised frame, unless that is small: then it is `frame`.
+    """Where a value lies: its parts, the last one at home in the host's slab the serialised frame; a small one is `frame`.
 
     It is a hint: what it names may have moved; the pin board tells, and the node daemon knows where to.
     """
@@ -36,6 +36,10 @@ class Location(msgspec.Struct, array_like=True, gc=False, frozen=True):
     def size(self) -> int:
         """Bytes of the value."""
         return len(self.frame) + sum(part.size for part in self.parts)
+
+
+#: The number of a request that nobody waits for: it is granted only where there is plenty.
+AHEAD = 0
 
 
 class StoreLease(msgspec.Struct, array_like=True, tag=30):
@@ -66,7 +70,10 @@ class GiveBack(msgspec.Struct, array_like=True, tag=32):
 
 
 class Seal(msgspec.Struct, array_like=True, tag=33):
-    """The parts, written into extents of the sender's, are object `object_id`, complete."""
+    """The parts, written into extents of the sender's, are object `object_id`, complete.
+
+    Left as a note (`gpu_store.rings`), and sent only where there is no room for that.
+    """
 
     object_id: bytes
     owner: bytes
@@ -74,9 +81,13 @@ class Seal(msgspec.Struct, array_like=True, tag=33):
 
 
 class Free(msgspec.Struct, array_like=True, tag=34):
-    """The owner says that nobody can reach these objects any more."""
+    """The owner says that nobody can reach these objects any more; `sealer` is who would have sealed them, if that is known.
+
+    What is not sealed yet is freed as soon as it is, by `sealer` if it is given: a later execution seals the same ids.
+    """
 
     object_ids: list[bytes]
+    sealer: bytes = b""
 
 
 class Held(msgspec.Struct, array_like=True, tag=35):
@@ -99,7 +110,7 @@ class Need(msgspec.Struct, array_like=True, tag=55):
 class Found(msgspec.Struct, array_like=True, tag=56):
     """The parts that request `request` asked for stay where they are until `Mapped`; or why they cannot be had.
 
-    `kind` is empty, or "unknown", "lost", "full", "failed" with a `reason`.
+    `kind` is empty, or as in `gpu_store.tiers.NotFound`, with a `reason`.
     """
 
     request: int

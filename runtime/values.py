@@ -135,7 +135,7 @@ class Values:
             except WouldBlockError:
                 threading.Thread(target=finish, name="afield-fetch", daemon=True).start()
             except BaseException as error:
-                future.set_exception(error)
+                future.set_exception(error.with_traceback(None))  # its frames refer to the future
             else:
                 future.set_result(value)
 
@@ -143,7 +143,7 @@ class Values:
             try:
                 value = self.get(ref, None)
             except BaseException as error:
-                future.set_exception(error)
+                future.set_exception(error.with_traceback(None))  # its frames refer to the future
             else:
                 future.set_result(value)
 
@@ -199,7 +199,10 @@ class Values:
         if entry.state != LOCATED:
             value = deserialize(entry.value, "the value", on_ref)
             if entry.state == FAILED:
-                raise value
+                try:
+                    raise value
+                finally:
+                    del value  # else it refers to itself, by way of this frame, and keeps what all its frames have
             return value
         value, location = self.parts.read(
             object_id,

@@ -31,7 +31,7 @@ def run_worker(config: ForkServerConfig, worker_id: bytes, variables: dict[str, 
     random.seed()
     np.random.seed()
     session = config.session_config()
-    session.process_index = int(variables["AFIELD_PROCESS_INDEX"])
+    session.become_worker(variables)
     participant = Participant(session, worker_id, "worker")
     executor = Executor(participant)
     namespace = config.namespace
@@ -56,7 +56,7 @@ def run_worker(config: ForkServerConfig, worker_id: bytes, variables: dict[str, 
     faulthandler.enable(2)  # a crash in C code says where
     current.install(participant)
     participant.values.parts.devices.prepare()
-    accelerators.prepare(tuple(participant.values.parts.devices.bound.values()), variables["AFIELD_DEVICE_BACKEND"])
+    accelerators.prepare(tuple(participant.values.parts.devices.bound.values()), session.device_backend)
     participant.process.start()
     try:
         executor.run()

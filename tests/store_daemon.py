@@ -32,7 +32,7 @@ NODE = bytes(8)
 class FakeDaemon:
     """As much of a node daemon as stores need; forks them itself, and notes what it is told."""
 
-    def __init__(self, directory: Path, devices: list[Device]) -> None:
+    def __init__(self, directory: Path, devices: list[Device], link: str = "") -> None:
         self.directory = str(directory)
         slab = os.memfd_create("host-store-of-a-test")
         os.ftruncate(slab, HOST_BYTES)
@@ -52,6 +52,7 @@ class FakeDaemon:
             on_ready=lambda *facts: self.told.append(("ready", *facts)),
             on_done=lambda *facts: self.told.append(("done", *facts)),
             on_lost=self._on_lost,
+            link=link,
             clock=self.now,
         )
 

@@ -202,6 +202,16 @@ def test_a_chunk_that_does_not_fit_is_not_insisted_on() -> None:
         assert books.leases == [1024]
 
 
+def test_nobody_waits_for_a_chunk() -> None:
+
+    def lease_now(size: int) -> tuple[int, int]:
+        raise OutOfDeviceMemoryError(f"{size} bytes only by waiting")
+
+    with arena_on(128 * MIB, lease_now=lease_now) as (arena, books):
+        assert arena.allocate(1000).size == 1024
+    assert books.leases == [1024]
+
+
 def test_check_is_asked_before_a_lease() -> None:
     def lost() -> None:
         raise DeviceLostError("gone")

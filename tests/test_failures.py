@@ -9,9 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import afield
+from afield.errors import DeviceLostError
+from afield.runtime import current
 from tests.helpers import HANG_S, poll, program, remote_with
 
 PATIENCE_S = 30.0
@@ -197,3 +200,29 @@ def test_an_uncaught_error_shows_the_remote_traceback() -> None:
         status, _, error = driver.end()
     assert status == 1
     assert "ZeroDivisionError" in error and "Where divide() ran:" in error and ", in divide\n" in error
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_device_that_fails_after_the_task_has_raised_ends_the_worker(runtime: Any, is_async: bool) -> None:
+    """What user code began there ends badly only while the failed call is tidied up: the caller must hear of it."""
+
+    def fail(array: Any) -> None:
+        found = current.participant
+
+        def settle() -> None:
+            raise DeviceLostError("its device went away at the worst moment")
+
+        found.values.parts.devices.settle = settle  # type: ignore[union-attr]
+        raise ValueError(array.sum())
+
+    class _Plain:
+        def fail(self, array: Any) -> None:
+            fail(array)
+
+    class _Async:
+        async def fail(self, array: Any) -> None:
+            fail(array)
+
+    actor = afield.remote(_Async if is_async else _Plain).remote()
+    with pytest.raises(afield.ActorDiedError, match="at the worst moment"):
+        afield.get(actor.fail.remote(afield.put(np.ones(1 << 17))), timeout=30)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import pickle
 import threading
@@ -68,6 +69,28 @@ def test_views_and_containers(shared_runtime: None) -> None:
     assert "zero-copy" not in reasons(ref)
     del outer
     assert poll(lambda: reasons(ref) == "local handle x1", PATIENCE_S), reasons(ref)
+
+
+def test_an_error_does_not_keep_what_its_caller_had(shared_runtime: None) -> None:
+    @afield.remote
+    def fail(value: Any) -> None:
+        raise ValueError("again")
+
+    def call() -> str:
+        ref = afield.put(1)
+        with pytest.raises(ValueError, match="again"):
+            afield.get(fail.remote(ref), timeout=PATIENCE_S)
+        with pytest.raises(ValueError, match="again"):
+            fail.remote(ref).future().result(PATIENCE_S)
+        return ref.hex()
+
+    gc.collect()
+    gc.disable()
+    try:
+        mine = call()
+        assert poll(lambda: mine not in {entry.object_id for entry in afield.memory()}, PATIENCE_S)
+    finally:
+        gc.enable()
 
 
 def test_tasks_pin_their_arguments_and_their_results_are_pending(shared_runtime: None, tmp_path: Any) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 import afield
 from afield.runtime.api import query
+from tests.helpers import remote_with
 
 MIB = 1 << 20
 PATIENCE_S = 30.0
@@ -33,6 +34,23 @@ def test_consumers_make_room_for_waiting_producers(no_runtime: None, monkeypatch
     refs = [use.remote(make.remote(index)) for index in range(60)]
     assert afield.get(refs, timeout=PATIENCE_S) == list(range(60))
     afield.shutdown()
+
+
+def test_who_has_device_memory_can_finish_while_others_wait_for_it(
+    no_runtime: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More tasks than fit at a time; each needs a few bytes more, when the others wait for what it has."""
+    monkeypatch.setenv("AFIELD_STORE_WAIT_S", "20")
+    afield.init(num_cpus=2, devices="emulated:1:64MiB", host_memory="64MiB")
+
+    @remote_with(num_gpus=0.2, num_cpus=0.1)
+    def largest(number: int) -> int:
+        array = afield.array_module().full(20 << 20, number, "u1")
+        time.sleep(0.1)  # the others ask for theirs meanwhile
+        return int(array.max())
+
+    refs = [largest.remote(number) for number in range(10)]
+    assert afield.get(refs, timeout=15) == list(range(10))
 
 
 def test_workers_beyond_the_need_end(no_runtime: None) -> None:

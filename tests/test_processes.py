@@ -179,11 +179,19 @@ def test_an_unhandled_ctrl_c_ends_the_driver(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "wait",
-    ["afield.get(ref)", "afield.get([ref])", "afield.wait([ref])", "afield.get(ref, timeout=50)", "time.sleep(50)"],
+    [
+        "afield.get(ref)",
+        "afield.get([ref])",
+        "afield.wait([ref])",
+        "afield.get(ref, timeout=50)",
+        "afield.put(full[:9 << 20])",  # waits for room, in the middle of a transition
+        "time.sleep(50)",
+    ],
 )
 def test_the_runtime_is_usable_after_ctrl_c(wait: str) -> None:
     source = f"""
-    afield.init(num_cpus=2)
+    afield.init(num_cpus=2, host_memory="16MiB")
+    full = afield.get(afield.put(np.ones(12 << 20, "u1")))
     ref = afield.remote(lambda: time.sleep(100)).remote()
     threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
     started = time.monotonic()
@@ -246,6 +254,63 @@ def test_ctrl_c_at_any_moment_leaves_the_state_whole() -> None:
     assert facts["hits"] > 20 and facts["value"] == 3, facts
     assert facts["empty"], facts
     assert status == 0, error
+
+
+@pytest.mark.slow
+def test_ctrl_c_at_any_moment_leaves_no_pin_and_no_promise() -> None:
+    """Interrupts hit reads of values that have to be brought from a device, and puts of device arrays."""
+    source = """
+    afield.init(num_cpus=1, devices="emulated:1:32MiB", host_memory="32MiB")
+    cp = afield.array_module()
+    refs = [afield.put(cp.full(1 << 20, number, "u1")) for number in range(20)]
+    stop = threading.Event()
+
+    def interrupt():
+        while not stop.wait(0.004):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def read_all():
+        for number, ref in enumerate(refs):
+            assert int(afield.get(ref)[0]) == int(afield.get(ref, device=0)[0].get()) == number
+            afield.put([cp.ones(1000), np.ones(200_000)])
+
+    thread = threading.Thread(target=interrupt)
+    hits, deadline = 0, time.monotonic() + 2
+    thread.start()
+    while time.monotonic() < deadline:
+        try:
+            read_all()
+        except KeyboardInterrupt:
+            hits += 1
+    while True:
+        try:
+            stop.set()
+            thread.join()
+            break
+        except KeyboardInterrupt:
+            pass
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    refs = None
+    tiers = lambda: afield.runtime.api.query("store")["tiers"].values()
+    report(hits=hits, empty=poll(lambda: not any(tier["sealed"] or tier["moving"] for tier in tiers())))
+    """
+    with program(source) as driver:
+        facts = driver.read()
+        status, _, error = driver.end()
+    assert facts["hits"] > 20 and facts["empty"], facts
+    assert status == 0 and "ignored" not in error, error
+
+
+def test_a_driver_that_a_task_has_started_is_no_worker() -> None:
+    """It inherits the variables of the worker."""
+    source = """
+    afield.init(num_cpus=1, devices="emulated:1:8MiB")
+    report(total=int(afield.array_module().ones(10).sum()))
+    """
+    inherited = {"AFIELD_WORKER": "00", "AFIELD_VISIBLE_DEVICES": "", "AFIELD_DEVICE_BACKEND": "emulated:nowhere"}
+    with program(source, **inherited) as driver:
+        assert driver.read()["total"] == 10
+        assert driver.end()[0] == 0
 
 
 def test_workers_do_not_see_the_drivers_ctrl_c() -> None:

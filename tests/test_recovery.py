@@ -363,6 +363,29 @@ def test_the_worker_that_runs_it_again_may_die(log: Any) -> None:
     assert log() == ["x"] * 3
 
 
+@pytest.mark.usefixtures("shared_runtime")
+def test_what_a_crashed_task_may_have_stored_is_not_freed_of_its_next_execution(log: Any) -> None:
+    """A task that runs again makes its children again, under the same ids: one of them had crashed the first time."""
+
+    @afield.remote(max_retries=0)
+    def crash_once(path: str) -> Any:
+        note(path, "child")
+        if Path(path).read_text().split() == ["child"]:
+            os._exit(1)
+        return np.ones(LARGE)
+
+    @afield.remote
+    def parent(path: str) -> float:
+        try:
+            return float(afield.get(crash_once.remote(path))[0])
+        except afield.WorkerCrashedError:
+            afield.get(afield.remote(time.sleep).remote(0.1))  # by then the daemon knows what was given up
+            os._exit(1)
+
+    assert afield.get(parent.remote(log.path), timeout=60) == 1
+    assert log() == ["child", "child"]
+
+
 # -- arguments that are lost on their way ----------------------------------------------------------------------------
 
 

@@ -60,6 +60,18 @@ def test_waiting_is_strictly_first_in_first_out() -> None:
     assert store.usage(HOST).waiting == 0
 
 
+def test_who_needs_a_little_more_to_finish_overtakes_those_who_wait_for_him() -> None:
+    store = Books(64 * KIB)
+    granted(store.lease(A, 1, HOST, 40 * KIB))
+    assert store.lease(B, 1, HOST, 40 * KIB, priority=GET) == [Trim(HOST)]
+    assert store.lease(C, 1, HOST, KIB) == [], "C has nothing that anybody could wait for"
+    assert store.lease(A, 2, HOST, KIB + 64) == [], "this is not little"
+    assert granted(store.lease(A, 3, HOST, KIB)).client == A
+    granted(store.lease(A, 4, HOST, 64, block=False))
+    effects = store.client_died(A)
+    assert [(e.client, e.request_id) for e in effects if isinstance(e, Granted)] == [(B, 1), (C, 1)]
+
+
 def test_the_more_urgent_is_served_first() -> None:
     store = sealed_store(4 * KIB, 4 * KIB)
     for request, priority in ((1, PREFETCH), (2, 1), (3, GET), (4, GET)):

@@ -289,10 +289,9 @@ def test_a_lost_device_is_tried_now_and_then(daemon: FakeDaemon) -> None:
     assert daemon.stores._stores[1].due - daemon.now() > module.RETRY_S
 
 
-def test_a_source_is_not_given_up_while_a_peer_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_source_is_not_given_up_while_a_peer_reads_it(tmp_path: Path) -> None:
     """The books may give the target's memory to others when a loss is told: nobody may write there any more."""
-    monkeypatch.setenv("AFIELD_EMULATED_LINK", "20MB/s")
-    daemon = FakeDaemon(tmp_path, [emulated_device(number, 9 * MIB) for number in range(2)])
+    daemon = FakeDaemon(tmp_path, [emulated_device(number, 9 * MIB) for number in range(2)], "20MB/s")
     try:
         daemon.start(1, 2)
         daemon.stores.execute(Move(1, (1, 0), (2, 0), 8 * MIB))
@@ -425,6 +424,7 @@ def test_through_the_fork_server(tmp_path: Path) -> None:
         "arguments": [""],
         "num_cpus": 1.0,
         "devices": [],
+        "emulated_link": "",
         "resources": {},
         "memory": 1,
         "namespace": "",

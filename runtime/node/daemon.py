@@ -121,19 +121,18 @@ class NodeDaemon:
     def _on_messages(self, channel: Channel, batch: list[Any]) -> None:
         self.tiers.read_notes()
         for message in batch:
-            try:
+            if not channel.closed:
                 self.handle(channel, message)
-            except Exception:
-                # A message that makes no sense is a bug of its sender (or ours): it costs that process, not the node.
-                traceback.print_exc()
-                channel.close()
-                self._lost(channel)
-                self.workers.kill_process(channel.peer_id)
-                return
 
     def handle(self, channel: Channel, message: Any) -> None:
-        """Do what a message asks for."""
-        self._handlers[type(message)](channel, message)
+        """Do what a message asks for; one that makes no sense costs its sender, whose bug it is (or ours), and not the node."""
+        try:
+            self._handlers[type(message)](channel, message)
+        except Exception:
+            traceback.print_exc()
+            channel.close()
+            self._lost(channel)
+            self.workers.kill_process(channel.peer_id)
 
     def _on_register(self, channel: Channel, message: m.Register) -> None:
         if message.kind == "client":
@@ -252,9 +251,9 @@ class NodeDaemon:
 
     def schedule(self) -> None:
         """Grant what can be granted and ask for what is needed."""
-        self.tiers.reserve()
         for grant in self.leases.schedule(time.monotonic()):
             self.workers.provide(grant)
+        self.tiers.reserve()
         for owner in self.leases.reclaims():
             self.send(owner, m.Reclaim())
         for refusal in self.leases.refusals():

@@ -36,12 +36,13 @@ from typing import Any, Protocol
 from afield.clock import Clock, monotonic
 from afield.errors import DeviceLostError
 from afield.gpu_store.backends.base import DeviceBackend, DeviceInfo, SlabExport
-from afield.gpu_store.backends.select import EMULATED_LINK, create_emulated, cuda_spec
+from afield.gpu_store.backends.select import create_emulated, cuda_spec
 from afield.gpu_store.tiers import DISK, HOST, DeleteFile, Move, ReadFile, WriteFile
 from afield.ids import new_process_id
 from afield.runtime import messages as m
 from afield.runtime import store_messages as s
-from afield.runtime.store_process import ARENA, BACKEND, DEVICE, LIFE
+from afield.runtime.process import DEVICE_BACKEND
+from afield.runtime.store_process import ARENA, DEVICE, LIFE
 from afield.scheduler.devices import Device
 from afield.transport.channel import Channel
 
@@ -128,7 +129,7 @@ class StoreProcesses:
         on_ready: called with (arena, capacity in bytes) when a device's slab is there.
         on_done: called with (job, kind, text) when a job of `execute` is done; kind is empty, or as in `gpu_store.mover`.
         on_lost: called with (arena, UUID, epoch, cause) when a device's life is over, or does not begin.
-        on_news: called with whatever a device's driver tells about it.
+        link: the speed of emulated devices' links, as for `create_emulated`.
         clock: monotonic seconds.
     """
 
@@ -140,13 +141,13 @@ class StoreProcesses:
         on_ready: Callable[[int, int], None],
         on_done: Callable[[int, str, str], None],
         on_lost: Callable[[int, str, int, str], None],
-        on_news: Callable[[s.DeviceNews], None] = lambda news: None,
+        link: str = "",
         clock: Clock = monotonic,
     ) -> None:
         self._daemon = daemon
         self._devices = devices
         self._on_ready_callback, self._on_done_callback, self._on_lost_callback = on_ready, on_done, on_lost
-        self._on_news_callback = on_news
+        self._link = link
         self._clock = clock
         self._stores = {1 + device.index: _Store(1 + device.index, device.uuid) for device in devices}
         self._stores[DISK] = _Store(DISK, "")
@@ -175,7 +176,7 @@ class StoreProcesses:
             return cuda_spec(self._epochs)
         if not self._spec:
             infos = [DeviceInfo(d.uuid, d.index, d.name, d.memory_bytes, d.kind) for d in self._devices]
-            self._machine = machine = create_emulated(infos, os.environ.get(EMULATED_LINK, ""))
+            self._machine = machine = create_emulated(infos, self._link)
             self._spec = f"emulated:{machine.address}"
         return self._spec
 
@@ -271,7 +272,7 @@ class StoreProcesses:
         if store.uuid:
             # A store copies from the slabs of other devices.
             visible = ",".join(device.uuid for device in self._devices)
-            variables |= {DEVICE: store.uuid, BACKEND: self.backend_spec, "CUDA_VISIBLE_DEVICES": visible}
+            variables |= {DEVICE: store.uuid, DEVICE_BACKEND: self.backend_spec, "CUDA_VISIBLE_DEVICES": visible}
         self._daemon.workers.fork_store(
             store.process_id,
             variables,
@@ -333,7 +334,6 @@ class StoreProcesses:
         store = self._by_process.get(channel.peer_id)
         if store is None:
             return
-        self._on_news_callback(news)
         if news.fatal and news.epoch >= store.epoch:
             if store.state is State.ENDING:
                 store.device_lost = news.kind != "reset"

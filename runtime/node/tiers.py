@@ -26,7 +26,7 @@ from afield.gpu_store.rings import Rings
 from afield.gpu_store.tiers import DISK, HOST, PartCopy
 from afield.runtime import messages as m
 from afield.runtime.node.stores import StoreProcesses
-from afield.runtime.process import DRIVER_INDEX
+from afield.runtime.process import DEVICE_BACKEND, DRIVER_INDEX, VISIBLE_DEVICE_NUMBERS
 from afield.scheduler.devices import Device
 from afield.transport.channel import Channel
 
@@ -35,10 +35,10 @@ if TYPE_CHECKING:
 
 #: A process leases no more slots than this at once.
 MAX_SLOTS = 4096
-_decode_seal = msgspec.msgpack.Decoder(m.Seal).decode
-
 #: While a dead owner's objects are still mapped somewhere, ask again this often.
 ORPHAN_CHECK_S = 1.0
+
+_decode_seal = msgspec.msgpack.Decoder(m.Seal).decode
 
 
 class Tiers:
@@ -54,7 +54,12 @@ class Tiers:
         self._indexes: dict[bytes, int] = {}
         self.books = Residency(config.capacity, self.board)
         self.stores = StoreProcesses(
-            daemon, devices, on_ready=self._on_ready, on_done=self._on_done, on_lost=self._on_lost
+            daemon,
+            devices,
+            on_ready=self._on_ready,
+            on_done=self._on_done,
+            on_lost=self._on_lost,
+            link=config.emulated_link,
         )
         self._until_ready: dict[int, list[tuple[Channel, Any]]] = {}
         self._reserved: dict[int, int] = {}
@@ -80,6 +85,8 @@ class Tiers:
 
     def _on_lease(self, channel: Channel, message: m.StoreLease) -> None:
         if message.arena != HOST and not self._is_ready(message.arena, channel, message):
+            return
+        if message.request == m.AHEAD and not self.books.has_plenty(message.arena, message.size):
             return
         self.run(
             self.books.lease(
@@ -117,8 +124,7 @@ class Tiers:
             process_id = self._processes[index]
             try:
                 self._seal(process_id, index, _decode_seal(record))
-            except Exception:
-                # A bug of its sender (or ours): it costs that process, not the node.
+            except Exception:  # as in `NodeDaemon.handle`
                 traceback.print_exc()
                 self._daemon.workers.kill_process(process_id)
 
@@ -132,7 +138,7 @@ class Tiers:
 
     def _on_free(self, channel: Channel, message: m.Free) -> None:
         for object_id in message.object_ids:
-            self.run(self.books.free(object_id))
+            self.run(self.books.free(object_id, message.sealer or None))
 
     def _on_need(self, channel: Channel, message: m.Need) -> None:
         lost = self.books.lost_from(message.object_id)
@@ -213,6 +219,7 @@ class Tiers:
 
     def _on_lost(self, arena: int, uuid: str, epoch: int, cause: str) -> None:
         """A life of a device is over, whatever ended it; told once for each life."""
+        self._reserved.pop(arena, None)
         again = self.stores.restart(arena)
         words = f"lost at {time.strftime('%H:%M:%S')}: {cause}"
         self._daemon.leases.withdraw(uuid, words, coming_back=again)
@@ -245,15 +252,12 @@ class Tiers:
         self.board.add_process(index)
         self._notes.add(index)
         if not devices:
-            return {"AFIELD_DEVICE_BACKEND": self.stores.backend_spec}
+            return {DEVICE_BACKEND: self.stores.backend_spec}
         by_uuid = {device.uuid: device.index for device in self.devices.values()}
         numbers = [by_uuid[uuid] for uuid in devices]
         for number in numbers:
             self.stores.ensure(1 + number)
-        return {
-            "AFIELD_VISIBLE_DEVICE_NUMBERS": ",".join(map(str, numbers)),
-            "AFIELD_DEVICE_BACKEND": self.stores.backend_spec,
-        }
+        return {VISIBLE_DEVICE_NUMBERS: ",".join(map(str, numbers)), DEVICE_BACKEND: self.stores.backend_spec}
 
     def process_died(self, process_id: bytes) -> None:
         """Take back what a process had leased and pinned; what its objects become is decided when nobody uses them."""

@@ -22,7 +22,7 @@ import msgspec
 
 from afield.ids import new_process_id
 from afield.runtime import messages as m
-from afield.runtime.process import DRIVER_INDEX
+from afield.runtime.process import DRIVER_INDEX, PROCESS_INDEX, VISIBLE_DEVICES
 from afield.scheduler.leases import Grant
 from afield.transport.channel import Channel
 
@@ -34,13 +34,11 @@ MAX_MESSAGE = 1 << 16
 START_ATTEMPTS = 3
 #: Workers that are started before anybody asks, for each CPU of the machine: `num_cpus` may be any number.
 PRESTART_PER_CPU = 4
+#: So many idle workers are kept in any case.
+MIN_SPARE = 4
 
 #: What idle workers are found by: their devices and their environment.
 Pool = tuple[tuple[str, ...], bytes]
-
-
-#: So many idle workers are kept in any case.
-MIN_SPARE = 4
 
 
 class Worker:
@@ -125,8 +123,8 @@ class WorkerPool:
         devices = ",".join(worker.devices)
         variables = {
             "CUDA_VISIBLE_DEVICES": devices,
-            "AFIELD_VISIBLE_DEVICES": devices,
-            "AFIELD_PROCESS_INDEX": str(worker.index),
+            VISIBLE_DEVICES: devices,
+            PROCESS_INDEX: str(worker.index),
             **self._daemon.tiers.begin_process(worker.id, worker.index, worker.devices),
         }
         self._ask_for("worker", worker.id, variables, worker.environment)
@@ -218,14 +216,14 @@ class WorkerPool:
         """End the workers of a device that is lost."""
         for worker in list(self.by_id.values()):
             if uuid in worker.devices:
-                worker.ended_for = f"pid {worker.pid} was ended, as {reason}"
+                worker.ended_for = reason
                 self.kill(worker)
 
     def on_unfit(self, channel: Channel, message: m.Unfit) -> None:
         """A worker cannot go on with its devices."""
         worker = self.by_id.get(channel.peer_id)
         if worker is not None:
-            worker.ended_for = worker.ended_for or f"pid {worker.pid} was ended: {message.reason}"
+            worker.ended_for = worker.ended_for or message.reason
             self._daemon.tiers.look(worker.devices)
             self.kill(worker)
 
@@ -276,6 +274,8 @@ class WorkerPool:
         self._by_pid[pid] = worker
         for stream, fd in zip(("out", "err"), outputs, strict=True):
             self._daemon.output.open(worker, stream, fd)
+        if worker.ended_for:  # its device was lost while it was being forked
+            self.kill(worker)
 
     def _on_exit(self, pid: int, status: int) -> None:
         worker = self._by_pid.pop(pid, None)
@@ -288,7 +288,7 @@ class WorkerPool:
         del self.by_id[worker.id]
         self._remove_idle(worker)
         self._not_spare(worker)
-        reason = worker.ended_for or describe_exit(pid, status)
+        reason = f"pid {pid} was ended: {worker.ended_for}" if worker.ended_for else describe_exit(pid, status)
         if worker.grant is not None:
             self._by_lease.pop(worker.grant.lease_id, None)
             if worker.ready or not self._replace(worker, worker.grant, reason):

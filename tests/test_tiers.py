@@ -1,0 +1,87 @@
+"""The node daemon's shell around the books of the tiers: what is deferred until a device is ready, and reservations."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+import afield
+from afield.runtime import current
+from afield.runtime import messages as m
+from afield.runtime.api import query
+from tests.device_helpers import MIB, on_device, runtime_with, tiers, uuids
+from tests.helpers import poll
+
+
+@pytest.fixture
+def device() -> Iterator[str]:
+    """A runtime of its own with one device that nobody has used yet; yields its UUID."""
+    with runtime_with("emulated:1:32MiB"):
+        (uuid,) = uuids()
+        yield uuid
+
+
+def store_of_the_device() -> dict[str, Any]:
+    (found,) = [store for store in query("stores") if store["arena"] == 1]
+    return dict(found)
+
+
+def reserved(device: str) -> int:
+    return int(tiers().get(device, {}).get("reserved", -1))
+
+
+def test_a_deferred_message_that_makes_no_sense_costs_its_sender_alone(device: str) -> None:
+    """It is handled when the device's store is ready, which is not the one to blame."""
+
+    @afield.remote(max_retries=0)
+    def ask_for_nonsense() -> None:
+        process = current.process
+        assert process is not None
+        process.locked(process.daemon.send, m.StoreLease(1 << 40, -1, 1.0, 1))
+        signal.pause()
+
+    with pytest.raises(afield.WorkerCrashedError):
+        afield.get(ask_for_nonsense.remote(), timeout=30)
+    assert store_of_the_device() == {**store_of_the_device(), "state": "ready", "life": 1}
+    assert afield.get(on_device(lambda: int(afield.array_module().ones(10).sum())).remote(), timeout=30) == 10
+
+
+def test_a_reservation_holds_in_the_next_life_of_the_device_too(device: str) -> None:
+    class _Holder:
+        def pid(self) -> int:
+            return os.getpid()
+
+    holder = afield.remote(num_gpus=0.5, gpu_memory="16MiB", max_restarts=1, max_task_retries=-1)(_Holder).remote()
+    first = afield.get(holder.pid.remote(), timeout=30)
+    poll(lambda: reserved(device) == 16 * MIB)
+    os.kill(store_of_the_device()["pid"], signal.SIGKILL)
+    poll(lambda: store_of_the_device()["life"] == 2 and device in tiers())
+    assert afield.get(holder.pid.remote(), timeout=30) != first
+    poll(lambda: reserved(device) == 16 * MIB)
+    del holder
+    poll(lambda: reserved(device) == 0)
+
+
+def test_whoever_is_asked_for_memory_again_and_again_does_not_look_for_cycles_each_time(device: str) -> None:
+    kept = afield.array_module().ones(10)
+    participant = current.participant
+    assert participant is not None
+    collections: list[int] = []
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        if phase == "stop" and info["generation"] == 2:
+            collections.append(info["generation"])
+
+    gc.collect()
+    gc.callbacks.append(note)
+    try:
+        for _ in range(20):
+            participant.values.parts.devices.trim(1)
+    finally:
+        gc.callbacks.remove(note)
+    assert len(collections) == 1 and kept.sum() == 10
