@@ -11,6 +11,8 @@ it says that it has pinned it (`mapped`) or dies.
 A need travels on another channel than the seal of its object, and may overtake it: it waits for it for `SEAL_WAIT_S`. What can
 never fit is refused at once. While a need waits, what it has is only *held*: who comes before it may take it away, and then it
 is wanted again.
+
+The deadline of a need is for room. What is on its way by then may take its time, according to its size: once.
 """
 
 from __future__ import annotations
@@ -25,6 +27,9 @@ from afield.units import format_bytes
 
 #: A seal that was overtaken is behind by milliseconds.
 SEAL_WAIT_S = 0.5
+#: What is on its way is waited for this much longer, as if links and disks carried no more than so much.
+MOVE_PATIENCE_S = 5.0
+SLOWEST_BYTES_PER_S = 10e6
 #: More prefetches than this are not kept waiting: what comes then is not fetched ahead.
 MAX_PREFETCHES = 256
 
@@ -119,8 +124,17 @@ class Needs:
                 size = sum(making.part.size for making in need.missing.values() if making.arena == late.arena)
                 size = max(size, late.part.size)
                 self._refuse(need, _full(late.arena), self.describe_full(late.arena, size))
+            elif not need.on_its_way:
+                need.on_its_way = True
+                size = sum(making.part.size for making in need.missing.values())
+                need.deadline = now + MOVE_PATIENCE_S + size / SLOWEST_BYTES_PER_S
             else:
-                self._refuse(need, "failed", f"part {late.part.index} could not be brought in time")
+                self._refuse(
+                    need,
+                    "failed",
+                    f"part {late.part.index} ({format_bytes(late.part.size)}) could not be brought in time: its device or "
+                    "the disk hardly answers",
+                )
 
     def next_deadline(self) -> float | None:
         """Return when `expire` has something to do."""

@@ -202,7 +202,19 @@ class Making(Request):
 class Need:
     """A process that waits for parts of an object to be in certain arenas."""
 
-    __slots__ = ("client", "deadline", "due", "held", "key", "missing", "object", "object_id", "request_id", "wants")
+    __slots__ = (
+        "client",
+        "deadline",
+        "due",
+        "held",
+        "key",
+        "missing",
+        "object",
+        "object_id",
+        "on_its_way",
+        "request_id",
+        "wants",
+    )
 
     def __init__(
         self,
@@ -221,6 +233,7 @@ class Need:
         self.wants = wants
         self.deadline = deadline
         self.due: float | None = None  # while the object is not known: how long its seal is waited for
+        self.on_its_way = False  # the deadline was put off for what is being moved
         self.held: dict[tuple[int, int], Copy] = {}
         self.missing: dict[tuple[int, int], Making] = {}
 

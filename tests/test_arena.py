@@ -102,6 +102,30 @@ def logarithmic(rng: random.Random) -> int:
     return int(2 ** rng.uniform(9, 24))
 
 
+def test_large_blocks_that_leave_one_after_the_other_are_leased_ahead() -> None:
+    asked: list[int] = []
+    with arena_on(lease_ahead=asked.append) as (arena, books):
+
+        def make() -> tuple[int, int]:
+            block = arena.allocate(40 * MIB)
+            claim, offset = arena.claim(block), block.offset
+            del block
+            assert arena.sole(claim) and arena.take(claim, offset, 40 * MIB)
+            arena.release(claim)
+            return offset, 40 * MIB
+
+        books.free(*reversed(make()))
+        assert asked == []  # one is no habit
+        books.free(*reversed(make()))
+        assert asked == [40 * MIB]
+        arena.put_back(*books.lease(asked.pop()))
+        trips = arena.stats().round_trips
+        books.free(*reversed(make()))
+        assert arena.stats().round_trips == trips and asked == [40 * MIB]  # and so on
+        arena.trim()
+        assert arena.stats().leased_bytes == 0
+
+
 # ---- blocks ---------------------------------------------------------------------------------------------------------
 
 
