@@ -5,17 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeVar
 
-from afield.gpu_store.residency import (
-    HOST,
-    Effect,
-    Granted,
-    Move,
-    PartCopy,
-    ReadFile,
-    Refused,
-    Residency,
-    WriteFile,
-)
+from afield.gpu_store.books.residency import Residency
+from afield.gpu_store.tiers import HOST, Effect, Granted, Move, PartCopy, ReadFile, Refused, WriteFile
 
 KIB = 1024
 A, B, C = b"client-a", b"client-b", b"client-c"

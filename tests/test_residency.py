@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from afield.gpu_store import arena_books, catalogue, eviction
-from afield.gpu_store.residency import DISK, GET, HOST, PREFETCH, Granted, PartCopy, Refused, StoreUsageError, Trim
+from afield.gpu_store.books import arena_books, catalogue, eviction
+from afield.gpu_store.tiers import DISK, GET, HOST, PREFETCH, Granted, PartCopy, Refused, StoreUsageError, Trim
 from tests.store_books import GPU, KIB, OTHER, OWNER, A, B, Books, C, granted, host_part, refused, sealed_store
 
 # ---- leases and seals -----------------------------------------------------------------------------------------------

@@ -13,8 +13,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from afield.gpu_store.disk_books import padded
-from afield.gpu_store.residency import (
+from afield.gpu_store.books.disk_books import padded
+from afield.gpu_store.books.residency import Residency
+from afield.gpu_store.tiers import (
     ARGUMENT,
     DISK,
     GET,
@@ -30,7 +31,6 @@ from afield.gpu_store.residency import (
     PartCopy,
     ReadFile,
     Refused,
-    Residency,
     Trim,
     WriteFile,
 )

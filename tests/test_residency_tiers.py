@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from afield.gpu_store import copying, eviction, needs
-from afield.gpu_store.residency import (
+from afield.gpu_store.books import copying, eviction, needs
+from afield.gpu_store.tiers import (
     DISK,
     GET,
     HOST,

@@ -1,7 +1,7 @@
 """The tiers of a node as its daemon runs them: the shell around the books, the pin board and the store processes.
 
 Theory of operation. Processes ask for room, say what they have written, and ask for parts that are not where they can read
-them; the books (`gpu_store.residency`) decide, and their effects become answers to processes and moves for the store
+them; the books (`gpu_store.books.residency`) decide, and their effects become answers to processes and moves for the store
 processes (`stores`). A device's arena enters the books when its store process is ready, which is started with the first
 lease of the device, or whoever else first asks for its memory. When a device or its store process is lost, the arena leaves
 the books: the owners of what was only there are told (`Lost`), the device's workers are ended, and the scheduler does without
@@ -20,8 +20,8 @@ import msgspec
 
 from afield.gpu_store import tiers as t
 from afield.gpu_store.backends.base import SlabExport
+from afield.gpu_store.books.residency import Residency
 from afield.gpu_store.pins import PinBoard
-from afield.gpu_store.residency import Residency
 from afield.gpu_store.rings import Rings
 from afield.gpu_store.tiers import DISK, HOST, PartCopy
 from afield.runtime import messages as m

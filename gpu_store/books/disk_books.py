@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from afield.gpu_store.records import DiskPiece, Part
+from afield.gpu_store.books.records import DiskPiece, Part
 from afield.units import format_bytes
 
 ALIGNMENT = 4096

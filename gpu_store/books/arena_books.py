@@ -37,8 +37,8 @@ from bisect import bisect_left, bisect_right, insort_right
 from collections import OrderedDict
 from collections.abc import Sequence
 
+from afield.gpu_store.books.records import Copy, Key, Making, Request
 from afield.gpu_store.extents import ExtentAllocator
-from afield.gpu_store.records import Copy, Key, Making, Request
 from afield.gpu_store.tiers import FINISH, HOST, PREFETCH, ArenaUsage, StoreUsageError
 from afield.units import format_bytes
 

@@ -16,10 +16,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from afield.gpu_store.arena_books import ArenaBooks
-from afield.gpu_store.catalogue import Catalogue
-from afield.gpu_store.disk_books import MAX_FILE_BYTES, MAX_FILE_PARTS, padded
-from afield.gpu_store.records import LAST, Copy, Job, Key, Making, Need, Part
+from afield.gpu_store.books.arena_books import ArenaBooks
+from afield.gpu_store.books.catalogue import Catalogue
+from afield.gpu_store.books.disk_books import MAX_FILE_BYTES, MAX_FILE_PARTS, padded
+from afield.gpu_store.books.records import LAST, Copy, Job, Key, Making, Need, Part
 from afield.gpu_store.tiers import DISK, HOST, PREFETCH, Move, ReadFile, WriteFile
 
 MAX_ATTEMPTS = 3

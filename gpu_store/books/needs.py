@@ -19,9 +19,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from afield.gpu_store.catalogue import Catalogue
-from afield.gpu_store.copying import Copying
-from afield.gpu_store.records import Copy, Key, Need, StoredObject
+from afield.gpu_store.books.catalogue import Catalogue
+from afield.gpu_store.books.copying import Copying
+from afield.gpu_store.books.records import Copy, Key, Need, StoredObject
 from afield.gpu_store.tiers import DISK, HOST, Found, NotFound, StoreUsageError
 from afield.units import format_bytes
 

@@ -18,11 +18,11 @@ from __future__ import annotations
 
 from itertools import islice
 
-from afield.gpu_store.arena_books import ArenaBooks, Shelf
-from afield.gpu_store.catalogue import Catalogue
-from afield.gpu_store.copying import Copying
-from afield.gpu_store.disk_books import MAX_FILE_BYTES
-from afield.gpu_store.records import LAST, Copy, Key
+from afield.gpu_store.books.arena_books import ArenaBooks, Shelf
+from afield.gpu_store.books.catalogue import Catalogue
+from afield.gpu_store.books.copying import Copying
+from afield.gpu_store.books.disk_books import MAX_FILE_BYTES
+from afield.gpu_store.books.records import LAST, Copy, Key
 from afield.gpu_store.tiers import HOST, PREFETCH, Trim
 
 MAX_SPILLS = 8

@@ -28,62 +28,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from afield.gpu_store.arena_books import ArenaBooks
-from afield.gpu_store.catalogue import Catalogue, best_copy
-from afield.gpu_store.copying import Copying
-from afield.gpu_store.disk_books import DiskBooks
-from afield.gpu_store.eviction import RETRY_S, Eviction
-from afield.gpu_store.needs import Needs
-from afield.gpu_store.records import Key, LeaseRequest, Making, Need
+from afield.gpu_store.books.arena_books import ArenaBooks
+from afield.gpu_store.books.catalogue import Catalogue, best_copy
+from afield.gpu_store.books.copying import Copying
+from afield.gpu_store.books.disk_books import DiskBooks
+from afield.gpu_store.books.eviction import RETRY_S, Eviction
+from afield.gpu_store.books.needs import Needs
+from afield.gpu_store.books.records import Key, LeaseRequest, Making, Need
 from afield.gpu_store.tiers import (
     ARGUMENT,
     DISK,
     FINISH,
     GET,
     HOST,
-    NOWHERE,
     PREFETCH,
     ArenaUsage,
-    DeleteFile,
     Effect,
-    Found,
     Granted,
-    Lost,
-    Move,
-    NotFound,
     PartCopy,
     Pins,
-    ReadFile,
     Refused,
     StoreUsageError,
-    Trim,
-    WriteFile,
 )
-
-__all__ = [
-    "ARGUMENT",
-    "DISK",
-    "GET",
-    "HOST",
-    "NOWHERE",
-    "PREFETCH",
-    "ArenaUsage",
-    "DeleteFile",
-    "Effect",
-    "Found",
-    "Granted",
-    "Lost",
-    "Move",
-    "NotFound",
-    "PartCopy",
-    "Pins",
-    "ReadFile",
-    "Refused",
-    "Residency",
-    "StoreUsageError",
-    "Trim",
-    "WriteFile",
-]
 
 #: Each round of work after an event serves somebody, or frees or starts to move something: there is far less of this.
 MAX_ROUNDS = 100_000

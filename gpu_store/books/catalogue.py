@@ -18,9 +18,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from afield.gpu_store.arena_books import ArenaBooks
-from afield.gpu_store.disk_books import DiskBooks
-from afield.gpu_store.records import Copy, Need, Part, StoredObject
+from afield.gpu_store.books.arena_books import ArenaBooks
+from afield.gpu_store.books.disk_books import DiskBooks
+from afield.gpu_store.books.records import Copy, Need, Part, StoredObject
 from afield.gpu_store.tiers import (
     DISK,
     HOST,
