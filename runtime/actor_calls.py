@@ -232,6 +232,7 @@ class ActorCalls:
         inflight: dict[int, Task] = caller.channel.context.inflight
         again = []
         for task in inflight.values():
+            self.submitter.cut_short(caller.worker, task)
             if task.cancelled:
                 self.submitter.fail_with(task, TaskCancelledError(f"{task.function.name}() was cancelled"))
             elif task.retries_left:
@@ -254,6 +255,7 @@ class ActorCalls:
         if caller.channel is not None:
             inflight: dict[int, Task] = caller.channel.context.inflight
             for task in list(inflight.values()):
+                self.submitter.cut_short(caller.worker, task)
                 self.submitter.fail(task, error)
             inflight.clear()
             caller.channel = None

@@ -24,7 +24,14 @@ import msgspec
 
 from afield.errors import AfieldError, DeviceLostError, NoDeviceError
 from afield.gpu_store.arena import DeviceArena
-from afield.gpu_store.backends.base import DeviceBackend, PoisonedContextError, SlabExport
+from afield.gpu_store.backends.base import (
+    Device,
+    DeviceBackend,
+    PoisonedContextError,
+    Slab,
+    SlabExport,
+    SlabImportError,
+)
 from afield.gpu_store.backends.select import open_backend
 from afield.gpu_store.client import Hold
 from afield.gpu_store.emulated_arrays import installed_as_import, set_process_devices
@@ -38,6 +45,8 @@ from afield.runtime.process import Process
 
 #: While memory stays short the daemon asks for it again and again, and to look at all objects of a process takes its time.
 COLLECT_EVERY_S = 1.0
+#: The daemon hears of the death of a store process within this time.
+NEWS_S = 1.0
 
 
 class Devices:
@@ -157,14 +166,8 @@ class Devices:
             raise NoDeviceError(f"arena {number} is no device of this process; it has: {mine or 'none'}")
         if self._backend is None:
             self._backend = open_backend(self._spec)
-        try:
-            raw = self._process.request(lambda request: m.Query(request, "slab", number))
-        except AfieldError as error:
-            raise DeviceLostError(str(error)) from None
-        export = msgspec.msgpack.decode(raw, type=SlabExport)
         backend, uuid = self._backend, mine[number]
-        device = backend.open(uuid)
-        slab = device.import_slab(export)
+        device, slab = self._import(backend, number, uuid)
 
         def check() -> None:
             if backend.epoch(uuid) != device.epoch:
@@ -185,6 +188,35 @@ class Devices:
             lease_ahead=lambda size: self._lease_ahead(number, size),
             current_stream=None if device.info.kind == "emulated" else cupy_stream,
         )
+
+    def _import(self, backend: DeviceBackend, number: int, uuid: str) -> tuple[Device, Slab]:
+        """Open a device and map its slab."""
+        while True:
+            raw = self._export(number)
+            device = backend.open(uuid)
+            try:
+                return device, device.import_slab(msgspec.msgpack.decode(raw, type=SlabExport))
+            except SlabImportError as error:
+                if not self._is_replaced(number, raw):
+                    raise
+                if self.bound:  # then its workers end
+                    raise DeviceLostError(str(error)) from error
+
+    def _export(self, number: int) -> bytes:
+        try:
+            raw: bytes = self._process.request(lambda request: m.Query(request, "slab", number))
+        except AfieldError as error:
+            raise DeviceLostError(str(error)) from None
+        return raw
+
+    def _is_replaced(self, number: int, raw: bytes) -> bool:
+        """Tell whether a slab that cannot be mapped went with its store process, of which the daemon hears soon."""
+        deadline = time.monotonic() + NEWS_S
+        while time.monotonic() < deadline:
+            if self._export(number) != raw:
+                return True
+            time.sleep(NEWS_S / 50)
+        return False
 
     def granted_ahead(self, number: int, offset: int, size: int) -> bool:
         """Take memory that an arena has asked for ahead; False if the arena is gone."""

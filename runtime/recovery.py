@@ -97,15 +97,16 @@ class Recovery:
         self.lineage.not_yet(object_id(task.task_id, index) for index in range(task.num_returns))
 
     def forget_stored(self, worker: bytes, outputs: Iterable[bytes]) -> None:
-        """A worker died before its reply: free what it may have stored, unless an earlier execution had stored it too."""
+        """A worker died before its reply: free what it may have stored.
+
+        Of what an earlier execution had stored something may be left that is still read: that is freed in the end.
+        """
         entries = self.process.table.entries
         unwanted = []
         for oid in outputs:
             entry = entries.get(oid)
-            if entry is None or entry.state == FAILED:
+            if entry is None or (entry.state != LOCATED and not self.lineage.has_remains(oid)):
                 unwanted.append(oid)
-            elif entry.state == FREED:  # a free that arrives before its seal waits for it, and this one may never come
-                self.lineage.may_be_stored(oid)
         if unwanted:
             self.process.daemon.send(m.Free(unwanted, worker))
 

@@ -66,13 +66,18 @@ class Streams:
         """Return the stream of a task while its consumer is interested."""
         return self._streams.get(task_id)
 
+    def produced(self, task_id: bytes) -> int:
+        """Return how many items of a task have arrived; 0 when nobody is interested in them any more."""
+        stream = self._streams.get(task_id)
+        return 0 if stream is None else stream.produced
+
     def on_item(self, task: Task, item: m.Item, contained: list[bytes], report: Callable[[int], None] | None) -> None:
         """An item arrived; the refs inside it are pinned for it."""
         stream = self._streams.get(task.task_id)
         oid = object_id(task.task_id, item.index)
         if stream is None or item.index != stream.produced:
-            # Nobody wants it any more, or a repeated execution makes what is there already.
-            if stream is None and item.kind == LOCATED:
+            # Nobody wants it any more, or a repeated execution makes what was there already, and may be freed by now.
+            if item.kind == LOCATED:
                 self._table.fulfil(oid, LOCATED, item.location)
             for inner in contained:
                 self._table.unpin(inner)

@@ -445,19 +445,28 @@ class Submitter:
             return
         requeue = []
         for position, task in enumerate(lease.lane.lost(lease)):
+            if position == 0:
+                self.cut_short(process_id, task)
             if task.cancelled:
                 self.fail_with(task, TaskCancelledError(f"{task.function.name}() was cancelled"))
                 continue
             if position == 0:  # tasks run in order: only the oldest can have started without a reply
                 if not task.retries_left:
-                    self._crashed(task, process_id, reason)
+                    self._crashed(task, reason)
                     continue
                 self.use_retry(task)
                 self.tasks_retried += 1
             requeue.append(task)
         lease.lane.requeue(requeue, time.monotonic())
 
-    def _crashed(self, task: Task, worker: bytes, reason: str) -> None:
+    def cut_short(self, worker: bytes, task: Task) -> None:
+        """A worker died that may have been running a task; comes before the task ends or runs again."""
+        # Of the items of a stream those that have arrived are located, and one may have been on its way.
+        first = self.streams.produced(task.task_id) if task.num_returns == m.STREAMING else 0
+        last = first + 1 if task.num_returns == m.STREAMING else task.num_returns
+        self.recovery.forget_stored(worker, (object_id(task.task_id, index) for index in range(first, last)))
+
+    def _crashed(self, task: Task, reason: str) -> None:
         self.fail_with(
             task,
             WorkerCrashedError(
@@ -465,4 +474,3 @@ class Submitter:
                 "raise max_retries if it is safe to run it again, and look at the worker's output for the cause"
             ),
         )
-        self.recovery.forget_stored(worker, (object_id(task.task_id, index) for index in range(task.num_returns)))

@@ -8,12 +8,15 @@ import signal
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
 import pytest
 
 import afield
-from afield.runtime import current
+from afield.gpu_store.backends.base import SlabImportError
+from afield.runtime import current, devices
 from afield.runtime import messages as m
 from afield.runtime.api import query
+from afield.runtime.devices import Devices
 from tests.device_helpers import MIB, on_device, runtime_with, tiers, uuids
 from tests.helpers import poll
 
@@ -85,3 +88,25 @@ def test_whoever_is_asked_for_memory_again_and_again_does_not_look_for_cycles_ea
     finally:
         gc.callbacks.remove(note)
     assert len(collections) == 1 and kept.sum() == 10
+
+
+def test_a_slab_that_went_with_its_store_is_mapped_anew(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The daemon has not heard yet of the death of a store process whose slab the driver is about to map."""
+    export = Devices._export
+    stale: list[int] = []
+
+    def late_news(self: Devices, number: int) -> bytes:
+        raw = export(self, number)
+        if not stale:
+            return raw
+        stale.pop()
+        return msgspec.msgpack.encode({**msgspec.msgpack.decode(raw), "handle": b"of a process that is gone"})
+
+    ref = on_device(lambda: afield.array_module().arange(3)).remote()
+    monkeypatch.setattr(Devices, "_export", late_news)
+    monkeypatch.setattr(devices, "NEWS_S", 0.2)
+    stale[:] = [1] * 1000
+    with pytest.raises(SlabImportError, match=device):
+        afield.get(ref, device=0)
+    stale[:] = [1] * 3
+    assert afield.get(ref, device=0).get().tolist() == [0, 1, 2]

@@ -82,6 +82,7 @@ class Catalogue:
             ids[object_id] = None
         elif stored.owner != owner:
             self.set_owner(object_id, owner)
+        stored.sealer = client
         for index, sealed in enumerate(parts):
             self._seal_part(client, stored, index, sealed, causes)
         return stored

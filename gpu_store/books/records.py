@@ -110,11 +110,12 @@ class Part:
 class StoredObject:
     """One sealed object and who answers for it."""
 
-    __slots__ = ("extras", "id", "needs", "owner", "parts")
+    __slots__ = ("extras", "id", "needs", "owner", "parts", "sealer")
 
     def __init__(self, object_id: bytes, owner: bytes) -> None:
         self.id = object_id
         self.owner = owner
+        self.sealer = b""  # the last one
         self.parts: list[Part] = []
         self.extras: list[Copy] = []
         self.needs: dict[Need, None] | None = None  # those that wait

@@ -222,12 +222,15 @@ class Residency:
         return self._settle()
 
     def free(self, object_id: bytes, sealer: bytes | None = None) -> list[Effect]:
-        """Free all copies of the object now, or, if it is not sealed yet, as soon as it is (by `sealer`, if given).
+        """Free all copies of the object now, or, if it is not sealed yet, as soon as it is.
 
-        Pins are not looked at: nobody reads what its owner frees. What a job reads is freed when the job ends.
+        With `sealer` only what this client sealed is meant: an object that somebody else has sealed since stays. Pins are not
+        looked at: nobody reads what its owner frees. What a job reads is freed when the job ends.
         """
         stored = self._catalogue.objects.get(object_id)
         if stored is not None:
+            if sealer is not None and stored.sealer != sealer:
+                return []
             if stored.needs:
                 self._needs.object_freed(stored)
             self._copying.object_freed(stored.parts)
