@@ -23,7 +23,7 @@ from afield.errors import AfieldError, DeviceLostError, ObjectLostError
 from afield.ids import ARGUMENTS_INDEX, PUT_INDEX, TASK_ID_BYTES, object_id
 from afield.runtime import messages as m
 from afield.runtime.lineage import CONTAINS_OTHERS, DROPPED, NO_TASK, USED_UP, Lineage, Loss, Record
-from afield.runtime.ownership import FAILED, FREED, LOCATED
+from afield.runtime.ownership import LOCATED
 from afield.runtime.serialization import serialize_error
 from afield.units import format_bytes
 
