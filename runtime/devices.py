@@ -22,7 +22,7 @@ from typing import Any
 
 import msgspec
 
-from afield.errors import AfieldError, DeviceLostError, NoDeviceError
+from afield.errors import AfieldError, DeviceLostError, NoDeviceError, NotInitializedError
 from afield.gpu_store.arena import DeviceArena
 from afield.gpu_store.backends.base import (
     Device,
@@ -169,7 +169,12 @@ class Devices:
         backend, uuid = self._backend, mine[number]
         device, slab = self._import(backend, number, uuid)
 
+        process = self._process
+
         def check() -> None:
+            if process.dead:
+                # Emulated memory could be used still, but by nobody's leave: in a forked child also by the parent.
+                raise NotInitializedError(f"this device memory cannot be used any more: {process.dead}")
             if backend.epoch(uuid) != device.epoch:
                 device.memory_info()  # raises, with the cause
 

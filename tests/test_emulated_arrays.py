@@ -11,6 +11,7 @@ import gc
 import importlib
 import importlib.util
 import io
+import operator
 import pickle
 import sys
 import threading
@@ -423,9 +424,12 @@ def test_a_lost_device_shows_at_the_next_operation(cp: Any) -> None:
     def lost() -> None:
         raise DeviceLostError("device 0 was lost")
 
-    x = cp.ones(3)
+    x, scalar = cp.ones(3), cp.array(2)
     cp.devices[0].on_use = lost
     uses: list[Callable[[], Any]] = [lambda: x + 1, lambda: x.fill(0), x.get, lambda: cp.zeros(2), lambda: x[0], x.sum]
+    uses += [x.tolist, x.tobytes, scalar.item, x.copy, lambda: np.from_dlpack(x, device="cpu"), lambda: f"{scalar:d}"]
+    for kind in (bool, int, float, complex, operator.index, str, repr):
+        uses.append(lambda kind=kind: kind(scalar))  # type: ignore[misc]
     for use in uses:
         with pytest.raises(DeviceLostError):
             use()

@@ -16,6 +16,7 @@ from afield.errors import AfieldError, DeviceLostError, ObjectLostError
 from afield.ids import ARGUMENTS_INDEX, TASK_ID_BYTES
 from afield.runtime import current
 from afield.runtime import messages as m
+from afield.runtime.executor import Executor
 from afield.runtime.ownership import FREED, LOCATED, PENDING
 from afield.runtime.participant import Participant
 from afield.runtime.recovery import MAX_ROUNDS
@@ -384,6 +385,58 @@ def test_what_a_crashed_task_may_have_stored_is_not_freed_of_its_next_execution(
 
     assert afield.get(parent.remote(log.path), timeout=60) == 1
     assert log() == ["child", "child"]
+
+
+class _Crashing:
+    """What ends its process after a result was stored, and before anybody heard of it; then does something else."""
+
+    def run(self, path: str, then: str) -> Any:
+        note(path, "run")
+        if Path(path).read_text().split() == ["run"]:
+            Executor.answer = lambda *_: os._exit(1)  # type: ignore[method-assign]
+        elif then == "raise":
+            raise ValueError("this time it fails")
+        return np.ones(LARGE) if then != "inline" else 1
+
+    def items(self, path: str) -> Any:
+        for number in range(4):
+            if number == 2 and Path(path).read_text().split() == ["run"]:
+                os._exit(1)
+            yield np.ones(LARGE)
+
+
+@pytest.mark.usefixtures("runtime")
+@pytest.mark.parametrize("actor", [False, True])
+@pytest.mark.parametrize("retries", [0, 1])
+@pytest.mark.parametrize("then", ["the same", "raise", "inline"])
+def test_what_a_crashed_execution_has_stored_is_freed(log: Any, actor: bool, retries: int, then: str) -> None:
+    if actor:
+        handle = afield.remote(_Crashing).options(max_restarts=retries, max_task_retries=retries).remote()
+        ref = handle.run.remote(log.path, then)
+    else:
+        ref = afield.remote(lambda *a: _Crashing().run(*a)).options(max_retries=retries).remote(log.path, then)
+    if retries and then != "raise":
+        afield.get(ref, timeout=30)
+    else:
+        with pytest.raises(AfieldError):
+            afield.get(ref, timeout=30)
+    assert len(log()) == 1 + retries
+    del ref
+    assert poll(lambda: stored_objects() == 0)
+
+
+@pytest.mark.usefixtures("runtime")
+def test_items_that_a_generator_yields_again_are_freed(log: Any) -> None:
+    @remote_with(num_returns="streaming", max_retries=1)
+    def items(path: str) -> Any:
+        note(path, "run")
+        yield from _Crashing().items(path)
+
+    stream = iter(items.remote(log.path))
+    for _ in range(4):
+        assert afield.get(next(stream), timeout=30)[0] == 1  # and is let go of
+    assert len(log()) == 2
+    assert poll(lambda: stored_objects() == 0)
 
 
 # -- arguments that are lost on their way ----------------------------------------------------------------------------

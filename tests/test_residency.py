@@ -164,6 +164,18 @@ def test_early_free_that_names_its_sealer_spares_a_later_execution() -> None:
     assert store.parts(b"y") == host_part(0, KIB)
 
 
+def test_free_that_names_its_sealer_spares_what_somebody_else_has_sealed_since() -> None:
+    store = Books(4 * KIB)
+    granted(store.lease(A, 1, HOST, KIB))
+    again = granted(store.lease(B, 1, HOST, KIB))
+    store.seal(A, b"x", OWNER, host_part(0, KIB))
+    store.seal(B, b"x", OWNER, host_part(again.offset, KIB))
+    store.free(b"x", sealer=A)
+    assert store.usage(HOST).sealed == 2 * KIB
+    store.free(b"x", sealer=B)
+    assert store.usage(HOST).sealed == 0
+
+
 def test_early_frees_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(catalogue, "MAX_EARLY_FREES", 2)
     store = Books(4 * KIB)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 from numpy.lib.mixins import NDArrayOperatorsMixin
@@ -38,6 +38,8 @@ from afield.gpu_store.emulated_arrays.devices import (
     process_devices,
 )
 from afield.gpu_store.emulated_arrays.names import words
+
+Read = TypeVar("Read")
 
 _METHODS = words(
     """
@@ -198,9 +200,7 @@ class EmulatedArray(NDArrayOperatorsMixin, Held):
         """Return a copy in host memory, in `out` if that is given (same dtype and shape)."""
         self._home.touch()
         if out is None:
-            copy = np.array(self._array, order=order)
-            self._home.touch()  # what was wiped meanwhile must not pass for data
-            return copy
+            return self._intact(np.array(self._array, order=order))
         if not isinstance(out, np.ndarray):
             raise TypeError("Only numpy.ndarray can be obtained from device arrays")
         if out.dtype != self.dtype:
@@ -208,7 +208,7 @@ class EmulatedArray(NDArrayOperatorsMixin, Held):
         if out.shape != self.shape:
             raise ValueError(f"Shape mismatch. Expected shape: {self.shape}, actual shape: {out.shape}")
         np.copyto(out, self._array)
-        return out
+        return self._intact(out)
 
     def set(self, arr: Array, stream: Any = None) -> None:
         """Copy a host array of the same dtype and shape into this one."""
@@ -228,37 +228,37 @@ class EmulatedArray(NDArrayOperatorsMixin, Held):
         )
 
     def item(self, *args: Any) -> Any:
-        return self._array.item(*args)
+        return self._intact(self._array.item(*args))
 
     def tolist(self) -> Any:
-        return self._array.tolist()
+        return self._intact(self._array.tolist())
 
     def tobytes(self, order: Any = "C") -> bytes:
-        return self._array.tobytes(order)
+        return self._intact(self._array.tobytes(order))
 
     def __bool__(self) -> bool:
-        return bool(self._array)
+        return self._intact(bool(self._array))
 
     def __int__(self) -> int:
-        return int(self._array)
+        return self._intact(int(self._array))
 
     def __float__(self) -> float:
-        return float(self._array)
+        return self._intact(float(self._array))
 
     def __complex__(self) -> complex:
-        return complex(self._array)
+        return self._intact(complex(self._array))
 
     def __index__(self) -> int:
-        return operator.index(self._array)
+        return self._intact(operator.index(self._array))
 
     def __repr__(self) -> str:
-        return repr(self._array)
+        return self._intact(repr(self._array))
 
     def __str__(self) -> str:
-        return str(self._array)
+        return self._intact(str(self._array))
 
     def __format__(self, specification: str) -> str:
-        return format(self._array, specification)
+        return self._intact(format(self._array, specification))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _from_pickle, (type(self), self.get(order="A"), self._home.uuid)
@@ -271,7 +271,7 @@ class EmulatedArray(NDArrayOperatorsMixin, Held):
         dl_device: Any = dlpack.LEFT_OUT,
         copy: Any = dlpack.LEFT_OUT,
     ) -> Any:
-        return dlpack.export(self, max_version, dl_device, copy)
+        return self._intact(dlpack.export(self, max_version, dl_device, copy))
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return dlpack.CPU_DEVICE
@@ -312,7 +312,7 @@ class EmulatedArray(NDArrayOperatorsMixin, Held):
         source = self._array
         target = home.empty_like(source) if order == "K" else self._empty(order, source.dtype, home)
         np.copyto(target, source)
-        return self._hold(target, home)
+        return self._intact(self._hold(target, home))
 
     def __copy__(self) -> EmulatedArray:
         return self.copy("K")
@@ -348,6 +348,11 @@ class EmulatedArray(NDArrayOperatorsMixin, Held):
         raise AttributeError(f"the emulated device array has no {name!r}: {why}", name=name, obj=self)
 
     # ---- inside -------------------------------------------------------------------------------------------------
+
+    def _intact(self, value: Read) -> Read:
+        """Return what was read here, unless the device was lost by then: what was wiped must not pass for data."""
+        self._home.touch()
+        return value
 
     def _key(self, key: Any) -> tuple[Call, Any]:
         """Index arrays may come from the host, as with CuPy; a trailing ellipsis keeps scalars 0-d arrays."""

@@ -232,6 +232,8 @@ def _arena_of(piece: _Piece, arenas: Mapping[str, DeviceArena]) -> DeviceArena:
         arena = arenas.get(device)
     else:
         arena = next((one for one in arenas.values() if getattr(one.slab, "ordinal", None) == device), None)
+    if piece.claim is not None and piece.claim.home is not arena:
+        piece.claim.home.check()  # it may be of a session that has ended
     if arena is None:
         name = device if isinstance(device, str) else f"number {device} (as CUDA counts here)"
         type_name = f"{piece.kind.__module__}.{piece.kind.__qualname__}" if piece.kind else "device array"
