@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from afield.gpu_store.books import arena_books, catalogue, eviction
+from afield.gpu_store.books.disk_books import DiskBooks
 from afield.gpu_store.tiers import DISK, GET, HOST, PREFETCH, Granted, PartCopy, Refused, StoreUsageError, Trim
 from tests.store_books import GPU, KIB, OTHER, OWNER, A, B, Books, C, granted, host_part, refused, sealed_store
 
@@ -277,3 +278,16 @@ def test_trim_is_asked_for_again_while_somebody_waits() -> None:
     assert store.give_back(A, HOST, 0, KIB) == []
     assert store.expire(3.0) == [Trim(HOST)]
     assert granted(store.give_back(A, HOST, KIB, KIB)).client == B
+
+
+def test_a_write_that_was_begun_before_one_that_failed_does_not_hide_the_error() -> None:
+    disk = DiskBooks(None)
+    first, second = disk.new_file([KIB]), disk.new_file([KIB])
+    assert first is not None and second is not None
+    disk.fail("no space left")
+    disk.written()
+    assert "cannot be written to now: no space left" in disk.describe()
+    disk.expire(0.0)
+    disk.expire(100.0)
+    disk.written()
+    assert "cannot be written" not in disk.describe() and not disk.error

@@ -96,8 +96,9 @@ class DiskBooks:
 
     def written(self) -> None:
         """A file is whole: `add` what is still needed of it, then let it `rest`."""
-        self._failures = 0
-        self.error = ""
+        if not self.bad:  # else it was begun before the one that failed, and says nothing of the disk as it is now
+            self._failures = 0
+            self.error = ""
 
     def add(self, part: Part, number: int, offset: int) -> None:
         """Enter a part's piece."""
