@@ -9,14 +9,16 @@ their memory by DLPack, so that a program written for one device runs on both.
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from afield.errors import AfieldError, NoDeviceError
-from afield.gpu_store.emulated_arrays import numba_simulator
 from afield.runtime import current
 
+#: Loaded where devices are emulated only, with the arrays that it serves.
+_SIMULATOR = "afield.gpu_store.emulated_arrays.numba_simulator"
 _REMEDY = "ask for one with @afield.remote(num_gpus=1), or a part of one with num_gpus=0.25"
 
 
@@ -44,8 +46,8 @@ def prepare(uuids: Sequence[str], backend: str) -> None:
     if _prepared.kind == "emulated":
         # In every process of the session: kernels are pickled in one without devices and run in one that has some.
         prepare_numba()
-    else:
-        numba_simulator.uninstall()
+    elif _SIMULATOR in sys.modules:
+        sys.modules[_SIMULATOR].uninstall()
 
 
 def prepare_numba() -> bool:
@@ -54,7 +56,8 @@ def prepare_numba() -> bool:
     Returns False where numba's real `numba.cuda` was imported before, or the user has set NUMBA_ENABLE_CUDASIM=0: kernels
     cannot run here then, but those that are sent to workers run there.
     """
-    return numba_simulator.install()
+    installed: bool = importlib.import_module(_SIMULATOR).install()
+    return installed
 
 
 def torch_device(index: int = 0) -> Any:

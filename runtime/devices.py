@@ -34,14 +34,13 @@ from afield.gpu_store.backends.base import (
 )
 from afield.gpu_store.backends.select import open_backend
 from afield.gpu_store.client import Hold
-from afield.gpu_store.emulated_arrays import installed_as_import, set_process_devices
 from afield.gpu_store.interop import DevicePlace
-from afield.gpu_store.interop.emulated import emulated_module
 from afield.gpu_store.interop.interop_cupy import cupy_module, cupy_stream, install_cupy
 from afield.gpu_store.interop.interop_numba import install_numba
 from afield.gpu_store.tiers import HOST
 from afield.runtime import messages as m
 from afield.runtime.process import Process
+from afield.transport.pump import uninterruptible
 
 #: While memory stays short the daemon asks for it again and again, and to look at all objects of a process takes its time.
 COLLECT_EVERY_S = 1.0
@@ -298,13 +297,16 @@ class Devices:
                 install_numba(arenas)
             self._library_allocator = install_cupy(arenas)
             return cupy_module()
-        module = emulated_module(arenas)
+        # Only where devices are emulated: every process of a session without any would load these in vain.
+        arrays = importlib.import_module("afield.gpu_store.emulated_arrays")
+        uninterruptible(arrays.devices.Lease.__del__)
+        module = importlib.import_module("afield.gpu_store.interop.emulated").emulated_module(arenas)
         if self._stands_in:
-            self._on_close.enter_context(installed_as_import(module))
+            self._on_close.enter_context(arrays.installed_as_import(module))
         else:
             self._on_close.close()
-            before = set_process_devices(module.devices)
-            self._on_close.callback(set_process_devices, before)
+            before = arrays.set_process_devices(module.devices)
+            self._on_close.callback(arrays.set_process_devices, before)
         return module
 
     def prepare(self) -> None:

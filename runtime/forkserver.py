@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import importlib
 import os
 import resource
 import select
@@ -259,6 +260,8 @@ def main(raw: bytes) -> None:
     with contextlib.suppress(OSError):
         os.chdir(config.working_directory)
     sys.argv = config.arguments
+    if any(device["kind"] == "emulated" for device in config.devices):
+        importlib.import_module("afield.gpu_store.interop.emulated")
     # Everything imported so far is shared by all children: keep the collector from touching (and so copying) its pages.
     gc.collect()
     gc.freeze()

@@ -31,7 +31,6 @@ from afield.errors import (
 from afield.gpu_store.arena import DeviceArena
 from afield.gpu_store.blocks import Block
 from afield.gpu_store.client import Hold, HostStoreClient
-from afield.gpu_store.emulated_arrays import devices as emulated
 from afield.gpu_store.interop import DevicePacker, DevicePlace, HostPlace, Place, resolving
 from afield.gpu_store.pins import Pinner
 from afield.gpu_store.rings import RingWriter
@@ -54,7 +53,6 @@ uninterruptible(HostStoreClient.on_born_died)
 uninterruptible(Block.__del__)
 uninterruptible(DevicePlace.__del__)
 uninterruptible(DevicePacker.__del__)
-uninterruptible(emulated.Lease.__del__)
 # Cut in half, these would leave memory that nobody gives back, or an arena that is never free again.
 uninterruptible(DeviceArena.allocate)
 uninterruptible(DevicePacker.reduce)

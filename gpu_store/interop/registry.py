@@ -4,29 +4,35 @@ Theory of operation. Every object in every value passes `adapter_of`, so the ans
 array type is known by its module and name; of any other type it is enough that it has `__cuda_array_interface__` or
 `__dlpack__`. A class derived from a library's array type is left to that library's own pickling (which may well contain
 the array type itself, as torch's parameters do), because an adapter could only give the base class back.
+
+An adapter is loaded with the first array that needs it: most sessions have no devices, and every process starts with this.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
+
 import numpy as np
 
-from afield.gpu_store.interop.emulated import EmulatedAdapter
-from afield.gpu_store.interop.interop_cupy import CupyAdapter, DlpackAdapter, InterfaceAdapter
-from afield.gpu_store.interop.interop_numba import NumbaAdapter
-from afield.gpu_store.interop.interop_torch import TorchAdapter
 from afield.gpu_store.interop.places import Adapter
 
-_EMULATED = EmulatedAdapter()
-_INTERFACE, _DLPACK = InterfaceAdapter(), DlpackAdapter()
-
-_KNOWN: dict[tuple[str, str], Adapter] = {
-    ("afield", "EmulatedArray"): _EMULATED,
-    ("cupy", "ndarray"): CupyAdapter(),
-    ("torch", "Tensor"): TorchAdapter(),
-    ("numba", "DeviceNDArray"): NumbaAdapter(),
-    ("numba_cuda", "DeviceNDArray"): NumbaAdapter(),
+#: The adapters by what pickles call them: module of this package, and class.
+_ADAPTERS = {
+    "emulated": ("emulated", "EmulatedAdapter"),
+    "cupy": ("interop_cupy", "CupyAdapter"),
+    "cuda": ("interop_cupy", "InterfaceAdapter"),
+    "dlpack": ("interop_cupy", "DlpackAdapter"),
+    "numba": ("interop_numba", "NumbaAdapter"),
+    "torch": ("interop_torch", "TorchAdapter"),
 }
-_BY_KIND = {adapter.kind: adapter for adapter in (*_KNOWN.values(), _INTERFACE)}
+_KNOWN = {
+    ("afield", "EmulatedArray"): "emulated",
+    ("cupy", "ndarray"): "cupy",
+    ("torch", "Tensor"): "torch",
+    ("numba", "DeviceNDArray"): "numba",
+    ("numba_cuda", "DeviceNDArray"): "numba",
+}
 
 #: Libraries whose types hold device memory and more (an index, a mask, a pool): they know best how to pickle them.
 _LEFT_ALONE = frozenset({"cudf", "cuml", "cupyx", "pandas", "polars", "pyarrow", "rmm"})
@@ -52,7 +58,14 @@ def adapter_for(kind: str, *, emulated: bool) -> Adapter:
 
     Raises KeyError for one that this version of afield does not have.
     """
-    return _EMULATED if emulated else _BY_KIND[kind.partition(":")[0]]
+    return _adapter("emulated" if emulated else kind.partition(":")[0])
+
+
+@functools.cache
+def _adapter(kind: str) -> Adapter:
+    module, name = _ADAPTERS[kind]
+    adapter: Adapter = getattr(importlib.import_module(f"{__package__}.{module}"), name)()
+    return adapter
 
 
 def _decide(kind: type) -> Adapter | None:
@@ -61,13 +74,13 @@ def _decide(kind: type) -> Adapter | None:
     for base in kind.__mro__:
         known = _KNOWN.get((_root(base), base.__name__))
         if known is not None:
-            return known if base is kind else None
+            return _adapter(known) if base is kind else None
     if _root(kind) in _LEFT_ALONE:
         return None
     if hasattr(kind, "__cuda_array_interface__"):
-        return _INTERFACE
+        return _adapter("cuda")
     if hasattr(kind, "__dlpack__") and hasattr(kind, "__dlpack_device__"):
-        return _DLPACK
+        return _adapter("dlpack")
     return None
 
 
