@@ -98,6 +98,11 @@ def array_at(arena: DeviceArena, place: Any, layout: tuple[int, int, int], descr
     return cupy.ndarray(shape, dtype, memptr=cupy.cuda.MemoryPointer(memory, offset), strides=strides)
 
 
+def interface_at(address: int, shape: tuple[int, ...], strides: tuple[int, ...], typestr: str) -> dict[str, Any]:
+    """Return the `__cuda_array_interface__` of stored memory, not marked read-only, which torch refuses."""
+    return {"shape": shape, "strides": strides, "typestr": typestr, "data": (address, False), "version": 3}
+
+
 class CudaAdapter(Adapter):
     """What the arrays of all CUDA libraries have in common."""
 

@@ -18,7 +18,7 @@ from typing import Any
 from afield.errors import NoDeviceError
 from afield.gpu_store.arena import DeviceArena
 from afield.gpu_store.blocks import Block
-from afield.gpu_store.interop.interop_cupy import CudaAdapter, ordinal_of
+from afield.gpu_store.interop.interop_cupy import CudaAdapter, interface_at, ordinal_of
 from afield.gpu_store.interop.places import Description, DevicePlace, c_strides
 
 _VARIABLE = "NUMBA_CUDA_MEMORY_MANAGER"
@@ -103,11 +103,5 @@ class NumbaAdapter(CudaAdapter):
         with cuda.gpus[ordinal_of(place.arena)]:
             if 0 in shape:
                 return cuda.device_array(shape, dtype)
-            interface = {
-                "shape": shape,
-                "strides": strides,
-                "typestr": dtype,
-                "data": (place.address + offset, False),
-                "version": 3,
-            }
+            interface = interface_at(place.address + offset, shape, strides, dtype)
             return cuda.from_cuda_array_interface(interface, owner=place)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from afield.gpu_store.interop.interop_cupy import CudaAdapter, ordinal_of
+from afield.gpu_store.interop.interop_cupy import CudaAdapter, interface_at, ordinal_of
 from afield.gpu_store.interop.places import Description, DevicePlace
 
 
@@ -67,14 +67,8 @@ class TorchAdapter(CudaAdapter):
             kind_of_element = own if own is not None else getattr(torch, np.dtype(dtype).name)
             tensor = torch.empty(shape, dtype=kind_of_element, device=device)
         else:
-            interface = {
-                "shape": shape,
-                "strides": strides,
-                "typestr": f"|i{size}" if size == "1" else f"<i{size}" if size else dtype,
-                # torch refuses memory that says it is read-only.
-                "data": (place.address + offset, False),
-                "version": 3,
-            }
+            typestr = f"|i{size}" if size == "1" else f"<i{size}" if size else dtype
+            interface = interface_at(place.address + offset, shape, strides, typestr)
             tensor = torch.as_tensor(_Exporter(interface, place), device=device)
             tensor = tensor if own is None else tensor.view(own)
         return tensor.requires_grad_() if kind.endswith(":grad") else tensor
