@@ -17,6 +17,7 @@ from afield.errors import (
     DeserializationError,
     DeviceLostError,
     GetTimeoutError,
+    InternalError,
     InvalidOptionError,
     LossError,
     NoClusterError,
@@ -35,10 +36,9 @@ from afield.errors import (
     UsageError,
     WorkerCrashedError,
 )
-from afield.runtime.accelerators import torch_device
-from afield.runtime.actors import ActorClass, ActorHandle, get_actor, method
-from afield.runtime.api import (
-    ClusterInfo,
+from afield.runtime.calls.generators import ObjectRefGenerator
+from afield.runtime.face.actors import ActorClass, get_actor
+from afield.runtime.face.api import (
     array_module,
     available_resources,
     cancel,
@@ -46,22 +46,21 @@ from afield.runtime.api import (
     empty,
     exit_actor,
     get,
-    init,
-    is_initialized,
     kill,
     memory,
     put,
     remote,
-    shutdown,
     stats,
     wait,
 )
-from afield.runtime.functions import RemoteFunction
-from afield.runtime.memory import MemoryEntry
-from afield.runtime.refs import ObjectRef
-from afield.runtime.runtime_context import get_gpu_ids, get_runtime_context
-from afield.runtime.strategies import NodeAffinitySchedulingStrategy
-from afield.runtime.streams import ObjectRefGenerator
+from afield.runtime.face.functions import RemoteFunction
+from afield.runtime.face.handles import ActorHandle, method
+from afield.runtime.face.lifecycle import ClusterInfo, init, is_initialized, shutdown
+from afield.runtime.face.runtime_context import get_gpu_ids, get_runtime_context
+from afield.runtime.face.strategies import NodeAffinitySchedulingStrategy
+from afield.runtime.face.torch_device import torch_device
+from afield.runtime.process.refs import ObjectRef
+from afield.runtime.tools.memory import MemoryEntry
 
 __all__ = [
     "NodeAffinitySchedulingStrategy",
@@ -77,6 +76,7 @@ __all__ = [
     "DeserializationError",
     "DeviceLostError",
     "GetTimeoutError",
+    "InternalError",
     "InvalidOptionError",
     "LossError",
     "MemoryEntry",

@@ -7,6 +7,7 @@ An error says what happened, whose fault it is, and what to do. The branches of 
 - `LossError`: a process, device or node went away and took something with it.
 - `CapacityError`: there was no room; the message carries the arithmetic.
 - `SchedulingError`: what was asked for can never be placed.
+- `InternalError`: afield itself is wrong.
 
 All of them can be pickled, so that they travel as the value of a future.
 """
@@ -90,6 +91,10 @@ class ActorUnschedulableError(SchedulingError):
 
 class TaskCancelledError(AfieldError):
     """The task was cancelled before it finished."""
+
+
+class InternalError(AfieldError):
+    """A bug in afield: something happened that its own rules exclude. The text has what led to it; please report it."""
 
 
 class LossError(AfieldError):

@@ -43,6 +43,8 @@ raised                             when
 `SpillError`                       never by itself: the reason in an `ObjectStoreFullError` (the disk is full) or an
                                    `ObjectLostError` (a spill file is unreadable or corrupt).
 `RuntimeDiedError`                 the node's daemon is gone, or the runtime could not start: `shutdown` and `init` again.
+**afield is wrong**
+`InternalError`                    something happened that afield's own rules exclude: a bug; please report it with its text.
 =================================  ==========================================================================================
 """
 
@@ -60,6 +62,7 @@ from afield.errors import (
     DeserializationError,
     DeviceLostError,
     GetTimeoutError,
+    InternalError,
     InvalidOptionError,
     LossError,
     NoClusterError,
@@ -93,6 +96,7 @@ __all__ = [
     "DeserializationError",
     "DeviceLostError",
     "GetTimeoutError",
+    "InternalError",
     "InvalidOptionError",
     "LossError",
     "NoClusterError",

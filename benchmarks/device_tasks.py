@@ -90,9 +90,9 @@ def _allocations() -> Callable[..., Any]:
         import time
 
         import afield
-        from afield.runtime import current
+        from afield.runtime.calls import participation
 
-        arena = current.participant.values.parts.devices.home()  # type: ignore[union-attr]
+        arena = participation.participant.values.parts.devices.home()  # type: ignore[union-attr]
         module = afield.array_module()
         clock = time.perf_counter
 
@@ -130,9 +130,9 @@ def _churn() -> Callable[..., Any]:
         import random
         import time
 
-        from afield.runtime import current
+        from afield.runtime.calls import participation
 
-        arena = current.participant.values.parts.devices.home()  # type: ignore[union-attr]
+        arena = participation.participant.values.parts.devices.home()  # type: ignore[union-attr]
         arena.trim()
         chance = random.Random(1)
         sizes = [chance.randrange(1, 4 << 20) if even else int(512 * 8192 ** chance.random()) for _ in range(4096)]

@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 
 import afield
-from afield.runtime.messages import INLINE, Add
-from afield.runtime.ownership import OwnershipTable
+from afield.runtime.cores.ownership import OwnershipTable
+from afield.runtime.wire.messages import INLINE, Add
 
 #: Each borrower holds this many objects at a time.
 HELD_AT_ONCE = 1000

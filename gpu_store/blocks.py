@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from afield.gpu_store.arena import DeviceArena
+from afield.gpu_store.backends.base import Slab
 
 #: Blocks start at multiples of this and are counted in multiples of it, as on a CUDA device.
 ALIGNMENT = 512
+
+
+class Home(Protocol):
+    """The arena that a block is in."""
+
+    arena: int
+    slab: Slab
+    #: (offset, size, stream) of blocks that died, and claims that were released; appended to at any moment.
+    dead: deque[tuple[int, int, int] | Claim]
+
+    def claim(self, block: Block) -> Claim:
+        """Note that the memory of `block` may become an object; ends with `release`."""
+
+    def release(self, claim: Claim) -> None:
+        """End a claim."""
+
+    def check(self) -> None:
+        """Raise if the memory is gone."""
 
 
 class Block:
@@ -17,7 +35,7 @@ class Block:
 
     __slots__ = ("__weakref__", "home", "offset", "size", "stream")
 
-    def __init__(self, home: DeviceArena, offset: int, size: int, stream: int) -> None:
+    def __init__(self, home: Home, offset: int, size: int, stream: int) -> None:
         self.home = home
         self.offset = offset
         #: Bytes, a multiple of ALIGNMENT; 0 once the memory has left the arena.

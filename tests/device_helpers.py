@@ -15,7 +15,7 @@ from typing import Any
 
 import afield
 from afield.gpu_store.backends.emulated import EmulatedBackend
-from afield.runtime.api import query
+from afield.runtime.face.api import query
 from tests.helpers import no_leaks, poll, processes, remote_with, traces
 
 MIB = 1 << 20

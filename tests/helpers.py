@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from afield.runtime import api
+from afield.runtime.face import api, lifecycle
 
 ROOT = Path(__file__).resolve().parent.parent
 #: A program that runs longer than this hangs.
@@ -58,7 +58,7 @@ class Traces:
 
 def traces() -> Traces:
     """Return the traces of the running session."""
-    session = api._session
+    session = lifecycle._session
     assert session is not None
     return Traces(session.name, session._process.pid, session.directory)
 
@@ -156,9 +156,9 @@ def no_leaks() -> Iterator[None]:
     """Run a block that starts and ends sessions; afterwards nothing of them may be left in this process or beside it."""
     files_before = open_files()
     yield
-    if api._session is not None:
+    if lifecycle._session is not None:
         session = traces()
-        api.shutdown()
+        lifecycle.shutdown()
         assert_gone(session, memory=False)
     gc.collect()
     extra = {fd: what for fd, what in open_files().items() if files_before.get(fd) != what}
@@ -172,6 +172,10 @@ import json, os, signal, sys, threading, time
 import numpy as np
 import afield
 from tests.helpers import *
+
+def own_entries():
+    from afield.runtime.calls import participation
+    return len(participation.participant.process.table.entries)
 
 def report(**facts):
     print(json.dumps(facts), flush=True)

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from afield.gpu_store.backends.emulated import EmulatedBackend
-from afield.runtime import messages as m
 from afield.runtime.node.stores import StoreProcesses
 from afield.runtime.node.workers import describe_exit
-from afield.runtime.process import SessionConfig
-from afield.runtime.store_process import run_store
+from afield.runtime.process.configuration import SessionConfig
+from afield.runtime.session.store_process import run_store
+from afield.runtime.wire import messages as m
 from afield.scheduler.devices import Device
 from afield.transport.auth import Handshake
 from afield.transport.channel import Channel, listen

@@ -16,7 +16,9 @@ import pytest
 import afield
 from afield.errors import AfieldError, NoDeviceError
 from afield.gpu_store.emulated_arrays import numba_simulator
-from afield.runtime import accelerators, current
+from afield.runtime.calls import participation
+from afield.runtime.face.torch_device import torch_device
+from afield.runtime.values import accelerators
 
 ROOT = Path(__file__).resolve().parent.parent
 needs_numba = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="numba is not installed")
@@ -41,19 +43,19 @@ class FakeTorch:
 def torch(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTorch]:
     fake = FakeTorch(has_cuda=True)
     monkeypatch.setitem(sys.modules, "torch", fake)
-    monkeypatch.setattr(current, "ensure", lambda: None)
+    monkeypatch.setattr(participation, "ensure", lambda: None)
     yield fake
     accelerators.prepare((), "")
 
 
 def test_the_torch_device_is_that_of_the_lease(torch: FakeTorch) -> None:
     accelerators.prepare(["GPU-1", "GPU-2"], "cuda:GPU-1=2")
-    assert accelerators.torch_device() == "cuda:0"
-    assert accelerators.torch_device(1) == "cuda:1"
+    assert torch_device() == "cuda:0"
+    assert torch_device(1) == "cuda:1"
     accelerators.prepare(["EMU-1"], "emulated:/proc/1/fd/3")
-    assert accelerators.torch_device() == "cpu"
+    assert torch_device() == "cpu"
     accelerators.prepare([], "")
-    assert accelerators.torch_device() == "cpu", "code without any device runs where there are none"
+    assert torch_device() == "cpu", "code without any device runs where there are none"
 
 
 @pytest.mark.parametrize(("uuids", "index", "message"), [([], 0, "has no device.*num_gpus=1"), (["A"], 1, "1 devices")])
@@ -63,19 +65,19 @@ def test_a_process_without_the_device(
 ) -> None:
     accelerators.prepare(uuids, backend)
     with pytest.raises(NoDeviceError, match=message):
-        accelerators.torch_device(index)
+        torch_device(index)
     with pytest.raises(ValueError):
-        accelerators.torch_device(-1)
+        torch_device(-1)
 
 
 def test_a_torch_that_cannot_serve(monkeypatch: pytest.MonkeyPatch, torch: FakeTorch) -> None:
     accelerators.prepare(["GPU-1"], "cuda:")
     torch.cuda.is_available = lambda: False
     with pytest.raises(AfieldError, match=r"GPU-1.*built for CUDA"):
-        accelerators.torch_device()
+        torch_device()
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(ImportError, match=r"afield\[torch\]"):
-        accelerators.torch_device()
+        torch_device()
 
 
 # ---- numba: without it ----------------------------------------------------------------------------------------------
@@ -106,7 +108,7 @@ PREAMBLE = """
 import os, pickle, sys, threading
 import cloudpickle, numpy as np
 from afield.gpu_store.emulated_arrays import inner_array, installed_as_import, make_module, numba_simulator
-from afield.runtime import accelerators
+from afield.runtime.values import accelerators
 from afield.scheduler.devices import parse_devices
 
 module = make_module(parse_devices("emulated:2:64MiB"))

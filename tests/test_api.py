@@ -476,9 +476,9 @@ def test_fractions_share_a_device(no_runtime: None, tmp_path: Path) -> None:
 
 
 def test_the_first_use_initialises(no_runtime: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    from afield.runtime import api
+    from afield.runtime.face import lifecycle
 
-    monkeypatch.setattr(api, "_no_auto_init", "")
+    monkeypatch.setattr(lifecycle, "_no_auto_init", "")
     assert not afield.is_initialized()
     ref = afield.put(7)
     assert afield.is_initialized()

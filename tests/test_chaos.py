@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 import afield
-from afield.runtime import api
+from afield.runtime.face import lifecycle
 from tests.helpers import Traces, assert_gone, poll, processes, program, traces
 
 PATIENCE_S = 30.0
@@ -137,7 +137,7 @@ def test_the_first_uses_of_several_threads_start_one_runtime(no_runtime: None) -
     def use():
         barrier.wait()
         afield.put(1)
-        names.append(afield.runtime.api._session.name)
+        names.append(afield.runtime.face.lifecycle._session.name)
 
     threads = [threading.Thread(target=use) for _ in range(6)]
     for thread in threads:
@@ -288,7 +288,7 @@ def test_ctrl_c_is_not_lost_in_loops_that_never_wait() -> None:
 
     raised = interrupts(put_and_get, 30)
     afield.cluster_resources()  # a transition, which collects what was dropped
-    report(raised=raised, entries=len(afield.runtime.current.process.table.entries))
+    report(raised=raised, entries=own_entries())
     """
     with program(INTERRUPT + "\n".join(line[4:] for line in source.splitlines())) as driver:
         facts = driver.read()
@@ -300,8 +300,8 @@ def test_ctrl_c_is_not_lost_in_loops_that_never_wait() -> None:
 def test_ctrl_c_in_put_of_large_arrays_loses_no_room() -> None:
     source = """
     raised = interrupts(lambda: afield.put(large), 20)
-    gone = poll(lambda: afield.runtime.api.query("store")["used"] < 16 << 20)
-    report(raised=raised, gone=bool(gone), store=afield.runtime.api.query("store"))
+    gone = poll(lambda: afield.runtime.face.api.query("store")["used"] < 16 << 20)
+    report(raised=raised, gone=bool(gone), store=afield.runtime.face.api.query("store"))
     """
     with program(INTERRUPT + "\n".join(line[4:] for line in source.splitlines())) as driver:
         facts = driver.read()
@@ -351,7 +351,7 @@ while time.monotonic() < deadline and not died:
         except afield.exceptions.LossError:
             lost += 1
 del echo, case
-empty = died or poll(lambda: not afield.runtime.api.query("store")["objects"], 10.0)
+empty = died or poll(lambda: not afield.runtime.face.api.query("store")["objects"], 10.0)
 report(good=good, lost=lost, died=died, empty=bool(empty))
 """
 
@@ -396,5 +396,5 @@ def test_the_death_of_the_node_ends_everything_with_its_error(victim: str) -> No
 
 def test_the_session_is_whole_after_this_module(shared_runtime: None) -> None:
     """The tests above that share a runtime have left it usable."""
-    assert api._session is not None
+    assert lifecycle._session is not None
     assert afield.get(afield.remote(lambda: 1).remote(), timeout=PATIENCE_S) == 1

@@ -17,9 +17,11 @@ import pytest
 
 import afield
 from afield.errors import AfieldError, RuntimeDiedError
-from afield.runtime import api, cli, sessions
-from afield.runtime.client import Client
-from afield.runtime.sessions import SessionInfo
+from afield.runtime.face import api
+from afield.runtime.session import sessions
+from afield.runtime.session.sessions import SessionInfo
+from afield.runtime.tools import cli
+from afield.runtime.tools.client import Client
 from tests.helpers import poll, processes, program, traces
 
 

@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from afield.runtime.dispatch import IDLE_LEASE_S, MAX_WINDOW, WINDOW_S, Lane, Lease, ReadyQueue, Task
+from afield.runtime.cores.dispatch import IDLE_LEASE_S, MAX_WINDOW, WINDOW_S, Lane, Lease, ReadyQueue, Task
 
 
 class Shell:

@@ -14,7 +14,7 @@ import pytest
 
 import afield
 from afield.errors import DeviceLostError
-from afield.runtime import current
+from afield.runtime.calls import participation
 from tests.helpers import HANG_S, poll, program, remote_with
 
 PATIENCE_S = 30.0
@@ -207,7 +207,7 @@ def test_a_device_that_fails_after_the_task_has_raised_ends_the_worker(runtime: 
     """What user code began there ends badly only while the failed call is tidied up: the caller must hear of it."""
 
     def fail(array: Any) -> None:
-        found = current.participant
+        found = participation.participant
 
         def settle() -> None:
             raise DeviceLostError("its device went away at the worst moment")

@@ -24,7 +24,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 PARTS = ("scheduler", "gpu_store", "transport", "runtime", "libraries")
-LEAVES = ("errors", "ids", "units", "clock")
+LEAVES = ("errors", "ids", "units", "clock", "machines")
 SHIPPED = ("afield", *PARTS)
 
 #: Layer -> the layers it may import. Tests and benchmarks may import anything; nothing imports them.
@@ -38,6 +38,12 @@ MAY_IMPORT = {
     "libraries": {"leaf", "face", "libraries"},
     "examples": {"leaf", "face", "libraries", "examples"},
 }
+
+#: The rooms of runtime/, bottom up: each imports only from itself and from those before it. `main` puts them together.
+ROOMS = ("wire", "cores", "process", "values", "calls", "session", "tools", "face", "worker", "node", "main")
+#: Files of these rooms may know each other in a circle: the parts of a node are told which node they are of, the methods of an
+#: emulated array are its module's functions. (And, until its executor is taken apart, the worker.)
+CIRCLES = ("runtime/node/", "gpu_store/emulated_arrays/", "runtime/worker/")
 
 MAX_FUNCTION_LINES = 70
 MAX_FILE_LINES = 500
@@ -94,7 +100,7 @@ def repository() -> tuple[Source, ...]:
 
 
 def module_name(path: str) -> str:
-    """The name a file is imported by: `runtime/worker.py` -> `afield.runtime.worker`."""
+    """The name a file is imported by: `runtime/worker/worker.py` -> `afield.runtime.worker.worker`."""
     parts = list(PurePosixPath(path).with_suffix("").parts)
     if parts[-1] == "__init__":
         parts.pop()
@@ -180,6 +186,47 @@ def import_direction(sources: Iterable[Source]) -> list[str]:
     return complaints
 
 
+def room_of(name: str) -> str | None:
+    """The room of runtime/ that a dotted name is in, None for what is outside."""
+    parts = name.split(".")
+    return parts[2] if parts[:2] == ["afield", "runtime"] and len(parts) > 2 and parts[2] in ROOMS else None
+
+
+def rooms(sources: Iterable[Source]) -> list[str]:
+    """A room of runtime/ imports only from the rooms below it, also inside functions and under TYPE_CHECKING."""
+    complaints = []
+    for source in sources:
+        name = module_name(source.path)
+        room = room_of(name)
+        if source.folder == "runtime" and name != "afield.runtime" and room is None:
+            complaints.append(f"{source.path}:1: stands in no room of {', '.join(ROOMS)}")
+        for line, imported in imports_of(source) if room is not None else ():
+            target = room_of(imported)
+            if target is not None and ROOMS.index(target) > ROOMS.index(room or ""):
+                complaints.append(f"{source.path}:{line}: {room} may not import {imported} ({target} is above it)")
+    return complaints
+
+
+def circles(sources: Iterable[Source]) -> list[str]:
+    """No file imports itself by way of others, not even for types."""
+    named = {module_name(source.path): source for source in sources if source.folder in SHIPPED}
+    graph = {
+        name: {each for _, full in imports_of(source) for each in (full, full.rpartition(".")[0]) if each in named}
+        for name, source in named.items()
+    }
+    complaints = []
+    for name, source in named.items():
+        seen: set[str] = set()
+        waiting = [name]
+        while waiting:
+            fresh = graph[waiting.pop()] - seen
+            seen |= fresh
+            waiting += fresh
+        if name in seen and not source.path.startswith(CIRCLES) and not source.path.endswith("__init__.py"):
+            complaints.append(f"{source.path}:1: imports itself by way of others")
+    return complaints
+
+
 def bare_names(sources: Iterable[Source]) -> list[str]:
     """The folders are imported as afield.x, never as x."""
     return [
@@ -256,6 +303,8 @@ def theory_of_operation(sources: Iterable[Source]) -> list[str]:
 
 RULES: tuple[Callable[[Iterable[Source]], list[str]], ...] = (
     import_direction,
+    rooms,
+    circles,
     bare_names,
     foreign_imports,
     pure_cores,
@@ -286,7 +335,7 @@ BAD = [
     (import_direction, "scheduler/a.py", "import afield.transport.loop"),
     (import_direction, "transport/a.py", "from afield.gpu_store import slab"),
     (import_direction, "gpu_store/a.py", "from afield import runtime"),
-    (import_direction, "transport/a.py", "def f():\n    from afield.runtime.api import get"),
+    (import_direction, "transport/a.py", "def f():\n    from afield.runtime.face.api import get"),
     (import_direction, "transport/a.py", "if TYPE_CHECKING:\n    from ..runtime import api"),
     (import_direction, "transport/__init__.py", "from .. import scheduler"),
     (import_direction, "gpu_store/a.py", "importlib.import_module('afield.scheduler')"),
@@ -294,11 +343,17 @@ BAD = [
     (import_direction, "runtime/a.py", "from afield import *"),
     (import_direction, "runtime/a.py", "from afield import remote"),
     (import_direction, "runtime/a.py", "from tests import helpers"),
+    (rooms, "runtime/wire/a.py", "from afield.runtime.cores import ownership"),
+    (rooms, "runtime/cores/a.py", "if TYPE_CHECKING:\n    from afield.runtime.process.process import Process"),
+    (rooms, "runtime/face/a.py", "def f():\n    from afield.runtime.worker.executor import Executor"),
+    (rooms, "runtime/values/a.py", "from ..calls import participation"),
+    (rooms, "runtime/a.py", ""),
+    (circles, "runtime/cores/a.py", "from afield.runtime.cores import a"),
     (import_direction, "afield/ids.py", "from afield.scheduler import leases"),
     (import_direction, "afield/__init__.py", "import afield.libraries.shuffle"),
     (import_direction, "afield/__init__.py", "from afield import util"),
-    (import_direction, "afield/util/queue.py", "from afield.runtime.refs import ObjectRef"),
-    (import_direction, "libraries/a.py", "from afield.runtime.api import get"),
+    (import_direction, "afield/util/queue.py", "from afield.runtime.process.refs import ObjectRef"),
+    (import_direction, "libraries/a.py", "from afield.runtime.face.api import get"),
     (import_direction, "examples/a.py", "import afield.gpu_store"),
     (bare_names, "tests/a.py", "import runtime"),
     (bare_names, "examples/a.py", "from scheduler.leases import Lease"),
@@ -324,7 +379,11 @@ BAD = [
 GOOD = [
     (import_direction, "scheduler/a.py", "from afield import errors, units\nfrom afield.scheduler import leases"),
     (import_direction, "runtime/a.py", "import afield.transport.loop\nfrom afield.ids import new_id\nimport numpy"),
-    (import_direction, "afield/__init__.py", "from afield.runtime.api import get\nfrom afield.errors import TaskError"),
+    (
+        import_direction,
+        "afield/__init__.py",
+        "from afield.runtime.face.api import get\nfrom afield.errors import TaskError",
+    ),
     (
         import_direction,
         "libraries/a.py",
@@ -334,6 +393,9 @@ GOOD = [
     (import_direction, "afield/util/queue.py", "import queue\nfrom afield.libraries.queue import Queue"),
     (import_direction, "examples/a.py", "from afield.util import ActorPool"),
     (import_direction, "tests/a.py", "from afield.runtime import api\nfrom benchmarks import micro"),
+    (rooms, "runtime/worker/a.py", "from afield.runtime.wire import messages\nimport afield.runtime.worker.b"),
+    (rooms, "runtime/main.py", "from afield.runtime.node.daemon import NodeDaemon"),
+    (rooms, "tests/a.py", "from afield.runtime.node.daemon import NodeDaemon"),
     (bare_names, "tests/a.py", "import afield.runtime\nfrom afield import scheduler\nimport runtimes"),
     (foreign_imports, "benchmarks/peers.py", "import ray"),
     (foreign_imports, "runtime/control/server.py", "import grpc"),
@@ -465,7 +527,7 @@ def test_wheel_holds_the_house(wheel: Path) -> None:
                 assert archive.read(f"afield/{source.path}").decode() == source.text
         scripts = ConfigParser()
         scripts.read_string(archive.read(f"{wheel.stem[:12]}.dist-info/entry_points.txt").decode())
-    assert dict(scripts["console_scripts"]) == {"afield": "afield.runtime.cli:main"}
+    assert dict(scripts["console_scripts"]) == {"afield": "afield.runtime.tools.cli:main"}
 
 
 def test_wheel_imports_on_its_own(wheel: Path, tmp_path: Path) -> None:

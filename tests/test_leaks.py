@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 import afield
-from afield.runtime import api
+from afield.runtime.face import api
 from tests.helpers import (
     HANG_S,
     Traces,

@@ -6,21 +6,11 @@ from typing import Any
 
 import pytest
 
-from afield.runtime import messages as m
-from afield.runtime.lineage import CONTAINS_OTHERS, DROPPED, NO_TASK, RECORD_BYTES, USED_UP, Lineage, Loss, Record
-from afield.runtime.messages import Lost, Subscribe, Value
-from afield.runtime.ownership import (
-    FAILED,
-    FREED,
-    INLINE,
-    LOCATED,
-    PENDING,
-    Entry,
-    FreeStored,
-    OwnershipTable,
-    Recompute,
-    Send,
-)
+from afield.runtime.cores.lineage import CONTAINS_OTHERS, DROPPED, NO_TASK, RECORD_BYTES, USED_UP, Lineage, Loss, Record
+from afield.runtime.cores.objects import FAILED, FREED, INLINE, LOCATED, PENDING, Entry, FreeStored, Recompute, Send
+from afield.runtime.cores.ownership import OwnershipTable
+from afield.runtime.wire import messages as m
+from afield.runtime.wire.messages import Lost, Subscribe, Value
 from tests.sim.simulate import Simulation
 from tests.sim.values import InvariantError, place_of
 

@@ -15,9 +15,9 @@ import pytest
 
 import afield
 from afield import MemoryEntry
-from afield.runtime import api
-from afield.runtime.memory import assemble
-from afield.runtime.ownership import OwnershipTable
+from afield.runtime.cores.ownership import OwnershipTable
+from afield.runtime.face import api, lifecycle
+from afield.runtime.tools.memory import assemble
 from tests.helpers import poll
 
 PATIENCE_S = 30.0
@@ -155,7 +155,7 @@ def test_nothing_is_recorded_unless_asked_for(monkeypatch: pytest.MonkeyPatch, n
     afield.init(num_cpus=1)
     ref = afield.put(1)
     assert entry_of(ref).call_site is None
-    session = api._session
+    session = lifecycle._session
     assert session is not None
     assert type(session.participant.process.table) is OwnershipTable
 

@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from afield.runtime.messages import Log
-from afield.runtime.output import MAX_LINE_BYTES, MAX_OPEN_LINES, LineParser, WorkerStream
-from afield.runtime.printing import FOLD_WINDOW_S, MAX_REMEMBERED, Fold, Printer
+from afield.runtime.face.printing import FOLD_WINDOW_S, MAX_REMEMBERED, Fold, Printer
+from afield.runtime.wire.messages import Log
+from afield.runtime.wire.records import MAX_LINE_BYTES, MAX_OPEN_LINES, LineParser
+from afield.runtime.worker.output import WorkerStream
 from tests.helpers import program
 
 PATIENCE_S = 30.0

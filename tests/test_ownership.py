@@ -4,17 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from afield.runtime.messages import Add, Added, Location, Part, Release, Subscribe, Took, Value
-from afield.runtime.ownership import (
-    FAILED,
-    INLINE,
-    LOCATED,
-    FreeStored,
-    Obligation,
-    OwnershipTable,
-    Send,
-    Settled,
-)
+from afield.runtime.cores.objects import FAILED, INLINE, LOCATED, FreeStored, Obligation, Send, Settled
+from afield.runtime.cores.ownership import OwnershipTable
+from afield.runtime.wire.messages import Add, Added, Location, Part, Release, Subscribe, Took, Value
 
 PLACE = Location([Part(0, 0, 64)])
 

@@ -24,8 +24,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from afield.runtime.messages import Add, Added, Location, Part, Release, Subscribe, Took, Value
-from afield.runtime.ownership import FAILED, LOCATED, PENDING, FreeStored, Obligation, OwnershipTable, Send, Settled
+from afield.runtime.cores.objects import FAILED, LOCATED, PENDING, FreeStored, Obligation, Send, Settled
+from afield.runtime.cores.ownership import OwnershipTable
+from afield.runtime.wire.messages import Add, Added, Location, Part, Release, Subscribe, Took, Value
 
 PLACE = Location([Part(0, 0, 64)])
 

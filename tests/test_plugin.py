@@ -348,7 +348,7 @@ def test_faults_need_an_emulated_device() -> None:
 
 
 def test_a_report_is_bounded() -> None:
-    from afield.runtime.memory import MemoryEntry
+    from afield.runtime.tools.memory import MemoryEntry
 
     entries = [MemoryEntry(f"{number:032x}", 1 << 20, "host", "driver", (), None) for number in range(50)]
     text = report(entries, 2, 4096)

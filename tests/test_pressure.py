@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 import afield
-from afield.runtime.api import query
+from afield.runtime.face.api import query
 from tests.helpers import remote_with
 
 MIB = 1 << 20

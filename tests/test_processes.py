@@ -245,8 +245,8 @@ def test_ctrl_c_at_any_moment_leaves_the_state_whole() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     refs = None
     value = afield.get(add.remote(1, 2), timeout=30)
-    books = poll(lambda: afield.runtime.api.query("store")["sealed"] == 0)
-    report(hits=hits, value=value, empty=books, entries=len(afield.runtime.current.process.table.entries))
+    books = poll(lambda: afield.runtime.face.api.query("store")["sealed"] == 0)
+    report(hits=hits, value=value, empty=books, entries=own_entries())
     """
     with program(source) as driver:
         facts = driver.read()
@@ -291,7 +291,7 @@ def test_ctrl_c_at_any_moment_leaves_no_pin_and_no_promise() -> None:
             pass
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     refs = None
-    tiers = lambda: afield.runtime.api.query("store")["tiers"].values()
+    tiers = lambda: afield.runtime.face.api.query("store")["tiers"].values()
     report(hits=hits, empty=poll(lambda: not any(tier["sealed"] or tier["moving"] for tier in tiers())))
     """
     with program(source) as driver:

@@ -14,12 +14,12 @@ import pytest
 import afield
 from afield.errors import AfieldError, DeviceLostError, ObjectLostError
 from afield.ids import ARGUMENTS_INDEX, TASK_ID_BYTES
-from afield.runtime import current
-from afield.runtime import messages as m
-from afield.runtime.executor import Executor
-from afield.runtime.ownership import FREED, LOCATED, PENDING
-from afield.runtime.participant import Participant
-from afield.runtime.recovery import MAX_ROUNDS
+from afield.runtime.calls import participation
+from afield.runtime.calls.participant import Participant
+from afield.runtime.calls.recovery import MAX_ROUNDS
+from afield.runtime.cores.objects import FREED, LOCATED, PENDING
+from afield.runtime.wire import messages as m
+from afield.runtime.worker.executor import Executor
 from tests.helpers import poll, remote_with
 
 LARGE = 1 << 17
@@ -27,7 +27,7 @@ LARGE = 1 << 17
 
 def participant() -> Participant:
     """Return this process's part in the runtime."""
-    found = current.participant
+    found = participation.participant
     assert isinstance(found, Participant)
     return found
 
@@ -335,7 +335,7 @@ def test_a_borrower_waits_for_what_is_made_again(log: Any) -> None:
             return float(afield.get(self.ref)[0])
 
         def read(self) -> float:
-            found = current.participant
+            found = participation.participant
             assert isinstance(found, Participant)
             found.process.locked(found.process.table.lost, self.ref.id)  # as a reader does that is told so
             return float(afield.get(self.ref, timeout=30)[0])

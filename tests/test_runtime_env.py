@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 import afield
-from afield.runtime import api
-from afield.runtime.environment import MAX_ENCODED_BYTES, Environment
+from afield.runtime.face import api
+from afield.runtime.process.environment import MAX_ENCODED_BYTES, Environment
 from tests.helpers import poll
 
 PATIENCE_S = 30.0
@@ -330,7 +330,7 @@ def test_the_canonical_form_and_laying_one_over_another(tmp_path: Path) -> None:
 
 def test_python_path_is_read_as_a_new_interpreter_would() -> None:
     program = (
-        "import json, sys; from afield.runtime.environment import Environment; before = list(sys.path);"
+        "import json, sys; from afield.runtime.process.environment import Environment; before = list(sys.path);"
         "Environment.of({'env_vars': {'PYTHONPATH': '/far:/away', 'TZ': 'UTC'}, 'working_dir': '/'}).apply();"
         "print(json.dumps([before, sys.path]))"
     )

@@ -13,18 +13,9 @@ from typing import Any
 
 import pytest
 
-from afield.runtime.messages import Add, Added, Location, Part, Release, Subscribe, Took, Value
-from afield.runtime.ownership import (
-    FAILED,
-    INLINE,
-    LOCATED,
-    PENDING,
-    Entry,
-    FreeStored,
-    Obligation,
-    OwnershipTable,
-    Send,
-)
+from afield.runtime.cores.objects import FAILED, INLINE, LOCATED, PENDING, Entry, FreeStored, Obligation, Send
+from afield.runtime.cores.ownership import OwnershipTable
+from afield.runtime.wire.messages import Add, Added, Location, Part, Release, Subscribe, Took, Value
 from tests.sim.__main__ import run
 from tests.sim.explore import CounterexampleError, explore
 from tests.sim.scenarios import SCENARIOS, Scenario

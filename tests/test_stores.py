@@ -18,9 +18,9 @@ import pytest
 
 from afield.gpu_store.backends import faults
 from afield.gpu_store.tiers import DISK, DeleteFile, Move, ReadFile, WriteFile
-from afield.runtime import messages as m
 from afield.runtime.node import stores as module
 from afield.runtime.node.stores import State
+from afield.runtime.wire import messages as m
 from afield.scheduler.devices import emulated_device
 from afield.transport.auth import Handshake
 from afield.transport.channel import Channel, connect
@@ -378,33 +378,35 @@ def test_a_node_without_devices(tmp_path: Path) -> None:
 SESSION = """
 import json, os, sys, types
 from afield.gpu_store.tiers import DISK, WriteFile
-from afield.runtime.forkserver import ForkServer, ForkServerConfig
+from afield.runtime.node.workers import WorkerPool
+from afield.runtime.session.forkserver import ForkServer, Roles
+from afield.runtime.session.store_process import run_store
+from afield.runtime.process.configuration import ForkServerConfig
 from afield.scheduler.devices import emulated_device
 from afield.transport.channel import listen
 from tests.store_daemon import *
 
-class Server(ForkServer):
-    def _run_daemon(self):
-        from afield.runtime.node.workers import WorkerPool
-        daemon = FakeDaemon(self.config.directory, [emulated_device(0, 9 * MIB)])
-        daemon.config = self.config.session_config()
-        daemon._listener.close()
-        daemon._listener = listen(daemon.config.address(b""))
-        daemon.loop.register(daemon._listener.fileno(), daemon._accept)
-        node = types.SimpleNamespace(config=self.config, loop=daemon.loop, stop=lambda: None, output=None)
-        daemon.workers = WorkerPool(node, self._daemon_sock)
-        daemon.start(1, DISK)
-        pids = [daemon.pid(arena) for arena in (1, DISK)]
-        names = [open(f"/proc/{pid}/comm").read().strip() for pid in pids]
-        daemon.stores.execute(WriteFile(1, 7, [(0, MIB, 0)]))
-        os.kill(pids[0], 9)
-        daemon.until(lambda: len(daemon.of("ready")) == 2 and daemon.of("done"))
-        print(json.dumps({"names": names, "told": daemon.told, "pids": [*pids, daemon.pid(1)]}), flush=True)
+def run_daemon(config, fork_sock):
+    daemon = FakeDaemon(config.directory, [emulated_device(0, 9 * MIB)])
+    daemon.config = config.session_config()
+    daemon._listener.close()
+    daemon._listener = listen(daemon.config.address(b""))
+    daemon.loop.register(daemon._listener.fileno(), daemon._accept)
+    node = types.SimpleNamespace(config=config, loop=daemon.loop, stop=lambda: None, output=None)
+    daemon.workers = WorkerPool(node, fork_sock)
+    daemon.start(1, DISK)
+    pids = [daemon.pid(arena) for arena in (1, DISK)]
+    names = [open(f"/proc/{pid}/comm").read().strip() for pid in pids]
+    daemon.stores.execute(WriteFile(1, 7, [(0, MIB, 0)]))
+    os.kill(pids[0], 9)
+    daemon.until(lambda: len(daemon.of("ready")) == 2 and daemon.of("done"))
+    print(json.dumps({"names": names, "told": daemon.told, "pids": [*pids, daemon.pid(1)]}), flush=True)
 
 raw = json.loads(sys.stdin.read())
 slab = os.memfd_create("x"); os.ftruncate(slab, HOST_BYTES)
 read, write = os.pipe()
-Server(ForkServerConfig(**raw, slab_fd=slab, lifeline_fd=read)).run()
+config = ForkServerConfig(**raw, slab_fd=slab, lifeline_fd=read)
+ForkServer(config, Roles(run_daemon, None, run_store)).run()
 """
 
 

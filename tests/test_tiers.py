@@ -13,10 +13,12 @@ import pytest
 
 import afield
 from afield.gpu_store.backends.base import SlabImportError
-from afield.runtime import current, devices
-from afield.runtime import messages as m
-from afield.runtime.api import query
-from afield.runtime.devices import Devices
+from afield.runtime.calls import participation
+from afield.runtime.face.api import query
+from afield.runtime.process import current
+from afield.runtime.values import devices
+from afield.runtime.values.devices import Devices
+from afield.runtime.wire import messages as m
 from tests.device_helpers import MIB, on_device, runtime_with, tiers, uuids
 from tests.helpers import poll
 
@@ -72,7 +74,7 @@ def test_a_reservation_holds_in_the_next_life_of_the_device_too(device: str) -> 
 
 def test_whoever_is_asked_for_memory_again_and_again_does_not_look_for_cycles_each_time(device: str) -> None:
     kept = afield.array_module().ones(10)
-    participant = current.participant
+    participant = participation.participant
     assert participant is not None
     collections: list[int] = []
 

@@ -18,9 +18,10 @@ import pyarrow as pa
 import pytest
 
 import afield
-from afield.runtime import api, current
-from afield.runtime.ownership import LOCATED
-from afield.runtime.process import INLINE_BYTES
+from afield.runtime.cores.objects import LOCATED
+from afield.runtime.face import api
+from afield.runtime.process import current
+from afield.runtime.process.process import INLINE_BYTES
 from tests.helpers import HANG_S, mappings, poll, traces
 
 MIB = 2**20

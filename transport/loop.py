@@ -9,13 +9,19 @@ from __future__ import annotations
 import os
 import select
 from collections.abc import Callable
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from afield.transport.channel import Channel
+from typing import Any, Protocol
 
 RECEIVE_BUFFER_BYTES = 1 << 20
 MAX_EVENTS = 64
+
+
+class Outgoing(Protocol):
+    """Something with messages to send: a channel."""
+
+    outbox: list[Any]
+
+    def flush(self) -> None:
+        """Send what the outbox has, as far as the socket takes it."""
 
 
 class Loop:
@@ -26,9 +32,9 @@ class Loop:
         self._handlers: dict[int, Callable[[int], None]] = {}
         self.buffer = memoryview(bytearray(RECEIVE_BUFFER_BYTES))
         #: Flushed before all others: what it announces must be known before anybody else can refer to it.
-        self.first: Channel | None = None
+        self.first: Outgoing | None = None
         #: Channels with something in their outbox.
-        self.dirty: list[Channel] = []
+        self.dirty: list[Outgoing] = []
         self._kick = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._kicked = False
         self.register(self._kick, self._absorb_kick)

@@ -17,7 +17,7 @@ from typing import Any
 from afield.errors import NoDeviceError
 from afield.gpu_store.backends import faults
 from afield.gpu_store.backends.emulated import EmulatedBackend
-from afield.runtime import api
+from afield.runtime.face import api, lifecycle
 from afield.scheduler.resources import GPU
 
 #: A device that is in use is polled for news every 50 ms by its store process.
@@ -161,7 +161,7 @@ def handles() -> Iterator[list[DeviceHandle]]:
             DeviceHandle(one["uuid"], one["index"], one["memory"], one["arena"], backend) for one in answer["devices"]
         ]
         yield found
-        if api.is_initialized():
+        if lifecycle.is_initialized():
             for handle in found:
                 handle.mend(len(found))
     finally:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from afield.runtime.api import ClusterInfo
+    from afield.runtime.face.lifecycle import ClusterInfo
     from afield.testing.devices import DeviceHandle
     from afield.testing.runtimes import Runtimes
 

@@ -20,8 +20,8 @@ from typing import Any
 
 import pytest
 
-from afield.runtime import api
-from afield.runtime.memory import MemoryEntry
+from afield.runtime.face import api, lifecycle
+from afield.runtime.tools.memory import MemoryEntry
 from afield.units import format_bytes
 
 CPUS = 2
@@ -46,15 +46,15 @@ class Runtimes:
         self._is_shared = False
 
     @contextmanager
-    def own(self) -> Iterator[api.ClusterInfo]:
+    def own(self) -> Iterator[lifecycle.ClusterInfo]:
         """A runtime for one test."""
         if self._is_shared:
-            api.shutdown()
+            lifecycle.shutdown()
         with self._running() as info:
             yield info
 
     @contextmanager
-    def shared(self) -> Iterator[api.ClusterInfo]:
+    def shared(self) -> Iterator[lifecycle.ClusterInfo]:
         """A runtime for all tests that share it."""
         with self._running() as info:
             self._is_shared = True
@@ -65,18 +65,18 @@ class Runtimes:
 
     def resume(self) -> None:
         """Start the shared runtime anew if something has ended it."""
-        if self._is_shared and not api.is_initialized():
+        if self._is_shared and not lifecycle.is_initialized():
             self._start()
 
     @contextmanager
-    def _running(self) -> Iterator[api.ClusterInfo]:
+    def _running(self) -> Iterator[lifecycle.ClusterInfo]:
         try:
             yield self._start()
         finally:
-            api.shutdown()
+            lifecycle.shutdown()
 
-    def _start(self) -> api.ClusterInfo:
-        if api.is_initialized():
+    def _start(self) -> lifecycle.ClusterInfo:
+        if lifecycle.is_initialized():
             pytest.fail(
                 "a runtime is running already that none of afield's fixtures started: a test that calls afield.init() "
                 "itself has to call afield.shutdown() as well",
@@ -85,7 +85,7 @@ class Runtimes:
         before = os.environ.get(_CALL_SITES)
         os.environ[_CALL_SITES] = "1"
         try:
-            return api.init(num_cpus=CPUS, devices=self.devices, host_memory=HOST_MEMORY)
+            return lifecycle.init(num_cpus=CPUS, devices=self.devices, host_memory=HOST_MEMORY)
         finally:
             if before is None:
                 del os.environ[_CALL_SITES]
@@ -100,7 +100,7 @@ class Runtimes:
 
     def left_behind(self, item: pytest.Item, before: frozenset[str] = frozenset()) -> str:
         """Say what there is that was not there `before`, once it has had time to go; "" if there is nothing."""
-        if not api.is_initialized():
+        if not lifecycle.is_initialized():
             return ""  # the test ended it, and everything with it
         _forget_values(item)
         deadline = time.monotonic() + GRACE_S

@@ -1,4 +1,4 @@
-"""`NodeAffinitySchedulingStrategy`; see `afield.runtime.strategies`."""
+"""`NodeAffinitySchedulingStrategy`; see `afield.runtime.face.strategies`."""
 
 from __future__ import annotations
 

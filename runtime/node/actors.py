@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from afield.errors import ActorDiedError, ActorUnschedulableError
-from afield.runtime import messages as m
+from afield.runtime.wire import messages as m
 from afield.scheduler.leases import Grant, Infeasible
 from afield.scheduler.resources import ResourceSet
 from afield.transport.channel import Channel

@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from afield.runtime import messages as m
+from afield.runtime.wire import messages as m
 from afield.transport.channel import Channel
 
 if TYPE_CHECKING:

@@ -17,14 +17,14 @@ from typing import Any
 
 from afield.errors import ActorUnschedulableError
 from afield.ids import TASK_ID_BYTES
-from afield.runtime import messages as m
-from afield.runtime.environment import Environment
-from afield.runtime.forkserver import ForkServerConfig
 from afield.runtime.node.actors import ActorDirectory
 from afield.runtime.node.census import Census
 from afield.runtime.node.output import OutputRelay
 from afield.runtime.node.tiers import Tiers
 from afield.runtime.node.workers import Worker, WorkerPool
+from afield.runtime.process.configuration import ForkServerConfig
+from afield.runtime.process.environment import Environment
+from afield.runtime.wire import messages as m
 from afield.scheduler.devices import Device
 from afield.scheduler.leases import Grant, Infeasible, LeaseManager
 from afield.scheduler.resources import ResourceSet

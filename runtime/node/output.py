@@ -18,8 +18,8 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING
 
-from afield.runtime import messages as m
-from afield.runtime.output import LineParser
+from afield.runtime.wire import messages as m
+from afield.runtime.wire.records import LineParser
 from afield.transport.channel import Channel
 
 if TYPE_CHECKING:

@@ -39,10 +39,9 @@ from afield.gpu_store.backends.base import DeviceBackend, DeviceInfo, SlabExport
 from afield.gpu_store.backends.select import create_emulated, cuda_spec
 from afield.gpu_store.tiers import DISK, HOST, DeleteFile, Move, ReadFile, WriteFile
 from afield.ids import new_process_id
-from afield.runtime import messages as m
-from afield.runtime import store_messages as s
-from afield.runtime.process import DEVICE_BACKEND
-from afield.runtime.store_process import ARENA, DEVICE, LIFE
+from afield.runtime.process.configuration import ARENA, DEVICE, DEVICE_BACKEND, LIFE
+from afield.runtime.wire import messages as m
+from afield.runtime.wire import store_messages as s
 from afield.scheduler.devices import Device
 from afield.transport.channel import Channel
 

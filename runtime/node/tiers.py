@@ -24,9 +24,9 @@ from afield.gpu_store.books.residency import Residency
 from afield.gpu_store.pins import PinBoard
 from afield.gpu_store.rings import Rings
 from afield.gpu_store.tiers import DISK, HOST, PartCopy
-from afield.runtime import messages as m
 from afield.runtime.node.stores import StoreProcesses
-from afield.runtime.process import DEVICE_BACKEND, DRIVER_INDEX, VISIBLE_DEVICE_NUMBERS
+from afield.runtime.process.configuration import DEVICE_BACKEND, DRIVER_INDEX, VISIBLE_DEVICE_NUMBERS
+from afield.runtime.wire import messages as m
 from afield.scheduler.devices import Device
 from afield.transport.channel import Channel
 

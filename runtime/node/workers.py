@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from afield.ids import new_process_id
-from afield.runtime import messages as m
-from afield.runtime.process import DRIVER_INDEX, PROCESS_INDEX, VISIBLE_DEVICES
+from afield.runtime.process.configuration import DRIVER_INDEX, PROCESS_INDEX, VISIBLE_DEVICES
+from afield.runtime.wire import messages as m
 from afield.scheduler.leases import Grant
 from afield.transport.channel import Channel
 

@@ -9,7 +9,7 @@ import argparse
 import sys
 import time
 
-from afield.runtime.ownership import OwnershipTable
+from afield.runtime.cores.ownership import OwnershipTable
 from tests.sim.explore import CounterexampleError, explore
 from tests.sim.scenarios import SCENARIOS
 from tests.sim.simulate import Simulation

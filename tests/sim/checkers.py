@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from afield.runtime import messages as m
+from afield.runtime.wire import messages as m
 from tests.sim.participant import Participant
 from tests.sim.values import InvariantError, owner_of, show_id
 from tests.sim.world import World

@@ -16,7 +16,8 @@ import pickle
 from dataclasses import dataclass, field
 from typing import Any
 
-from afield.runtime.ownership import INLINE, LOCATED, Obligation, OwnershipTable
+from afield.runtime.cores.objects import INLINE, LOCATED, Obligation
+from afield.runtime.cores.ownership import OwnershipTable
 from tests.sim import checkers
 from tests.sim.network import REPEATABLE, RESENDABLE
 from tests.sim.participant import BODY, Execution, Get, Participant

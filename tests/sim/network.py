@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
-from afield.runtime import messages as m
+from afield.runtime.wire import messages as m
 
 Pair = tuple[bytes, bytes]
 

@@ -17,9 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from afield.runtime import messages as m
-from afield.runtime.lineage import Loss, Record
-from afield.runtime.ownership import (
+from afield.runtime.cores.lineage import Loss, Record
+from afield.runtime.cores.objects import (
     FAILED,
     FREED,
     INLINE,
@@ -33,6 +32,7 @@ from afield.runtime.ownership import (
     Send,
     Settled,
 )
+from afield.runtime.wire import messages as m
 from tests.sim.values import (
     NODE,
     InvariantError,

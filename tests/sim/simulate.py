@@ -18,9 +18,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from afield.runtime import messages as m
-from afield.runtime.lineage import RECORD_BYTES, Lineage
-from afield.runtime.ownership import FAILED, INLINE, LOCATED, OwnershipTable
+from afield.runtime.cores.lineage import RECORD_BYTES, Lineage
+from afield.runtime.cores.objects import FAILED, INLINE, LOCATED
+from afield.runtime.cores.ownership import OwnershipTable
+from afield.runtime.wire import messages as m
 from tests.sim import checkers
 from tests.sim.network import REPEATABLE, RESENDABLE, Network, Pair
 from tests.sim.participant import Execution, Get, Outcome, Participant, Task

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from afield.runtime import messages as m
+from afield.runtime.wire import messages as m
 
 Ref = tuple[bytes, bytes]
 #: Who tells owners of losses. It is not one of the processes and never dies.

@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from afield.runtime import messages as m
-from afield.runtime.lineage import Lineage
-from afield.runtime.ownership import FAILED, LOCATED, OwnershipTable
+from afield.runtime.cores.lineage import Lineage
+from afield.runtime.cores.objects import FAILED, LOCATED
+from afield.runtime.cores.ownership import OwnershipTable
+from afield.runtime.wire import messages as m
 from tests.sim.network import Network
 from tests.sim.participant import Get, Participant, Task
 from tests.sim.values import (

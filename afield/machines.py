@@ -1,0 +1,109 @@
+"""State machines as tables, and the flight recorder that every core keeps.
+
+Theory of operation. What a core decides about one thing (a task at a worker, an actor, a lease) is a small machine: a
+`Table` from (state, event) to the next state. Whatever the table does not name is illegal and raises `InternalError`, with the
+thing's key, its state, the event, what would have been legal, and the core's last transitions. The diagrams in
+`docs/state-machines.md` are drawn from the tables (`Table.diagram`), so that they cannot drift.
+
+A `FlightRecorder` keeps the last transitions of one core, in memory that is bounded. It has no clock: order is what counts.
+It is written on rare paths only; what happens once for each small task is not recorded.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from afield.errors import InternalError
+
+#: Transitions that a core remembers.
+REMEMBERED = 64
+
+
+class FlightRecorder:
+    """The last transitions of a core, the oldest first."""
+
+    __slots__ = ("_notes", "note")
+
+    def __init__(self, limit: int = REMEMBERED) -> None:
+        self._notes: deque[tuple[Any, ...]] = deque(maxlen=limit)
+        #: Remembers one transition, a tuple of what happened to whom; ids may be bytes. Takes 30 ns.
+        self.note = self._notes.append
+
+    def story(self) -> list[str]:
+        """Return what is remembered as lines."""
+        return [" ".join(map(_shown, note)) for note in list(self._notes)]
+
+
+def _shown(part: Any) -> str:
+    return part.hex() if isinstance(part, bytes) else str(part)
+
+
+class Table:
+    """The transitions of one kind of thing.
+
+    Args:
+        name: what it is, such as "task at a worker".
+        initial: the state that it begins in.
+        transitions: (state, event) -> next state.
+        states: state -> one line that says what it means.
+    """
+
+    __slots__ = ("_next", "initial", "name", "states")
+
+    def __init__(
+        self, name: str, initial: str, transitions: Mapping[tuple[str, str], str], states: Mapping[str, str]
+    ) -> None:
+        self.name = name
+        self.initial = initial
+        self.states = dict(states)
+        self._next = dict(transitions)
+        named = {initial, *self._next.values(), *(state for state, _ in self._next)}
+        assert named == set(self.states), f"{name}: states without a meaning, or never reached: {named ^ set(states)}"
+
+    def after(self, state: str, event: str, key: object = "", recorder: FlightRecorder | None = None) -> str:
+        """Return the state that `event` leads to from `state`, and note it.
+
+        Raises:
+            InternalError: the table has no such transition; `key` and what the recorder remembers are in the text.
+        """
+        target = self._next.get((state, event))
+        if target is None:
+            raise illegal(f"{self.name} {_shown(key)}", state, event, self.events(state), recorder)
+        if recorder is not None:
+            recorder.note((key, event, state, "->", target))
+        return target
+
+    def allows(self, state: str, event: str) -> bool:
+        """Tell whether the event is legal in a state."""
+        return (state, event) in self._next
+
+    def events(self, state: str) -> list[str]:
+        """Return the events that are legal in a state."""
+        return [event for known, event in self._next if known == state]
+
+    def final(self) -> list[str]:
+        """Return the states that nothing leads out of."""
+        return [state for state in self.states if not self.events(state)]
+
+    def diagram(self) -> str:
+        """Return the table as a Mermaid state diagram."""
+        lines = ["stateDiagram-v2", f"    [*] --> {self.initial}"]
+        joined: dict[tuple[str, str], list[str]] = {}
+        for (state, event), target in self._next.items():
+            joined.setdefault((state, target), []).append(event)
+        lines += [f"    {state} --> {target}: {', '.join(events)}" for (state, target), events in joined.items()]
+        lines += [f"    {state} --> [*]" for state in self.final()]
+        return "\n".join(lines)
+
+
+def illegal(
+    what: str, state: object, event: object, legal: Iterable[object] = (), recorder: FlightRecorder | None = None
+) -> InternalError:
+    """Make the error of a transition that must not happen."""
+    could = ", ".join(map(str, legal)) or "nothing"
+    story = "".join(f"\n  {line}" for line in recorder.story()) if recorder is not None else ""
+    return InternalError(
+        f"{what}: {event} in state {state}, where only {could} may happen{'; before that:' if story else ''}{story}"
+    )

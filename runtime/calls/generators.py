@@ -1,0 +1,114 @@
+"""`ObjectRefGenerator`: what a call of a streaming task returns, for its consumer; see `streams`."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any
+
+from afield.errors import GetTimeoutError, NotInitializedError, RuntimeDiedError
+from afield.ids import STREAM_END_INDEX, STREAM_INDEX
+from afield.runtime.calls.streams import Streams
+from afield.runtime.process import current
+from afield.runtime.process.refs import ObjectRef
+from afield.transport.pump import Waiter
+
+
+class ObjectRefGenerator:
+    """Iterates over the refs of a streaming task's items as they are made; also with `async for`.
+
+    It belongs to the process that called the task and cannot be passed on; the refs can.
+    """
+
+    def __init__(self, task_id: bytes, streams: Streams) -> None:
+        self._task_id = task_id
+        self._of = streams
+        self._life = ObjectRef(task_id + STREAM_INDEX)
+        self._end = ObjectRef(task_id + STREAM_END_INDEX)
+
+    @property
+    def id(self) -> bytes:
+        """Return what names the generator among refs, for `wait`."""
+        return self._life.id
+
+    def completed(self) -> ObjectRef:
+        """Return a ref that is ready when the task has ended: None, or its error."""
+        return self._end
+
+    def _streams(self) -> Streams:
+        if current.process is not self._of.process:
+            raise NotInitializedError("the generator belongs to a runtime that was shut down")
+        return self._of
+
+    def __iter__(self) -> ObjectRefGenerator:
+        return self
+
+    def __next__(self) -> ObjectRef:
+        return self._next(None)
+
+    def _next(self, timeout_s: float | None) -> ObjectRef:
+        streams = self._streams()
+        process = streams.process
+        waiter = Waiter()
+        stream = streams.get(self._task_id)
+        if stream is None:
+            raise StopIteration
+
+        def settled() -> bool:
+            if not stream.settled():
+                stream.waiters.append(waiter.finish)
+                return False
+            return True
+
+        if not process.locked(settled):
+            deadline = None if timeout_s is None else time.monotonic() + timeout_s
+            try:
+                if not streams.blocking_wait(waiter, deadline):
+                    if process.dead:
+                        raise RuntimeDiedError(process.dead)
+                    raise GetTimeoutError("the next item was not ready in time")
+            finally:
+                if not waiter.done:
+                    stream.waiters = [notify for notify in stream.waiters if notify != waiter.finish]
+        ref: ObjectRef | None = process.locked(streams.consume, self._task_id)
+        if ref is None:
+            raise StopIteration
+        return ref
+
+    def next_ready(self) -> bool:
+        """Tell whether `next` would return (or raise StopIteration) without waiting."""
+        stream = self._streams().get(self._task_id)
+        return stream is None or stream.settled()
+
+    def when_ready(self, notify: Callable[[], None]) -> bool:
+        """Call `notify` once the next item is there; return True (and do not call) if it is there. For `wait`."""
+        stream = self._streams().get(self._task_id)
+        if stream is None or stream.settled():
+            return True
+        stream.waiters.append(notify)
+        return False
+
+    def __aiter__(self) -> ObjectRefGenerator:
+        return self
+
+    async def __anext__(self) -> ObjectRef:
+        process = self._streams().process
+        loop = asyncio.get_running_loop()
+        ready: asyncio.Future[None] = loop.create_future()
+
+        def wake() -> None:
+            loop.call_soon_threadsafe(lambda: None if ready.done() else ready.set_result(None))
+
+        if not process.locked(self.when_ready, wake):
+            await ready
+        try:
+            return self._next(0)
+        except StopIteration:
+            raise StopAsyncIteration from None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise TypeError("an ObjectRefGenerator cannot be passed to another process; pass the refs that it yields")
+
+    def __repr__(self) -> str:
+        return f"ObjectRefGenerator({self._task_id.hex()})"

@@ -1,0 +1,475 @@
+"""Submitting tasks: the shell around `dispatch` that turns calls into pushes and replies into values."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from afield.errors import TaskCancelledError, TaskError, TaskUnschedulableError, WorkerCrashedError
+from afield.ids import FIRST_RETURN, STREAM_END_INDEX, object_id
+from afield.runtime.calls.generators import ObjectRefGenerator
+from afield.runtime.calls.recovery import Recovery
+from afield.runtime.calls.streams import Streams
+from afield.runtime.cores.dispatch import IDLE_LEASE_S, Lane, Lease, Task
+from afield.runtime.cores.objects import FAILED, INLINE, LOCATED, PENDING
+from afield.runtime.process.context import calling_context
+from afield.runtime.process.process import Process
+from afield.runtime.process.refs import ObjectRef
+from afield.runtime.process.serialization import deserialize, serialize_error
+from afield.runtime.values.arguments import Arguments
+from afield.runtime.wire import messages as m
+from afield.transport.channel import Channel
+from afield.transport.pump import uninterruptible
+
+#: A burst of submissions looks for replies this often.
+POLL_EVERY = 32
+
+RetryOn = bool | tuple[type[BaseException], ...]
+
+
+class Function:
+    """What a push names: a remote function, or an actor's method (then `blob` is empty)."""
+
+    __slots__ = ("backpressure", "blob", "group", "index", "name", "num_returns", "once", "retry_on")
+
+    _indexes = itertools.count(1)
+
+    def __init__(
+        self,
+        name: str,
+        blob: bytes,
+        num_returns: int,
+        backpressure: int = 0,
+        group: str = "",
+        retry_on: RetryOn = False,
+        once: bool = False,
+    ) -> None:
+        self.index = next(Function._indexes)
+        self.name = name
+        self.blob = blob
+        self.num_returns = num_returns
+        self.backpressure = backpressure
+        self.group = group
+        self.retry_on = retry_on
+        self.once = once
+
+    def define(self) -> m.Define:
+        """Return the message that makes a worker know it."""
+        return m.Define(self.index, self.name, self.blob, self.num_returns, self.backpressure, self.group, self.once)
+
+
+class PeerState:
+    """What we keep with a channel to a worker: what it knows, and what it owes us."""
+
+    __slots__ = ("argument_lost", "defined", "inflight", "lease", "on_batch", "retry")
+
+    def __init__(self) -> None:
+        self.defined: set[int] = set()
+        self.inflight: dict[int, Task] = {}
+        self.lease: Lease | None = None
+        #: An actor's caller: called after a batch of messages with the number of replies in it, and to run a call again.
+        self.on_batch: Callable[[int], None] | None = None
+        self.retry: Callable[[Task], None] | None = None
+        self.argument_lost: Callable[[Task], bool] | None = None
+
+
+class Submitter:
+    """Submits the tasks of a process and receives their outcomes."""
+
+    def __init__(self, process: Process, arguments: Arguments, streams: Streams) -> None:
+        self.process = process
+        self.arguments = arguments
+        self.streams = streams
+        self.lanes: dict[Any, Lane] = {}
+        self.leases: dict[bytes, Lease] = {}
+        self._lanes_by_key: dict[int, Lane] = {}
+        self._next_sequence = itertools.count(1).__next__
+        self._since_poll = 0
+        self._wanted_until = 0.0  # somebody waits for leases until then
+        self._next_look = 0.0  # when to look for idle leases again
+        self.tasks_submitted = 0
+        self.tasks_retried = 0
+        process.handlers |= {
+            m.ReplyMany: self._on_reply_many,
+            m.Item: self._on_item,
+            m.HandBack: self._on_hand_back,
+            m.Unblocked: self._on_unblocked,
+            m.Grant: self._on_grant,
+            m.Infeasible: self._on_infeasible,
+            m.Reclaim: self._on_reclaim,
+        }
+        self.recovery = Recovery(process, arguments, self)
+        process.on_batch = self._on_batch
+        process.tickers.append(self._tick)
+        process.on_process_died.append(self._on_process_died)
+
+    # -- submitting ----------------------------------------------------------------------------------------------
+
+    def lane(self, shape: tuple[tuple[str, int], ...], placement: m.Placement | None = None) -> Lane:
+        """Return the lane for tasks of this shape whose workers need this."""
+        lane = self.lanes.get((shape, placement))
+        if lane is None:
+            key = len(self.lanes) + 1
+            lane = Lane(key, dict(shape), self, placement)
+            self.lanes[shape, placement] = self._lanes_by_key[key] = lane
+        return lane
+
+    def call(
+        self,
+        function: Function,
+        lane: Lane | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        retries: int,
+        enter: Callable[[Task, list[bytes]], None],
+    ) -> Any:
+        """Make a task of a call and `enter` it; return its ref, its list of refs, or its generator at once."""
+        process = self.process
+        if process.dead:
+            process.check_alive()
+        task_id = calling_context().next_task_id()
+        num_returns = function.num_returns
+        task = Task(task_id, function, b"", lane, num_returns, retries)
+        if args or kwargs:
+            self.arguments.encode(task, args, kwargs, function.name)
+        if num_returns == 1:
+            object_ids = [task_id + FIRST_RETURN]
+        elif num_returns == m.STREAMING:
+            object_ids = [task_id + STREAM_END_INDEX]
+        else:
+            object_ids = [object_id(task_id, index) for index in range(num_returns)]
+        outcome = self._outcome(task, object_ids, enter)
+        pump = process.pump
+        if pump.interrupted:
+            pump.deliver()
+        self._since_poll += 1
+        if self._since_poll >= POLL_EVERY:
+            self._since_poll = 0
+            pump.poll()
+        return outcome
+
+    @uninterruptible
+    def _outcome(self, task: Task, object_ids: list[bytes], enter: Callable[[Task, list[bytes]], None]) -> Any:
+        """Enter the task and make what the caller gets: from here on the outputs have a holder, whatever interrupts."""
+        enter(task, object_ids)
+        if task.num_returns == 1:
+            return ObjectRef(object_ids[0])
+        if task.num_returns == m.STREAMING:
+            return ObjectRefGenerator(task.task_id, self.streams)
+        return [ObjectRef(oid) for oid in object_ids] or None
+
+    def submit(
+        self, function: Function, lane: Lane, args: tuple[Any, ...], kwargs: dict[str, Any], retries: int
+    ) -> Any:
+        """Submit a task; return its ref, its list of refs, or its generator at once."""
+        return self.call(function, lane, args, kwargs, retries, self._enter)
+
+    def own(self, task: Task, object_ids: list[bytes]) -> None:
+        """Enter a task's outputs into the table and pin its arguments; the caller holds the lock."""
+        self.process.check_alive()  # under the lock: what is entered later than the end would wait for ever
+        self.tasks_submitted += 1
+        for oid in object_ids:
+            self.process.table.own(oid, task)
+        if task.num_returns == m.STREAMING:
+            self.streams.open(task)
+        if task.pinned is not None:
+            self.arguments.pin(task)
+
+    @uninterruptible
+    def _enter(self, task: Task, object_ids: list[bytes]) -> None:
+        process = self.process
+        with process.pump.lock:
+            self.own(task, object_ids)
+            if task.dependencies is not None:
+                self.arguments.when_resolved(task, self.resolved)
+                if process.table.effects:
+                    process.run_effects()
+            else:
+                task.lane.submit(task, time.monotonic())
+            if process.loop.dirty:
+                process.loop.flush()
+
+    def resolved(self, task: Task) -> None:
+        """The arguments of a task are there."""
+        if task.cancelled:
+            return
+        error = self.arguments.failure(task)
+        if error is not None:
+            self.fail(task, error)
+        else:
+            task.lane.submit(task, time.monotonic())
+
+    # -- what a lane asks for ------------------------------------------------------------------------------------
+
+    def push(self, lease: Lease, tasks: Sequence[Task]) -> None:
+        """Send tasks to a leased worker."""
+        channel = lease.channel
+        state: PeerState = channel.context
+        for task in tasks:
+            if (task.dependencies is None and task.location is None) or self._still_resolved(task):
+                lease.inflight[self.send_push(channel, state, task)] = task
+
+    def _still_resolved(self, task: Task) -> bool:
+        """Tell whether the arguments are there; if one was lost since the task became ready, wait for it or fail."""
+        error = self.arguments.failure(task)
+        if error is not None:
+            self.fail(task, error)
+        elif self.arguments.lost_again(task):
+            self.arguments.when_resolved(task, self.resolved)
+        else:
+            return True
+        return False
+
+    def send_push(self, channel: Channel, state: PeerState, task: Task) -> int:
+        """Send one push, preceded by its function's definition where the peer does not know it yet."""
+        function = task.function
+        if function.index not in state.defined:
+            state.defined.add(function.index)
+            channel.send(function.define())
+        sequence = self._next_sequence()
+        dependencies = None if task.dependencies is None else self.arguments.describe(task)
+        channel.send(m.Push(sequence, task.task_id, function.index, task.arguments, task.location, dependencies))
+        return sequence
+
+    def demand(self, lane: Lane, count: int) -> None:
+        """Tell the daemon how many more leases the lane wants."""
+        if not self.process.dead:
+            self.process.daemon.send(m.Demand(lane.key, lane.shape, count, lane.placement))
+
+    def return_lease(self, lease: Lease) -> None:
+        """Give a lease back; the connection stays for the next time."""
+        self.leases.pop(lease.worker, None)
+        lease.channel.context.lease = None
+        self.process.daemon.send(m.ReturnLease(lease.lease_id))
+
+    def recall(self, lease: Lease, count: int) -> None:
+        """Ask for tasks that have not started."""
+        lease.channel.send(m.Recall(count))
+
+    def _tick(self, now: float) -> float | None:
+        wanted = now < self._wanted_until
+        if wanted or now >= self._next_look:
+            self._next_look = now + IDLE_LEASE_S
+            self._return_idle(0.0 if wanted else IDLE_LEASE_S, now)
+        return self._next_look if self.leases else None
+
+    def _on_reclaim(self, channel: Channel, message: m.Reclaim) -> None:
+        # Also what becomes idle a little later: the daemon asks once, and whoever waits goes on waiting.
+        now = time.monotonic()
+        self._wanted_until = now + IDLE_LEASE_S
+        self._return_idle(0.0, now)
+
+    def _return_idle(self, max_idle_s: float, now: float) -> None:
+        for lane in self.lanes.values():
+            lane.return_idle(now, max_idle_s)
+
+    # -- outcomes ------------------------------------------------------------------------------------------------
+
+    def _on_batch(self, channel: Channel, batch: list[Any]) -> None:
+        """Handle a frame; the plain replies, which are nearly all messages of a busy owner, without a call each."""
+        process = self.process
+        handlers = process.handlers
+        entries = process.table.entries
+        state: PeerState | None = channel.context
+        inflight = self._inflight(state)
+        lease = state.lease if state is not None else None
+        replies = 0
+        for message in batch:
+            if type(message) is not m.Reply:
+                handlers[type(message)](channel, message)
+                if type(message) is m.ReplyMany:
+                    replies += 1
+                continue
+            task = inflight.pop(message.sequence, None)
+            if task is None:
+                continue
+            replies += 1
+            entry = entries.get(task.task_id + FIRST_RETURN)
+            if (
+                message.contained is None
+                and entry is not None
+                and not message.kind
+                and entry.waiters is None
+                and entry.subscribers is None
+                and entry.state == PENDING
+                and entry.handles
+            ):
+                entry.state = INLINE
+                entry.value = message.data
+                entry.task = None
+            elif self._finish(channel, task, message):
+                continue
+            if task.pinned is not None:
+                self.arguments.unpin(task)
+        if replies and state is not None:
+            if lease is not None:
+                lease.lane.replied(lease, replies, time.monotonic())
+            elif state.on_batch is not None:
+                state.on_batch(replies)
+
+    def _inflight(self, state: PeerState | None) -> dict[int, Task]:
+        if state is None:
+            return {}
+        return state.lease.inflight if state.lease is not None else state.inflight
+
+    def _finish(self, channel: Channel, task: Task, reply: m.Reply) -> bool:
+        """Record an outcome that is not a plain value; return True if the task runs again instead."""
+        if reply.kind == FAILED and self._retry(channel, task, reply.data):
+            return True
+        if reply.kind == m.ARGUMENT_LOST:
+            return self.recovery.argument_lost(channel, task)
+        if task.num_returns == m.STREAMING:
+            self.streams.finish(task, reply.kind, reply.data, self._receive(channel, reply.contained))
+        else:
+            self._fulfil(channel, task, 0, reply)
+            if reply.kind == LOCATED or task.task_id in self.recovery.running:
+                self.recovery.ended(task)
+        return False
+
+    def _receive(self, channel: Channel, contained: m.Contained | None) -> list[bytes]:
+        """Hold the refs inside a result."""
+        if contained is None:
+            return []
+        return self.process.table.receive_contained(contained.refs, channel.peer_id, contained.token)
+
+    def _fulfil(self, channel: Channel, task: Task, index: int, result: m.Result | m.Reply) -> None:
+        contained = self._receive(channel, result.contained)
+        value = result.location if result.kind == LOCATED else result.data
+        self.process.table.fulfil(object_id(task.task_id, index), result.kind, value, contained)
+
+    def _on_reply_many(self, channel: Channel, message: m.ReplyMany) -> None:
+        task = self._inflight(channel.context).pop(message.sequence, None)
+        if task is None:
+            return
+        if (
+            message.results
+            and message.results[0].kind == FAILED
+            and self._retry(channel, task, message.results[0].data)
+        ):
+            return
+        for index, result in enumerate(message.results):
+            self._fulfil(channel, task, index, result)
+        if task.task_id in self.recovery.running or any(result.kind == LOCATED for result in message.results):
+            self.recovery.ended(task)
+        self.arguments.unpin(task)
+
+    def _on_item(self, channel: Channel, item: m.Item) -> None:
+        task = self._inflight(channel.context).get(item.sequence)
+        if task is None:
+            return
+        report = None
+        if task.function.backpressure:
+            report = lambda count: self.process.locked(channel.send, m.Consumed(item.sequence, count))  # noqa: E731
+        self.streams.on_item(task, item, self._receive(channel, item.contained), report)
+
+    def _retry(self, channel: Channel, task: Task, data: bytes) -> bool:
+        """Run a task again whose exception is one that its caller wants retried."""
+        retry_on = task.function.retry_on
+        if not retry_on or not task.retries_left or task.cancelled:
+            return False
+        error = deserialize(data, "the error", None)
+        if not isinstance(error, TaskError):
+            return False
+        if isinstance(retry_on, tuple) and not isinstance(error.cause, retry_on) and not isinstance(error, retry_on):
+            return False
+        self.use_retry(task)
+        self.tasks_retried += 1
+        if task.lane is not None:
+            task.lane.requeue([task], time.monotonic())
+        elif channel.context.retry is not None:
+            channel.context.retry(task)
+        return True
+
+    def use_retry(self, task: Task) -> None:
+        """The task runs once more."""
+        if task.retries_left > 0:
+            task.retries_left -= 1
+            task.retries_used += 1
+        self.recovery.starts_afresh(task)
+
+    def fail(self, task: Task, error: bytes) -> None:
+        """The task ends with an error instead of a value; the caller holds the lock."""
+        if task.num_returns == m.STREAMING:
+            self.streams.finish(task, FAILED, error)
+        for index in range(task.num_returns):
+            self.process.table.fulfil(object_id(task.task_id, index), FAILED, error)
+        if task.task_id in self.recovery.running:
+            self.recovery.ended(task)
+        self.arguments.unpin(task)
+
+    def fail_with(self, task: Task, error: Exception) -> None:
+        """Like `fail`, with an exception."""
+        self.fail(task, serialize_error(error))
+
+    # -- leases --------------------------------------------------------------------------------------------------
+
+    def _on_grant(self, channel: Channel, message: m.Grant) -> None:
+        process = self.process
+        lane = self._lanes_by_key[message.key]
+        worker = process.channel_to(message.worker)
+        if worker is None:
+            process.daemon.send(m.ReturnLease(message.lease_id))
+            lane.grant_failed()
+            return
+        if worker.context is None:
+            worker.context = PeerState()
+        lease = Lease(message.lease_id, message.worker, lane, worker)
+        worker.context.lease = lease
+        self.leases[message.worker] = lease
+        lane.granted(lease, time.monotonic())
+
+    def _on_infeasible(self, channel: Channel, message: m.Infeasible) -> None:
+        lane = self._lanes_by_key[message.key]
+        lane.demanded = 0
+        while lane.ready:
+            self.fail_with(lane.ready.popleft(), TaskUnschedulableError(message.reason))
+
+    def _on_hand_back(self, channel: Channel, message: m.HandBack) -> None:
+        lease: Lease | None = channel.context.lease
+        if lease is not None:
+            tasks = [lease.inflight.pop(sequence) for sequence in message.sequences if sequence in lease.inflight]
+            lease.lane.handed_back(lease, tasks, message.blocked, time.monotonic())
+
+    def _on_unblocked(self, channel: Channel, message: m.Unblocked) -> None:
+        lease: Lease | None = channel.context.lease
+        if lease is not None:
+            lease.lane.unblocked(lease, time.monotonic())
+
+    def _on_process_died(self, process_id: bytes, reason: str) -> None:
+        """A leased worker is gone: what it was running is retried, what only waited there is pushed elsewhere."""
+        lease = self.leases.pop(process_id, None)
+        if lease is None:
+            return
+        requeue = []
+        for position, task in enumerate(lease.lane.lost(lease)):
+            if position == 0:
+                self.cut_short(process_id, task)
+            if task.cancelled:
+                self.fail_with(task, TaskCancelledError(f"{task.function.name}() was cancelled"))
+                continue
+            if position == 0:  # tasks run in order: only the oldest can have started without a reply
+                if not task.retries_left:
+                    self._crashed(task, reason)
+                    continue
+                self.use_retry(task)
+                self.tasks_retried += 1
+            requeue.append(task)
+        lease.lane.requeue(requeue, time.monotonic())
+
+    def cut_short(self, worker: bytes, task: Task) -> None:
+        """A worker died that may have been running a task; comes before the task ends or runs again."""
+        # Of the items of a stream those that have arrived are located, and one may have been on its way.
+        first = self.streams.produced(task.task_id) if task.num_returns == m.STREAMING else 0
+        last = first + 1 if task.num_returns == m.STREAMING else task.num_returns
+        self.recovery.forget_stored(worker, (object_id(task.task_id, index) for index in range(first, last)))
+
+    def _crashed(self, task: Task, reason: str) -> None:
+        self.fail_with(
+            task,
+            WorkerCrashedError(
+                f"the worker process that ran {task.function.name}() died ({reason}) and the task has no retries left; "
+                "raise max_retries if it is safe to run it again, and look at the worker's output for the cause"
+            ),
+        )

@@ -1,0 +1,344 @@
+"""Lineage: a core that knows from which tasks stored objects can be made again, and what has to be kept for that.
+
+Theory of operation. A task with a stored output leaves a `Record`: the task itself and its *holds*, the objects among its
+arguments. A hold keeps the entry of an object in the table, and its value only where it must: what can be made again itself
+is freed when nothing else needs it, and its entry stays in the state FREED until it is needed for making something else.
+
+    LOCATED --nothing but lineage holds it, and it can be made again--> FREED
+    LOCATED --lost, can be made again--> PENDING     FREED --needed--> PENDING     (effect `Recompute`)
+    LOCATED --lost, cannot be made again--> FAILED   PENDING --the task ends--> whatever came of it
+
+A record goes with the last of its outputs, and its holds with it, so that nothing is kept for an object that nobody can reach.
+
+*It always ends.* At most one execution of a task is under way. Each one that lineage asks for uses up one of `left`, which
+began as the task's `max_retries`; when none is left, the object fails with an error that says so.
+
+*It is bounded.* `bytes` counts what lineage alone keeps: arguments, and values that nothing else holds. Above the limit the
+oldest records are emptied; a loss then is an error that says that the lineage was dropped for its size.
+
+*What cannot be made again*: what no task made (`put`), what was made by a task that must not run twice, and values that
+contain refs to objects which a process that still lives made in that task: a second execution would make other objects under
+the same ids. Such an output leaves a record too, which only says why (`refused`).
+
+A loss can be heard of before the reply that tells of the value: it waits in `_early` until then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import msgspec
+
+from afield.runtime.cores.objects import FAILED, FREED, INLINE, LOCATED, PENDING, Entry, FreeStored, Recompute
+from afield.runtime.cores.ownership import OwnershipTable
+
+#: Why an object is not made again, where the record does not say it.
+NO_TASK = "no task"
+DROPPED = "dropped for its size"
+USED_UP = "used up"
+CONTAINS_OTHERS = "contains others"
+_NOT, _ASKED, _STARTED = 0, 1, 2
+#: What a record takes by itself, in bytes, with its task and the entries of its outputs.
+RECORD_BYTES = 1024
+
+
+class Loss(msgspec.Struct, frozen=True):
+    """What happened to a value: the `cause` in words, and `kind` "device" if it went with a device."""
+
+    cause: str
+    kind: str = ""
+
+
+class Record(msgspec.Struct, eq=False):
+    """A task that can run again, or why it cannot (`refused`)."""
+
+    task: Any
+    outputs: set[bytes]  # those that are stored, or would be if they were made again
+    holds: list[bytes]
+    number: int  # grows with time
+    size: int  # bytes
+    left: int  # how often it may run again; -1: any number of times
+    freeable: bool  # whether its outputs may be freed in the trust that it can run again
+    refused: str = ""
+    running: int = 0  # _NOT, _ASKED (the effect waits) or _STARTED
+
+
+#: Serialises the error of an object that is lost: (object, its record if there is one, why it is not made again, the loss).
+Explain = Callable[[bytes, Record | None, str, Loss], bytes]
+
+
+class Lineage:
+    """What one process's stored objects were made from.
+
+    Args:
+        table: the process's objects. It asks here before it forgets one that is in `table.lineage_knows`.
+        limit_bytes: how much may be kept for the sake of lineage alone.
+        explain: makes errors.
+    """
+
+    def __init__(self, table: OwnershipTable, limit_bytes: int, explain: Explain) -> None:
+        self.table = table
+        self.limit_bytes = limit_bytes
+        self.bytes = 0
+        self.held: dict[bytes, int] = {}
+        self._explain = explain
+        self._known = table.lineage_knows
+        self._records: dict[bytes, Record] = {}  # output -> what it was made from
+        self._count = 0
+        self._by_age: dict[int, Record] = {}  # the records that can run again, oldest first
+        self._kept: dict[bytes, int] = {}  # held by lineage alone -> bytes of its value
+        self._remains: set[bytes] = set()  # lost, and not freed: the store has what is left of them
+        self._early: dict[bytes, Loss] = {}
+        self._doomed: list[Record] = []
+        self._dropping = False
+        table.lineage = self
+
+    # -- tasks ---------------------------------------------------------------------------------------------------
+
+    def keep(
+        self,
+        task: Any,
+        outputs: Iterable[bytes],
+        holds: Sequence[bytes] = (),
+        *,
+        size: int = 0,
+        left: int = 0,
+        freeable: bool = True,
+        refused: str = "",
+    ) -> None:
+        """A task has ended, its outcome is in the table and its arguments are still pinned: keep what made its outputs.
+
+        Args:
+            task: comes back in a `Recompute` effect.
+            outputs: all of them; those that are stored count.
+            holds: the objects among its arguments.
+            size: bytes that the task itself keeps.
+            left: how often it may run again; -1 for any number of times.
+            freeable: see `Record`.
+            refused: why it must not run again, if that is so.
+        """
+        stored = {output for output in outputs if self._is_stored(output)}
+        if not stored:
+            return
+        if refused:
+            record = Record(task, stored, [], 0, 0, 0, False, refused)
+        else:
+            self._count += 1
+            record = Record(task, stored, list(holds), self._count, RECORD_BYTES + size, left, freeable)
+            for held in record.holds:
+                self._known.add(held)
+                self.held[held] = self.held.get(held, 0) + 1
+            self._by_age[record.number] = record
+            self.bytes += record.size
+        for output in stored:
+            self._known.add(output)
+            self._records[output] = record
+        self._hear_of_early_losses(stored)
+        self._keep_to_limit()
+
+    def started(self, record: Record) -> None:
+        """An execution that lineage asked for begins."""
+        record.running = _STARTED
+
+    def ended(self, record: Record, outputs: Iterable[bytes]) -> None:
+        """An execution that lineage asked for has ended, and its outcome is in the table."""
+        record.running = _NOT
+        for output in sorted(record.outputs):
+            if self.table.entries[output].state in (INLINE, FAILED):
+                self._forget_output(record, output)
+        stored = [output for output in outputs if self._is_stored(output)]
+        for output in stored:
+            if output not in self._records:  # it was not stored the last time
+                self._known.add(output)
+                self._records[output] = record
+                record.outputs.add(output)
+        if not record.outputs:
+            self._drop(record)
+        self._hear_of_early_losses(stored)
+
+    def records(self) -> list[Record]:
+        """Return the records of tasks that can run again, for tools."""
+        return list(self._by_age.values())
+
+    def clear(self) -> None:
+        """The process leaves its cluster: forget everything."""
+        for kept in (self._records, self._by_age, self._kept, self._early, self.held, self._known, self._remains):
+            kept.clear()
+
+    def _is_stored(self, object_id: bytes) -> bool:
+        entry = self.table.entries.get(object_id)
+        return entry is not None and entry.state == LOCATED and not entry.owner
+
+    # -- losses --------------------------------------------------------------------------------------------------
+
+    def lost(self, object_id: bytes, entry: Entry, cause: str, kind: str) -> None:
+        """The stored value of an object of ours is gone."""
+        self._lost(object_id, entry, Loss(cause, kind))
+
+    def _lost(self, object_id: bytes, entry: Entry, loss: Loss) -> None:
+        if entry.state == PENDING:  # the reply that tells of the value is still on its way
+            self._early[object_id] = loss
+            self._known.add(object_id)
+            entry.waiters = entry.waiters or []  # the quick path for replies leaves it to us then
+        elif entry.state == LOCATED:
+            self._known.add(object_id)
+            self._remains.add(object_id)
+            self.bytes -= self._kept.pop(object_id, 0)
+            self._make_again(object_id, entry, loss)
+
+    def revive(self, object_id: bytes, entry: Entry) -> None:
+        """A value that was freed is needed after all."""
+        self._make_again(object_id, entry, Loss("its value was freed because it could be made again"))
+
+    def not_yet(self, object_ids: Iterable[bytes]) -> None:
+        """The task that makes these objects starts afresh: what was lost before says nothing about what will come."""
+        if self._early:
+            for object_id in object_ids:
+                self._early.pop(object_id, None)
+
+    def _hear_of_early_losses(self, object_ids: Iterable[bytes]) -> None:
+        if self._early:
+            for object_id in sorted(object_ids):
+                loss = self._early.pop(object_id, None)
+                if loss is not None:
+                    self._lost(object_id, self.table.entries[object_id], loss)
+
+    def _make_again(self, object_id: bytes, entry: Entry, loss: Loss) -> None:
+        record = self._records.get(object_id)
+        why = self._why_not(record, entry)
+        if why or record is None:
+            error = self._explain(object_id, record, why, loss)
+            if record is not None:
+                self._forget_output(record, object_id)
+                if not record.outputs and not record.running:
+                    self._drop(record)
+            self.table.fail(object_id, entry, error)
+        elif entry.state == LOCATED and not (entry.handles or entry.pins or entry.borrowers):
+            entry.state, entry.value = FREED, None  # only lineage holds it: perhaps nobody will need it
+        else:
+            entry.state, entry.value, entry.task = PENDING, None, record.task
+            entry.waiters = entry.waiters or []  # the quick path for replies leaves it to us then
+            if record.running == _STARTED:
+                # What is under way may have stored it already, and that may be what is lost.
+                self._early[object_id] = loss
+            elif record.running == _NOT:
+                record.running = _ASKED
+                record.left -= 1 if record.left > 0 else 0
+                for held in record.holds:
+                    self.table.pin(held)
+                self.table.effects.append(Recompute(record))
+
+    def _why_not(self, record: Record | None, entry: Entry) -> str:
+        if record is None:
+            return NO_TASK
+        if record.refused:
+            return record.refused
+        if not record.left and not record.running:
+            return USED_UP
+        return "" if self._repeatable(record, entry) else CONTAINS_OTHERS
+
+    def _repeatable(self, record: Record, entry: Entry) -> bool:
+        """Tell whether a second execution would put the same refs into the value."""
+        for inner in entry.contained or ():
+            held = self.table.entries[inner]
+            if held.owner and inner not in record.holds and not self.table.is_dead(held.owner):
+                return False
+        return True
+
+    # -- what the table asks -------------------------------------------------------------------------------------
+
+    def retain(self, object_id: bytes, entry: Entry) -> bool:
+        """Nothing but lineage can hold the object any more: tell whether its entry stays, and free its value if it may."""
+        if object_id not in self.held:
+            return False
+        if entry.state in (PENDING, FREED):
+            return True
+        if entry.state == LOCATED and not entry.owner:
+            record = self._records.get(object_id)
+            if record is not None and record.freeable and not self._why_not(record, entry):
+                self._free(object_id, entry)
+                return True
+        if object_id not in self._kept:
+            self._kept[object_id] = size = len(entry.value) if isinstance(entry.value, bytes) else entry.value.size
+            self.bytes += size
+            self._keep_to_limit()
+        return True
+
+    def _free(self, object_id: bytes, entry: Entry) -> None:
+        self.table.effects.append(FreeStored(object_id))
+        self._remains.discard(object_id)
+        self.bytes -= self._kept.pop(object_id, 0)
+        entry.state, entry.value = FREED, None
+        contained, entry.contained = entry.contained, None
+        for inner in contained or ():
+            self.table.unpin(inner)
+
+    def unwanted(self, object_id: bytes, entry: Entry) -> bool:
+        """An execution has stored a value that is not waited for: tell whether to free it now, else that comes in the end."""
+        if entry.state == FREED:
+            self._remains.discard(object_id)
+            return True
+        if entry.state != LOCATED:  # somebody may still read what is left of an earlier value
+            self.may_be_stored(object_id)
+        return False
+
+    def may_be_stored(self, object_id: bytes) -> None:
+        """Something is, or may be, in the store for an object that is not located: it is freed in the end."""
+        self._known.add(object_id)
+        self._remains.add(object_id)
+
+    def has_remains(self, object_id: bytes) -> bool:
+        """Tell whether the store may have something of an object that is not located (any more)."""
+        return object_id in self._remains
+
+    def gone(self, object_id: bytes) -> None:
+        """The table has forgotten the object."""
+        self._known.discard(object_id)
+        self._remains.discard(object_id)
+        self._early.pop(object_id, None)
+        record = self._records.get(object_id)
+        if record is not None:
+            self._forget_output(record, object_id)
+            if not record.outputs and not record.running:
+                self._drop(record)
+
+    # -- letting go ----------------------------------------------------------------------------------------------
+
+    def _forget_output(self, record: Record, object_id: bytes) -> None:
+        record.outputs.discard(object_id)
+        del self._records[object_id]
+
+    def _keep_to_limit(self) -> None:
+        """Empty the oldest records until what is kept is within the limit."""
+        while self.bytes > self.limit_bytes and self._by_age:
+            record = next(iter(self._by_age.values()))
+            record.refused = DROPPED
+            self._drop(record)
+            for output in sorted(record.outputs):
+                entry = self.table.entries.get(output)
+                if entry is not None and entry.state == FREED:
+                    self.revive(output, entry)  # which says why it cannot be
+
+    def _drop(self, record: Record) -> None:
+        """Let go of what a record holds. What that frees may be the last output of another record, and so on."""
+        if self._by_age.pop(record.number, None) is None:
+            return
+        self.bytes -= record.size
+        self._doomed.append(record)
+        if self._dropping:
+            return  # the loop below is further up the stack
+        self._dropping = True
+        while self._doomed:
+            doomed = self._doomed.pop()
+            holds, doomed.holds = doomed.holds, []
+            for held in holds:
+                self._release(held)
+        self._dropping = False
+
+    def _release(self, object_id: bytes) -> None:
+        self.held[object_id] -= 1
+        if not self.held[object_id]:
+            del self.held[object_id]
+            self.bytes -= self._kept.pop(object_id, 0)
+            self.table.reconsider(object_id)

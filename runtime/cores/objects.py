@@ -1,0 +1,130 @@
+"""What the ownership table and lineage both speak of: entries and their states, obligations, and the effects they ask for.
+
+The states, and who leads from one to another:
+
+    PENDING  its value is still to come: a task makes it, or its owner will tell
+    INLINE   the value is here, as bytes
+    LOCATED  the value is in the store, at a `Location`
+    FAILED   there is an error instead
+    FREED    only lineage needs it: its value was freed and can be made again
+
+`PENDING` leads to any of the next three and `LOCATED` back to it when the value is lost; the rest is told in `lineage`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import msgspec
+
+from afield.runtime.wire.messages import FAILED, INLINE, LOCATED
+
+PENDING = 3
+FREED = 5
+NEW, SENT, KNOWN = 0, 1, 2  # registration of a borrowed entry with its owner
+
+__all__ = [
+    "FAILED",
+    "FREED",
+    "INLINE",
+    "KNOWN",
+    "LOCATED",
+    "NEW",
+    "PENDING",
+    "SENT",
+    "Entry",
+    "FreeStored",
+    "Keeper",
+    "LifeEnded",
+    "Obligation",
+    "Recompute",
+    "Send",
+    "Settled",
+]
+
+
+class Send(msgspec.Struct, frozen=True, gc=False):
+    """Effect: send `message` to process `to`."""
+
+    to: bytes
+    message: Any
+
+
+class FreeStored(msgspec.Struct, frozen=True, gc=False):
+    """Effect: free the stored value of an object that we own; `soon`: it is large, and its room may be waited for."""
+
+    object_id: bytes
+    soon: bool = False
+
+
+class LifeEnded(msgspec.Struct, frozen=True, gc=False):
+    """Effect: nothing holds the object that stands for an actor of ours any more."""
+
+    object_id: bytes
+
+
+class Recompute(msgspec.Struct, frozen=True, gc=False):
+    """Effect: run the task of a lineage record again, whose holds are pinned for it; then tell `Lineage.ended`."""
+
+    record: Any
+
+
+class Settled(msgspec.Struct, frozen=True, gc=False):
+    """Effect: all registrations that `token` waited for are acknowledged."""
+
+    token: Any
+
+
+class Entry(msgspec.Struct, eq=False, gc=False):
+    """What this process knows of one object. `owner` is empty if that is this process."""
+
+    owner: bytes = b""
+    state: int = PENDING
+    value: Any = None  # bytes (INLINE: the value, FAILED: the error) or a Location
+    handles: int = 0
+    pins: int = 0
+    registration: int = NEW
+    attempt: int = 0
+    task: Any = None  # the pending task that will produce it
+    contained: list[bytes] | None = None
+    borrowers: set[bytes] | None = None
+    subscribers: set[bytes] | None = None
+    waiters: list[Callable[[], None]] | None = None
+    subscribed: bool = False
+    life: bool = False  # stands for an actor: the actor ends with it
+    created_at: str = ""
+
+
+class Obligation:
+    """Something to be done once `remaining` registrations are acknowledged: unpin a container, or a `Settled` effect."""
+
+    __slots__ = ("container", "message", "remaining", "token")
+
+    def __init__(self, container: bytes = b"", message: Send | None = None, token: Any = None) -> None:
+        self.remaining = 0
+        self.container = container
+        self.message = message
+        self.token = token
+
+
+class Keeper(Protocol):
+    """What the table asks lineage about the objects that it knows."""
+
+    def retain(self, object_id: bytes, entry: Entry) -> bool:
+        """Nothing but lineage can hold the object any more: tell whether its entry stays."""
+
+    def has_remains(self, object_id: bytes) -> bool:
+        """Tell whether the store may have something of an object that is not located (any more)."""
+
+    def gone(self, object_id: bytes) -> None:
+        """The table has forgotten the object."""
+
+    def unwanted(self, object_id: bytes, entry: Entry) -> bool:
+        """A value was stored that is not waited for: tell whether to free it now."""
+
+    def lost(self, object_id: bytes, entry: Entry, cause: str, kind: str) -> None:
+        """The stored value of an object of ours is gone."""
+
+    def revive(self, object_id: bytes, entry: Entry) -> None:
+        """A value that was freed is needed after all."""

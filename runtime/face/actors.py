@@ -1,0 +1,174 @@
+"""`ActorClass`, what `@afield.remote` makes of a class, and the actors that have names."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from afield.errors import InvalidOptionError
+from afield.runtime.calls import participation
+from afield.runtime.calls.actor_calls import actor_ref_id
+from afield.runtime.calls.participant import Participant
+from afield.runtime.cores.dispatch import Task
+from afield.runtime.face.handles import OWN_HANDLE_OPTIONS, ActorHandle, check_group, describe_actor, methods_of
+from afield.runtime.face.options import ACTOR_OPTIONS, shape_of, validate
+from afield.runtime.face.runtime_context import get_runtime_context
+from afield.runtime.face.strategies import placement_of, settle
+from afield.runtime.process.context import calling_context
+from afield.runtime.process.facts import inherited_environment
+from afield.runtime.process.refs import ObjectRef
+from afield.runtime.process.serialization import serialize
+from afield.runtime.wire import messages as m
+
+
+class ActorClass:
+    """A class whose instances live in a worker of their own: `C.remote(...)` returns a handle at once."""
+
+    def __init__(self, cls: type, options: dict[str, Any]) -> None:
+        validate(options, ACTOR_OPTIONS, f"@remote on class {cls.__name__}")
+        self._set(cls, settle(options))
+
+    def _set(self, cls: type, options: dict[str, Any]) -> None:
+        self._cls = cls
+        self._options = options
+        self._shape = shape_of(options, default_cpus=0)
+        self._session: object = None
+        self._blob = b""
+        self.__doc__ = cls.__doc__
+        self.__name__ = cls.__name__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError(
+            f"the actor class {self.__name__} cannot be instantiated directly; use {self.__name__}.remote(...)"
+        )
+
+    def options(self, **options: Any) -> ActorClass:
+        """Return the same class with other options; see `afield.remote`."""
+        validate(options, ACTOR_OPTIONS, f"{self.__name__}.options()")
+        return ActorClass(self._cls, self._options | options)
+
+    def remote(self, *args: Any, **kwargs: Any) -> ActorHandle:
+        """Create an actor; return its handle without waiting for the constructor.
+
+        Raises:
+            TypeError: the arguments do not fit the constructor.
+            SerializationError: an argument or the class cannot be pickled.
+        """
+        participant = participation.participant or participation.ensure()
+        _check_signature(self._cls, args, kwargs, self.__name__)
+        self._check_options()
+        if self._session is not participant.key:
+            serialized = serialize(self._cls, f"the class {self.__name__}", stored=False)
+            for ref in serialized.refs:
+                participant.process.pin_for_ever(ref, f"captured by the class {self.__name__}")
+            self._blob, self._session = serialized.pack(), participant.key
+        process = participant.process
+        process.check_alive()
+        actor_id = calling_context().next_task_id()
+        description = self._describe(actor_id, process.process_id)
+        name = self._options.get("name")
+        if name:
+            taken = _reserve(participant, name, self._options, description)
+            if taken is not None:
+                return ActorHandle.from_description(taken)
+        restarts = self._options.get("max_restarts") or 0
+        task = Task(actor_id, None, b"", None, retries_left=restarts)
+        if args or kwargs:
+            participant.arguments.encode(task, args, kwargs, f"{self.__name__}.__init__")
+        detached = self._options.get("lifetime") == "detached"
+        options = {
+            "max_restarts": restarts,
+            "name": name or "",
+            "detached": detached,
+            "max_concurrency": self._options.get("max_concurrency") or 0,
+            "concurrency_groups": self._options.get("concurrency_groups") or {},
+            **{option: description[option] for option in OWN_HANDLE_OPTIONS},
+        }
+        placement = placement_of(self._options, inherited_environment())
+        spec = m.CreateActor(
+            actor_id, self.__name__, self._blob, dict(self._shape), b"", None, None, options, placement
+        )
+        participant.actors.create(spec, task, detached)
+        return ActorHandle(description, None if detached else ObjectRef(actor_ref_id(actor_id)))
+
+    def _describe(self, actor_id: bytes, creator: bytes) -> dict[str, Any]:
+        """Return what a handle must know, in a form that travels."""
+        own = {
+            "max_task_retries": self._options.get("max_task_retries") or 0,
+            "max_pending_calls": max(0, self._options.get("max_pending_calls") or 0),
+            "groups": list(self._options.get("concurrency_groups") or {}),
+        }
+        owner = b"" if self._options.get("lifetime") == "detached" else creator
+        return describe_actor(actor_id, self.__name__, self._cls, own, owner)
+
+    def _check_options(self) -> None:
+        """What can be told only of all options together, once they are all there."""
+        if self._options.get("get_if_exists") and not self._options.get("name"):
+            raise InvalidOptionError(f"{self.__name__}: get_if_exists=True needs a name")
+        groups = self._options.get("concurrency_groups") or {}
+        for name, known in methods_of(self._cls).items():
+            check_group(known.get("group"), groups, f"{self.__name__}.{name}()")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _empty_actor_class, (), (self._cls, self._options)
+
+    def __setstate__(self, state: tuple[type, dict[str, Any]]) -> None:
+        self._set(*state)
+
+    def __repr__(self) -> str:
+        return f"ActorClass({self.__name__})"
+
+
+def _empty_actor_class() -> ActorClass:
+    return ActorClass.__new__(ActorClass)
+
+
+def _check_signature(cls: type, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> None:
+    try:
+        signature = inspect.signature(cls)
+    except (ValueError, TypeError):
+        return
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(f"{name}.remote(): {error}") from None
+
+
+def _reserve(
+    participant: Participant, name: str, options: dict[str, Any], description: dict[str, Any]
+) -> dict[str, Any] | None:
+    """Take a name for an actor; return the description of the one that has it already, if that is allowed."""
+    namespace = options.get("namespace")
+    argument = {"namespace": namespace, "name": name, "description": description}
+    taken: dict[str, Any] | None = participant.process.request(lambda n: m.Query(n, "reserve_actor_name", argument))
+    if taken is not None and not options.get("get_if_exists"):
+        raise ValueError(
+            f"an actor named {name!r} exists already; use another name, get_actor({name!r}), or get_if_exists=True"
+        )
+    return taken
+
+
+def get_actor(name: str, namespace: str | None = None) -> ActorHandle:
+    """Return a handle to the living actor with this name.
+
+    Raises:
+        ValueError: there is none in the namespace (the session's by default).
+    """
+    participant = participation.participant or participation.ensure()
+    argument = {"namespace": namespace, "name": name}
+    description = participant.process.request(lambda n: m.Query(n, "find_actor", argument))
+    if description is None:
+        raise ValueError(
+            f"there is no living actor named {name!r}"
+            + (f" in namespace {namespace!r}" if namespace else "")
+            + "; it was not created with this name, has ended, or lives in another namespace"
+        )
+    return ActorHandle.from_description(description)
+
+
+def list_named_actors(all_namespaces: bool = False) -> list[str] | list[dict[str, str]]:
+    """Return the names of the living actors that have one, or for all namespaces dicts of `namespace` and `name`."""
+    participant = participation.participant or participation.ensure()
+    namespace = None if all_namespaces else get_runtime_context().namespace
+    named: list[dict[str, str]] = participant.process.request(lambda n: m.Query(n, "actor_names", namespace))
+    return named if all_namespaces else [each["name"] for each in named]

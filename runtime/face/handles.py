@@ -1,0 +1,193 @@
+"""Handles to actors: `ActorHandle` and its methods, what must be known of an actor to make one, and `@method`."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Collection
+from typing import Any
+
+from afield.errors import InvalidOptionError, NotInitializedError
+from afield.runtime.calls import participation
+from afield.runtime.calls.actor_calls import actor_ref_id
+from afield.runtime.calls.submission import Function, RetryOn
+from afield.runtime.face.options import METHOD_OPTIONS, retry_on, returns_of, validate
+from afield.runtime.face.parameters import Parameters, describe
+from afield.runtime.process.refs import ObjectRef, rebuild_ref
+from afield.runtime.process.serialization import deserialize, serialize
+
+_METHOD_OPTIONS_ATTRIBUTE = "__afield_method_options__"
+_METHOD_FIELDS = {
+    "group": "concurrency_group",
+    "backpressure": "_generator_backpressure_num_objects",
+    "retries": "max_task_retries",
+}
+#: Options of an actor that each handle to it must know.
+OWN_HANDLE_OPTIONS = ("max_task_retries", "max_pending_calls", "groups")
+#: Methods that every actor has: ready when the constructor is done; ends the actor after the calls before it.
+SPECIAL_METHODS = ("__afield_ready__", "__afield_terminate__")
+SPECIAL_METHODS_BY_ALIAS = {"__ray_ready__": "__afield_ready__", "__ray_terminate__": "__afield_terminate__"}
+
+
+def method(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Set options of one actor method, for example ``@afield.method(num_returns=2)``."""
+    validate(options, METHOD_OPTIONS, "@method")
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        setattr(function, _METHOD_OPTIONS_ATTRIBUTE, options)
+        return function
+
+    return decorate
+
+
+def check_group(group: str | None, groups: Collection[str], what: str) -> None:
+    if group and group not in groups:
+        declared = ", ".join(map(repr, groups)) or "none"
+        raise InvalidOptionError(
+            f"{what}: there is no concurrency group {group!r}; concurrency_groups declares {declared}"
+        )
+
+
+def describe_actor(
+    actor_id: bytes, class_name: str, cls: type, options: dict[str, Any], owner: bytes
+) -> dict[str, Any]:
+    """Return what a handle must know of an actor, in a form that travels; `options` are the `OWN_HANDLE_OPTIONS`."""
+    described = {"actor_id": actor_id, "class_name": class_name, "methods": methods_of(cls), "owner": owner}
+    return described | {option: options[option] for option in OWN_HANDLE_OPTIONS}
+
+
+def methods_of(cls: type) -> dict[str, dict[str, Any]]:
+    """Return what is to be known of each method of an actor class: parameters, returns, group, back-pressure, retries."""
+    methods: dict[str, dict[str, Any]] = {name: {"num_returns": 1} for name in SPECIAL_METHODS}
+    for name in dir(cls):
+        if name.startswith("__") and any(name in vars(kind) for kind in ActorHandle.__mro__):
+            continue  # what every object has: it means the handle
+        member = inspect.getattr_static(cls, name)
+        bound = not isinstance(member, staticmethod)
+        if isinstance(member, (staticmethod, classmethod)):
+            member = member.__func__
+        if callable(member):
+            options = getattr(member, _METHOD_OPTIONS_ATTRIBUTE, {})
+            methods[name] = {
+                "num_returns": returns_of(options, member),
+                "group": options.get("concurrency_group") or "",
+                "backpressure": options.get("_generator_backpressure_num_objects") or 0,
+                "retries": options.get("max_task_retries"),
+                "retry_on": _pack_types(retry_on(options)),
+                "parameters": describe(member, bound=bound) if inspect.isfunction(member) else None,
+            }
+    return methods
+
+
+def _pack_types(retry: RetryOn) -> bool | bytes:
+    """The actor directory keeps descriptions and knows no classes of the user."""
+    return retry if isinstance(retry, bool) else serialize(retry, "retry_exceptions", stored=False).pack()
+
+
+def _unpack_types(packed: bool | bytes) -> RetryOn:
+    retry: RetryOn = packed if isinstance(packed, bool) else deserialize(packed, "retry_exceptions", None)
+    return retry
+
+
+class ActorHandle:
+    """Names an actor; `handle.method.remote(...)` calls it. Can be passed to tasks and other actors.
+
+    The actor ends when all handles to it are gone, unless it is detached.
+    """
+
+    def __init__(self, description: dict[str, Any], life: ObjectRef | None) -> None:
+        self._description = description
+        self._actor_id: bytes = description["actor_id"]
+        self._class_name: str = description["class_name"]
+        self._life = life
+
+    @classmethod
+    def from_description(cls, description: dict[str, Any]) -> ActorHandle:
+        """Make a handle of what the actor directory told."""
+        owner = description["owner"]
+        return cls(description, rebuild_ref(actor_ref_id(description["actor_id"]), owner) if owner else None)
+
+    def __getattr__(self, name: str) -> ActorMethod:
+        methods = self.__dict__["_description"]["methods"]
+        known = methods.get(SPECIAL_METHODS_BY_ALIAS.get(name, name))
+        if known is None:
+            if name.startswith("__"):
+                raise AttributeError(name)
+            near = difflib.get_close_matches(name, [n for n in methods if not n.startswith("__")], 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise AttributeError(f"the actor {self._class_name} has no method {name!r}{hint}")
+        bound = ActorMethod(self, SPECIAL_METHODS_BY_ALIAS.get(name, name), known)
+        # Found directly from now on: a call in a loop does not come here again.
+        self.__dict__[name] = bound
+        return bound
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ActorHandle, (self._description, self._life)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ActorHandle) and self._actor_id == other._actor_id
+
+    def __hash__(self) -> int:
+        return hash(self._actor_id)
+
+    def __repr__(self) -> str:
+        return f"ActorHandle({self._class_name}, {self._actor_id.hex()})"
+
+
+class ActorMethod:
+    """A method of an actor; call it with `.remote(...)`."""
+
+    def __init__(self, handle: ActorHandle, name: str, known: dict[str, Any]) -> None:
+        description = handle._description
+        retries = known.get("retries")
+        self._known = known
+        self._actor_id = handle._actor_id
+        self._owner_name = handle._class_name
+        self._name = name
+        self._retries: int = description["max_task_retries"] if retries is None else retries
+        self._max_pending: int = description["max_pending_calls"]
+        self._parameters = Parameters(known.get("parameters"), f"{handle._class_name}.{name}")
+        self._function = Function(
+            name,
+            b"",
+            known["num_returns"],
+            backpressure=known.get("backpressure") or 0,
+            group=known.get("group") or "",
+            retry_on=_unpack_types(known.get("retry_on") or False),
+        )
+        #: A reference to the object of the actor's life, not to the handle, which would be a cycle.
+        self._life = handle._life
+        self._handle_description = description
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError(
+            f"the actor method {self._owner_name}.{self._name}() cannot be called directly; "
+            f"use .{self._name}.remote(...)"
+        )
+
+    def options(self, **options: Any) -> ActorMethod:
+        """Return the method with other options; see `afield.method`."""
+        validate(options, METHOD_OPTIONS, f"{self._owner_name}.{self._name}.options()")
+        known = dict(self._known)
+        check_group(options.get("concurrency_group"), self._handle_description["groups"], f"{self._name}.options()")
+        if options.get("num_returns") is not None:
+            known["num_returns"] = returns_of(options, self.options)
+        for name, option in _METHOD_FIELDS.items():
+            if options.get(option) is not None:
+                known[name] = options[option]
+        if options.get("retry_exceptions") is not None:
+            known["retry_on"] = _pack_types(retry_on(options))
+        return ActorMethod(ActorHandle(self._handle_description, self._life), self._name, known)
+
+    def remote(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the method; return its outcome's `ObjectRef` without waiting (see `RemoteFunction.remote`).
+
+        Raises:
+            TypeError: the arguments do not fit the method.
+            PendingCallsLimitExceededError: `max_pending_calls` of the actor are reached.
+        """
+        self._parameters.check(args, kwargs)
+        participant = participation.participant
+        if participant is None:
+            raise NotInitializedError(f"the actor {self._owner_name} belongs to a runtime that was shut down")
+        return participant.actors.submit(self._actor_id, self._function, args, kwargs, self._retries, self._max_pending)

@@ -1,0 +1,220 @@
+"""The beginning and the end of a runtime as its driver sees them: `init`, the automatic start, `shutdown`, and forks."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from afield.errors import AlreadyInitializedError, NotInitializedError
+from afield.runtime.calls import participation
+from afield.runtime.calls.participant import Participant
+from afield.runtime.face.printing import Printer
+from afield.runtime.process.facts import Facts, install
+from afield.runtime.process.process import Process
+from afield.runtime.session.bootstrap import Session, SessionOptions
+from afield.runtime.session.init_options import session_options
+from afield.runtime.tools.memory import answer_questions
+from afield.runtime.values import accelerators
+from afield.runtime.wire import messages as m
+from afield.transport.pump import Waiter
+from afield.units import format_bytes
+
+#: How long `shutdown` waits for whoever reads our output to take the last lines of the workers.
+LAST_LINES_S = 2.0
+
+_session: Session | None = None
+_printer: Printer | None = None
+_restore_sigint: Callable[[], None] = lambda: None  # noqa: E731
+#: Why a first use must not start the runtime by itself, once it must not.
+_no_auto_init = ""
+#: Held while a runtime starts, so that the first uses of several threads start one.
+_starting = threading.RLock()
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterInfo:
+    """What `init` started; as a context manager it ends it."""
+
+    session: str
+    num_cpus: float
+    devices: list[str]
+    host_memory: int
+
+    def __enter__(self) -> ClusterInfo:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        shutdown()
+
+    def __str__(self) -> str:
+        devices = ", ".join(self.devices) or "no devices"
+        return f"afield session {self.session}: {self.num_cpus:g} CPUs, {devices}, host store {format_bytes(self.host_memory)}"
+
+
+def init(
+    address: str | None = None,
+    *,
+    num_cpus: float | None = None,
+    num_gpus: float | None = None,
+    devices: str | int | None = None,
+    resources: dict[str, float] | None = None,
+    host_memory: int | str | None = None,
+    spill_dir: str | None = None,
+    namespace: str | None = None,
+    runtime_env: Mapping[str, Any] | None = None,
+    ignore_reinit_error: bool = False,
+    log_to_driver: bool = True,
+    **others: Any,
+) -> ClusterInfo:
+    """Start a runtime on this machine and connect to it as its driver.
+
+    Args:
+        address: None or "local" starts a runtime of our own.
+        num_cpus: CPUs to schedule on; the machine's by default.
+        num_gpus: checked against the devices that there are.
+        devices: "emulated:2", "emulated:2:16GiB" (memory of each), "cuda", "cuda:2", "none"; AFIELD_DEVICES by default.
+        resources: custom resources, name to amount.
+        host_memory: capacity of the host store, in bytes or as text ("6GiB"); 30 % of the machine's by default.
+        spill_dir: where the session keeps its files and spilled values; the system's temporary directory by default.
+        namespace: names of actors are looked up in it.
+        runtime_env: what tasks and actors run in unless they say otherwise: `env_vars`, `working_dir`, `py_modules`.
+        ignore_reinit_error: return quietly if the runtime is running already.
+        log_to_driver: show what workers print.
+        others: `object_store_memory` for `host_memory` and `_temp_dir` for `spill_dir`; other arguments of Ray's `init` are
+            accepted where they ask for nothing that is missing here, such as `include_dashboard=False`.
+
+    Raises:
+        AlreadyInitializedError: the runtime is running.
+        InvalidOptionError: an argument is not valid.
+        NoDeviceError: `num_gpus` exceeds the devices.
+    """
+    with _starting:
+        if participation.participant is not None:
+            if ignore_reinit_error and _session is not None:
+                return _info(_session)
+            raise AlreadyInitializedError(
+                "afield is already initialised; call afield.shutdown() first, or pass ignore_reinit_error=True"
+            )
+        return _start(
+            session_options(
+                others,
+                address=address,
+                num_cpus=num_cpus,
+                num_gpus=num_gpus,
+                devices=devices,
+                resources=resources,
+                host_memory=host_memory,
+                spill_dir=spill_dir,
+                namespace=namespace,
+                log_to_driver=log_to_driver,
+                runtime_env=runtime_env,
+            )
+        )
+
+
+def _start(options: SessionOptions) -> ClusterInfo:
+    global _session, _no_auto_init
+    session = Session(options)
+    _session, _no_auto_init = session, ""
+    install(Facts(session.name, session.node_id, options.namespace, options.environment))
+    devices = options.devices
+    accelerators.prepare([device.uuid for device in devices], devices[0].kind if devices else "")
+    _install_driver(session.participant)
+    return _info(session)
+
+
+def _info(session: Session) -> ClusterInfo:
+    options = session.options
+    return ClusterInfo(session.name, options.num_cpus, [device.name for device in options.devices], options.store_bytes)
+
+
+def _install_driver(participant: Participant) -> None:
+    global _printer, _restore_sigint
+    process = participant.process
+    _printer = Printer(
+        lambda size: _acknowledge(process, size),
+        fold=os.environ.get("AFIELD_FOLD_OUTPUT") != "0",
+        colour="NO_COLOR" not in os.environ,
+    )
+    post = _printer.post
+    process.handlers[m.Log] = lambda channel, message: post(message)
+    process.expecting = participant.expecting
+    answer_questions(participant)
+    participation.install(participant)
+    _restore_sigint = process.pump.install_sigint()
+
+
+def _acknowledge(process: Process, size: int) -> None:
+    if not process.dead:
+        process.locked(process.daemon.send, m.Printed(size))
+
+
+def auto_init() -> None:
+    """Initialise on first use, unless the user has ended the runtime."""
+    with _starting:
+        if _no_auto_init:
+            raise NotInitializedError(_no_auto_init)
+        if participation.participant is None:  # no other thread was faster
+            init()
+
+
+participation.starter = auto_init
+
+
+def shutdown() -> None:
+    """End the runtime: its processes, shared memory and sockets are gone when this returns. Does nothing without one."""
+    global _printer, _session, _restore_sigint, _no_auto_init
+    session, _session = _session, None  # only one thread ends it
+    participant = participation.participant
+    if session is None or participant is None:
+        return
+    process = participant.process
+    _no_auto_init = "afield was shut down; call afield.init() to start it again"
+    try:
+        if not process.dead:
+            ended = Waiter()
+            process.daemon.on_closed = lambda channel: ended.finish()
+            process.locked(process.daemon.send, m.Shutdown())
+            process.pump.wait_for(ended, 2.0)
+    finally:  # also if the user presses Ctrl-C once more
+        participation.install(None)
+        accelerators.prepare((), "")
+        participant.close()
+        session.end()
+    if _printer is not None:
+        _printer.close(LAST_LINES_S)
+        _printer = None
+    _restore_sigint()
+    _restore_sigint = lambda: None  # noqa: E731
+
+
+atexit.register(shutdown)
+
+
+def _after_fork_in_child() -> None:
+    """A forked copy of a driver is no participant: its sockets and threads belong to the parent."""
+    global _printer, _session, _no_auto_init, _starting
+    _starting = threading.RLock()
+    if participation.participant is not None:
+        # Copies of descriptors would keep the session alive after its driver's end.
+        participation.participant.abandon()
+        if _session is not None:
+            _session.abandon()
+        _session = _printer = None
+        _no_auto_init = (
+            "this process was forked from one that uses afield and has no part in its runtime: leave afield to the "
+            "parent, or call afield.init() here for a runtime of its own"
+        )
+        participation.install(None)
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def is_initialized() -> bool:
+    """Tell whether the runtime is running."""
+    return participation.participant is not None

@@ -1,0 +1,152 @@
+"""The options of `@remote` and `.options()`: which exist, what they accept, and what a wrong one is told."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from afield.errors import InvalidOptionError
+from afield.runtime.face.strategies import strategy_problem
+from afield.runtime.wire.messages import STREAMING
+from afield.scheduler.resources import ResourceSet
+
+Check = Callable[[Any], str]  # returns what was expected, or "" if the value is fine
+
+
+def _whole(minimum: int) -> Check:
+    def check(value: Any) -> str:
+        fine = isinstance(value, int) and not isinstance(value, bool) and value >= minimum
+        return "" if fine else f"a whole number, at least {minimum}"
+
+    return check
+
+
+def _kind(kind: type | tuple[type, ...], what: str) -> Check:
+    return lambda value: "" if isinstance(value, kind) else what
+
+
+def _num_returns(value: Any) -> str:
+    if value in ("streaming", "dynamic"):
+        return ""
+    return _whole(0)(value) and "a whole number, at least 0, or 'streaming'"
+
+
+def _retry_exceptions(value: Any) -> str:
+    if isinstance(value, bool):
+        return ""
+    kinds = isinstance(value, (list, tuple)) and all(
+        isinstance(kind, type) and issubclass(kind, BaseException) for kind in value
+    )
+    return "" if kinds else "True, False or a list of exception types"
+
+
+def _name(value: Any) -> str:
+    return "" if isinstance(value, str) and value else "a string that is not empty"
+
+
+def _groups(value: Any) -> str:
+    fine = isinstance(value, dict) and all(isinstance(k, str) and not _whole(1)(v) for k, v in value.items())
+    return "" if fine else "a dict of group names and their numbers of concurrent calls"
+
+
+def _one_of(*choices: str) -> Check:
+    return lambda value: "" if value in choices else " or ".join(repr(choice) for choice in choices)
+
+
+def _resource(value: Any) -> str:
+    return ""  # `ResourceSet.from_options` checks it, and names the option
+
+
+def _environment(value: Any) -> str:
+    return ""  # `strategies.settle` checks it, and names the key
+
+
+_COMMON: dict[str, Check] = {
+    "num_cpus": _resource,
+    "num_gpus": _resource,
+    "memory": _resource,
+    "gpu_memory": _resource,
+    "resources": _resource,
+    "name": _kind(str, "a string"),
+    "runtime_env": _environment,
+    "scheduling_strategy": strategy_problem,
+}
+TASK_OPTIONS: dict[str, Check] = _COMMON | {
+    "num_returns": _num_returns,
+    "max_retries": _whole(-1),
+    "retry_exceptions": _retry_exceptions,
+    "_generator_backpressure_num_objects": _whole(1),
+}
+ACTOR_OPTIONS: dict[str, Check] = _COMMON | {
+    "name": _name,
+    "max_restarts": _whole(-1),
+    "max_task_retries": _whole(-1),
+    "max_pending_calls": _whole(-1),
+    "max_concurrency": _whole(1),
+    "concurrency_groups": _groups,
+    "namespace": _kind(str, "a string"),
+    "lifetime": _one_of("detached", "non_detached"),
+    "get_if_exists": _kind(bool, "True or False"),
+}
+METHOD_OPTIONS: dict[str, Check] = {
+    "num_returns": _num_returns,
+    "name": _kind(str, "a string"),
+    "max_task_retries": _whole(-1),
+    "retry_exceptions": _retry_exceptions,
+    "concurrency_group": _kind(str, "a string"),
+    "_generator_backpressure_num_objects": _whole(1),
+}
+
+
+def validate(options: Mapping[str, Any], known: Mapping[str, Check], what: str) -> None:
+    """Raise `InvalidOptionError` for an option that is not known or has a wrong value; None stands for the default."""
+    for name, value in options.items():
+        check = known.get(name)
+        if check is None:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else "."
+            raise InvalidOptionError(f"{what} has no option {name!r}{hint} It takes: {', '.join(sorted(known))}")
+        expected = check(value) if value is not None else ""
+        if expected:
+            raise InvalidOptionError(f"{what}: {name}={value!r} is not valid; expected {expected}")
+
+
+def check_task(function: Callable[..., Any]) -> None:
+    """Raise `InvalidOptionError` for a function that can be no task."""
+    if inspect.iscoroutinefunction(function):
+        raise InvalidOptionError(
+            f"{function.__name__}() is `async def`, and tasks have no event loop: make it a method of an actor, or a plain "
+            "function that calls asyncio.run()"
+        )
+
+
+def shape_of(options: Mapping[str, Any], default_cpus: float) -> tuple[tuple[str, int], ...]:
+    """Return the resource shape as a hashable tuple of (name, units of 1e-4)."""
+    cpus = options.get("num_cpus")
+    return ResourceSet.from_options(
+        num_cpus=default_cpus if cpus is None else cpus,
+        num_gpus=options.get("num_gpus"),
+        memory=options.get("memory"),
+        resources=options.get("resources"),
+        gpu_memory=options.get("gpu_memory"),
+    ).key()
+
+
+def returns_of(options: Mapping[str, Any], function: Callable[..., Any]) -> int:
+    """Return the number of outputs that the options, or else the kind of function, mean."""
+    given = options.get("num_returns")
+    if given in ("streaming", "dynamic"):
+        return STREAMING
+    if given is not None:
+        number: int = given
+        return number
+    streams = inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function)
+    return STREAMING if streams else 1
+
+
+def retry_on(options: Mapping[str, Any]) -> bool | tuple[type[BaseException], ...]:
+    """Return which exceptions of the user's code are retried."""
+    given = options.get("retry_exceptions")
+    return bool(given) if given is None or isinstance(given, bool) else tuple(given)

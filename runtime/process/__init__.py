@@ -1,0 +1,1 @@
+"""One process: its channels, its lock, its table."""

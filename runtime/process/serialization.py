@@ -1,0 +1,372 @@
+"""Values to bytes and back: pickle protocol 5 with out-of-band buffers, cloudpickle where pickle does not suffice.
+
+Theory of operation. A serialised value has one of three forms, told apart by its first byte:
+
+    (empty)     None
+    0x80 ...    a pickle without out-of-band buffers (0x80 is pickle's own first opcode)
+    0x01 ...    a packed value: header, pickle, and buffers, each buffer 64-byte aligned relative to the start
+
+The packed form is the same inline and in the store, so writing an object is one pass into its extent and reading it maps
+the buffers in place. A buffer whose data was born in the store is not copied: its table entry names the part of the object
+that it is in instead.
+
+    header: u8 0x01, 3 zero bytes, u32 number of buffers, u64 length of the pickle
+    table:  per buffer u64 offset (highest bit set: in the part whose number the next 15 bits tell), u64 length
+
+Device arrays leave a mark in the pickle, and what they are made of in `Serialized.device` (`gpu_store.interop`). What is
+never stored (functions, classes, errors) carries a copy of them, which becomes a device array again where there is a device.
+
+Refs inside a value are found while it is pickled and unpickled: `ObjectRef.__reduce__` and its rebuilding function report to
+the `Collector` of the running thread. Pickled anywhere else, a ref has no carrier, and is pinned for its owner's life.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import struct
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import cloudpickle
+import numpy as np
+
+from afield.errors import DeserializationError, SerializationError
+from afield.gpu_store.interop import DevicePacker, adapter_of
+from afield.runtime.process import current
+
+ALIGNMENT = 64
+PACKED = 1
+IN_PART = 1 << 63
+_PART_SHIFT = 48
+_OFFSET_MASK = (1 << _PART_SHIFT) - 1
+_HEADER = struct.Struct("<B3xIQ")
+_PLACE = struct.Struct("<QQ")
+
+
+class Arg:
+    """Stands in the pickled arguments for top-level ref number `index`."""
+
+    __slots__ = ("index",)
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Arg, (self.index,)
+
+
+#: Types that plain pickle treats exactly as cloudpickle does, so the slower pickler is not needed.
+_PLAIN = frozenset([int, float, str, bytes, bool, type(None), complex, bytearray, Arg])
+_MAX_PLAIN_ITEMS = 128
+
+Buffers = list[pickle.PickleBuffer]
+
+
+class Collector(threading.local):
+    """What (de)serialisation on this thread reports to; None outside of the runtime's own (de)serialisation."""
+
+    #: Appended to by refs that are pickled.
+    refs: list[bytes] | None = None
+    #: Called by refs that are unpickled: (object id, owner).
+    on_ref: Callable[[bytes, bytes], None] | None = None
+
+
+collector = Collector()
+
+
+class Serialized:
+    """A pickled value: the pickle, its out-of-band buffers, the ids of the refs inside it, and its device arrays."""
+
+    __slots__ = ("buffers", "device", "pickled", "refs")
+
+    def __init__(
+        self, pickled: bytes, buffers: list[memoryview], refs: list[bytes], device: DevicePacker | None = None
+    ) -> None:
+        self.pickled = pickled
+        self.buffers = buffers
+        self.refs = refs
+        self.device = device
+
+    def fits(self, inline_bytes: int) -> bool:
+        """Tell whether the value can travel inside a message of that size."""
+        return self.device is None and self.size <= inline_bytes
+
+    @property
+    def size(self) -> int:
+        """Bytes that the value takes inline or in one extent."""
+        if not self.buffers:
+            return len(self.pickled)
+        size = _HEADER.size + _PLACE.size * len(self.buffers) + len(self.pickled)
+        for buffer in self.buffers:
+            size = aligned(size) + buffer.nbytes
+        return size
+
+    def pack(self) -> bytes:
+        """Return the inline form."""
+        if not self.buffers:
+            return self.pickled
+        out = bytearray(self.size)
+        self.write(memoryview(out))
+        return bytes(out)
+
+    def write(self, target: memoryview, born: Sequence[tuple[int, int] | None] | None = None) -> int:
+        """Write the packed form into `target` and return its length; `born[i]` is (part, offset) of a buffer that stays."""
+        count = len(self.buffers)
+        if not count:
+            target[: len(self.pickled)] = self.pickled
+            return len(self.pickled)
+        start = _HEADER.size + _PLACE.size * count
+        _HEADER.pack_into(target, 0, PACKED, count, len(self.pickled))
+        position = start + len(self.pickled)
+        target[start:position] = self.pickled
+        for index, buffer in enumerate(self.buffers):
+            place = born[index] if born else None
+            if place is not None:
+                where = IN_PART | place[0] << _PART_SHIFT | place[1]
+                _PLACE.pack_into(target, _HEADER.size + _PLACE.size * index, where, buffer.nbytes)
+                continue
+            position = aligned(position)
+            _PLACE.pack_into(target, _HEADER.size + _PLACE.size * index, position, buffer.nbytes)
+            copy_bytes(target[position : position + buffer.nbytes], buffer)
+            position += buffer.nbytes
+        return position
+
+
+def aligned(size: int) -> int:
+    """Round up to the alignment of buffers."""
+    return (size + ALIGNMENT - 1) & -ALIGNMENT
+
+
+def copy_bytes(target: memoryview, source: memoryview) -> None:
+    """Copy equally long buffers; large copies release the interpreter lock."""
+    if source.nbytes < 65536:
+        target[:] = source
+    else:
+        np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))
+
+
+def _room_after(value: Any, room: int) -> int:
+    """Return how many more plain items there may be after `value`; less than 0 if it is not plain or has too many.
+
+    So it also comes to an end with a list that contains itself.
+    """
+    kind = type(value)
+    if kind in _PLAIN:
+        return room - 1
+    if (kind is not tuple and kind is not list and kind is not dict) or len(value) > room:
+        return -1
+    if kind is dict:
+        value = [*value, *value.values()]
+    room -= 1
+    for item in value:
+        room = room - 1 if type(item) in _PLAIN else _room_after(item, room)
+        if room < 0:
+            return -1
+    return room
+
+
+def dumps_plain(value: Any) -> bytes | None:
+    """Return the pickle of a small value made of builtins, which contains no refs; None if it is not one."""
+    if value is None:
+        return b""
+    if type(value) in _PLAIN or _room_after(value, _MAX_PLAIN_ITEMS) >= 0:
+        return pickle.dumps(value, 5)
+    return None
+
+
+def serialize(value: Any, what: str, *, stored: bool = True) -> Serialized:
+    """Pickle any value; `what` names it in errors. One that cannot be `stored` carries copies of its device arrays.
+
+    Raises:
+        SerializationError: it cannot be pickled; names the attribute that is to blame.
+    """
+    buffers: Buffers = []
+    packer: DevicePacker | None = None
+    outer = collector.refs
+    refs: list[bytes] = []
+    collector.refs = refs
+    try:
+        if type(value) is np.ndarray and not value.dtype.hasobject:
+            pickled = pickle.dumps(value, 5, buffer_callback=buffers.append)
+        else:
+            packer = DevicePacker() if stored else None
+            if packer is not None and _is_of_arrays(value):
+                pickled = _pickle_arrays(value, buffers, packer)
+            else:
+                pickled = _pickle(value, buffers, packer)
+        raw = [buffer.raw() for buffer in buffers]
+    except Exception as error:
+        if packer is not None:
+            packer.close()
+        raise unpicklable(value, what, error) from error
+    finally:
+        collector.refs = outer
+    return Serialized(pickled, raw, refs, packer or None)
+
+
+class _Pickler(cloudpickle.CloudPickler):  # type: ignore[misc]
+    """Cloudpickle's pickler, with device arrays left to a packer."""
+
+    packer: DevicePacker | None
+
+    def reducer_override(self, obj: Any) -> Any:
+        adapter = adapter_of(type(obj))
+        if adapter is not None:
+            if self.packer is not None:
+                reduced = self.packer.reduce(obj)
+                if reduced is not None:
+                    return reduced
+            elif adapter.kind in _COPIED:
+                return array_here, (obj.get(),)
+        return super().reducer_override(obj)
+
+
+#: Adapters of arrays that `array_here` makes; those of other libraries are left to them where they are not stored.
+_COPIED = frozenset({"emulated", "cupy"})
+
+
+def array_here(host: np.ndarray[Any, Any]) -> Any:
+    """Return a copied array on this process's device, or as it is where there is none; named in pickles."""
+    return host if current.values is None else current.values.array_here(host)
+
+
+def _pickle(value: Any, buffers: Buffers, packer: DevicePacker | None) -> bytes:
+    """Return the pickle; what refers to the value's parts is gone with this frame, but for the buffers."""
+    out = io.BytesIO()
+    pickler = _Pickler(out, 5, buffers.append)
+    pickler.packer = packer
+    pickler.dump(value)
+    return out.getvalue()
+
+
+class _ArrayPickler(pickle.Pickler):
+    """Pickle's own pickler, which is made in a tenth of the time."""
+
+    packer: DevicePacker
+
+    def reducer_override(self, obj: Any) -> Any:
+        reduced = self.packer.reduce(obj)
+        return NotImplemented if reduced is None else reduced
+
+
+def _is_of_arrays(value: Any) -> bool:
+    """Tell whether a value is a device array, or a few of them with plain items in a container: no matter for cloudpickle."""
+    kind = type(value)
+    if (kind is tuple or kind is list or kind is dict) and len(value) <= _MAX_PLAIN_ITEMS:
+        items = value if kind is not dict else [*value, *value.values()]
+        return all(type(item) in _PLAIN or _is_array(type(item)) for item in items)
+    return _is_array(kind)
+
+
+def _is_array(kind: type) -> bool:
+    adapter = adapter_of(kind)
+    return adapter is not None and adapter.takes_all
+
+
+def _pickle_arrays(value: Any, buffers: Buffers, packer: DevicePacker) -> bytes:
+    """As `_pickle`, for what `_is_of_arrays` accepts."""
+    out = io.BytesIO()
+    pickler = _ArrayPickler(out, 5, buffer_callback=buffers.append)
+    pickler.packer = packer
+    pickler.dump(value)
+    return out.getvalue()
+
+
+def serialize_error(error: BaseException) -> bytes:
+    """Return the inline form of an error that stands for a value."""
+    return serialize(error, "the error", stored=False).pack()
+
+
+def deserialize(
+    data: bytes | memoryview,
+    what: str,
+    on_ref: Callable[[bytes, bytes], None] | None,
+    parts: Sequence[Any] = (),
+) -> Any:
+    """Rebuild a value from any of the three forms.
+
+    Args:
+        data: the serialised value; its buffers become read-only views of it, so it must stay unchanged while they live.
+        what: names the value in errors.
+        on_ref: called for each ref inside the value.
+        parts: the memory of the object's parts, of which the born buffers are memoryviews.
+
+    Raises:
+        DeserializationError: a class cannot be found here, or its code raised.
+    """
+    if not len(data):
+        return None
+    outer = collector.on_ref
+    collector.on_ref = on_ref
+    try:
+        if data[0] != PACKED:
+            return pickle.loads(data)
+        view = memoryview(data)
+        _, count, length = _HEADER.unpack_from(view, 0)
+        start = _HEADER.size + _PLACE.size * count
+        buffers = []
+        for index in range(count):
+            offset, size = _PLACE.unpack_from(view, _HEADER.size + _PLACE.size * index)
+            if offset & IN_PART:
+                start_in_part = offset & _OFFSET_MASK
+                buffers.append(parts[(offset ^ IN_PART) >> _PART_SHIFT][start_in_part : start_in_part + size])
+            else:
+                buffers.append(view[offset : offset + size])
+        return pickle.loads(view[start : start + length], buffers=buffers)
+    except Exception as error:
+        raise DeserializationError(
+            f"{what} cannot be rebuilt in this process: {type(error).__name__}: {error}. "
+            "Its classes must be importable here: install the module that defines them, or pass it with "
+            "runtime_env={'py_modules': [...]}."
+        ) from error
+    finally:
+        collector.on_ref = outer
+
+
+def unpicklable(value: Any, what: str, error: BaseException) -> SerializationError:
+    """Make the error that names the part of `value` that is to blame."""
+    if isinstance(error, SerializationError):
+        return error
+    path, culprit = _find_culprit(value, what, 0)
+    kind = type(culprit)
+    return SerializationError(
+        f"cannot pickle {what}: {path} is a {kind.__module__}.{kind.__qualname__} ({type(error).__name__}: {error}). "
+        "Create it inside the task, keep it in an actor, or give its class a __reduce__ method."
+    )
+
+
+def _can_pickle(value: Any) -> bool:
+    try:
+        cloudpickle.dumps(value, 5)
+    except Exception:
+        return False
+    return True
+
+
+def _find_culprit(value: Any, path: str, depth: int) -> tuple[str, Any]:
+    """Descend into what cannot be pickled until all parts of it can; return the path and the part."""
+    if depth > 8:
+        return path, value
+    for name, part in _parts(value):
+        if not _can_pickle(part):
+            return _find_culprit(part, path + name, depth + 1)
+    return path, value
+
+
+def _parts(value: Any) -> list[tuple[str, Any]]:
+    if isinstance(value, dict):
+        return [(f"[{key!r}]", item) for key, item in value.items()]
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [(f"[{index}]", item) for index, item in enumerate(value)]
+    parts = []
+    if callable(value) and hasattr(value, "__closure__"):
+        names = value.__code__.co_freevars
+        parts += [(f" (captured {n!r})", c.cell_contents) for n, c in zip(names, value.__closure__ or (), strict=False)]
+        used = value.__code__.co_names
+        parts += [(f" (global {n!r})", value.__globals__[n]) for n in used if n in value.__globals__]
+    parts += [
+        (f".{name}", item) for name, item in getattr(value, "__dict__", {}).items() if not isinstance(value, type)
+    ]
+    return parts

@@ -1,0 +1,246 @@
+"""Starting and ending a session: the driver makes the shared memory, starts the fork server, and waits for its end.
+
+Everything a session leaves outside of process memory is in one directory (mode 0700), which the fork server removes.
+Shared memory is a `memfd` and sockets are abstract: both end with the last process that uses them, however it ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import psutil
+
+from afield.errors import InvalidOptionError, RuntimeDiedError
+from afield.gpu_store.rings import SHARED_BYTES
+from afield.runtime.calls.participant import Participant
+from afield.runtime.process.configuration import STORE_WAIT_S, SessionConfig
+from afield.runtime.process.environment import Environment
+from afield.runtime.session import sessions
+from afield.scheduler.devices import Device
+from afield.transport.channel import connect
+
+#: Share of the machine's memory that the host store may use unless told otherwise.
+STORE_SHARE = 0.3
+START_TIMEOUT_S = 30.0
+#: So much of its end is shown when the runtime fails.
+LOG_BYTES = 4000
+
+_FORK_SERVER = """
+import sys, json
+raw = sys.stdin.buffer.read()
+sys.path[:] = json.loads(raw)["sys_path"]
+from afield.runtime.main import main
+main(raw)
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class SessionOptions:
+    """What `init` asks for."""
+
+    num_cpus: float
+    devices: list[Device]
+    emulated_link: str
+    resources: dict[str, float]
+    store_bytes: int
+    spill_dir: str | None
+    namespace: str
+    log_to_driver: bool
+    environment: Environment
+
+
+class Session:
+    """A running session, as its driver holds it."""
+
+    def __init__(self, options: SessionOptions) -> None:
+        self.options = options
+        sessions.sweep(options.spill_dir)
+        self.name = secrets.token_hex(8)
+        self.node_id = secrets.token_hex(8)
+        self.directory = _make_directory(self.name, options.spill_dir)
+        with contextlib.ExitStack() as failed, contextlib.ExitStack() as opened:
+            failed.callback(shutil.rmtree, self.directory, ignore_errors=True)
+            try:
+                self._open(options, failed, opened)
+            except OSError as error:
+                raise _unable(error) from error
+            failed.pop_all()
+
+    def _open(self, options: SessionOptions, failed: contextlib.ExitStack, opened: contextlib.ExitStack) -> None:
+        """Make what the processes share, start them and join them; `opened` is closed in any case, `failed` after errors."""
+        token = secrets.token_bytes(32)
+        driver_id = secrets.token_bytes(8)
+        lock_fd = sessions.hold(self.directory)
+        opened.callback(os.close, lock_fd)
+        slab_fd = os.memfd_create(f"afield-{self.name}")
+        opened.callback(os.close, slab_fd)
+        os.ftruncate(slab_fd, options.store_bytes)
+        pins_fd = os.memfd_create(f"afield-pins-{self.name}")
+        opened.callback(os.close, pins_fd)
+        os.ftruncate(pins_fd, SHARED_BYTES)
+        lifeline_read, self._lifeline = os.pipe()
+        opened.callback(os.close, lifeline_read)
+        failed.callback(os.close, self._lifeline)
+        config = SessionConfig(self.name, token, slab_fd, options.store_bytes, pins_fd, STORE_WAIT_S)
+        wait = os.environ.get("AFIELD_STORE_WAIT_S")
+        if wait:
+            config.store_wait_s = float(wait)
+        config.record_call_sites = os.environ.get("AFIELD_RECORD_CALL_SITES") == "1"
+        _write_token(self.directory, token)
+        sessions.write_info(sessions.SessionInfo(self.name, self.directory, os.getpid(), time.time()))
+        # Open until the end: the directory goes with the fork server, and what was printed last says why.
+        self._log_file = open(os.path.join(self.directory, "node.log"), "w+b")  # noqa: SIM115
+        failed.callback(self._log_file.close)
+        self._process = self._start(config, lifeline_read, lock_fd, driver_id)
+        failed.callback(self._stop)
+        self.participant = self._join(config, driver_id)
+
+    def _start(self, config: SessionConfig, lifeline: int, lock: int, driver_id: bytes) -> subprocess.Popen[bytes]:
+        options = self.options
+        directory = _working_directory()
+        message: dict[str, Any] = {
+            "session": self.name,
+            "directory": self.directory,
+            "token": config.token.hex(),
+            "slab_fd": config.slab_fd,
+            "capacity": config.capacity,
+            "pins_fd": config.pins_fd,
+            "lifeline_fd": lifeline,
+            "store_wait_s": config.store_wait_s,
+            "sys_path": [path or directory for path in sys.path if path or directory],
+            "working_directory": directory,
+            "arguments": list(sys.argv) or [""],
+            "num_cpus": options.num_cpus,
+            "devices": [asdict(device) for device in options.devices],
+            "emulated_link": options.emulated_link,
+            "resources": options.resources,
+            "memory": psutil.virtual_memory().total,
+            "namespace": options.namespace,
+            "node_id": self.node_id,
+            "environment": options.environment.encode().hex(),
+            "driver": driver_id.hex(),
+            "lock_fd": lock,
+            "record_call_sites": config.record_call_sites,
+        }
+        process = subprocess.Popen(
+            [sys.executable, "-c", _FORK_SERVER],
+            env=_environment(),
+            stdin=subprocess.PIPE,
+            stdout=self._log_file,
+            stderr=self._log_file,
+            pass_fds=(config.slab_fd, config.pins_fd, lifeline, lock),
+            start_new_session=True,
+        )
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it could not start; `_join` says why
+            process.stdin.write(json.dumps(message).encode())
+            process.stdin.close()
+        return process
+
+    def _join(self, config: SessionConfig, driver_id: bytes) -> Participant:
+        """Connect to the daemon as soon as it listens."""
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while True:
+            try:
+                connect(config.address(b"")).close()
+                break
+            except ConnectionRefusedError:
+                if self._process.poll() is not None or time.monotonic() > deadline:
+                    self._stop()
+                    words = self._log() or f"its fork server ended with status {self._process.returncode}"
+                    raise RuntimeDiedError(f"the runtime did not start:\n{words}") from None
+                time.sleep(0.003)
+        participant = Participant(config, driver_id, "driver", log_to_driver=self.options.log_to_driver)
+        participant.process.last_words = self._log
+        participant.process.start()
+        return participant
+
+    def _log(self) -> str:
+        """Return the last of what the fork server and the daemon have printed."""
+        size = os.fstat(self._log_file.fileno()).st_size
+        return os.pread(self._log_file.fileno(), LOG_BYTES, max(0, size - LOG_BYTES)).decode(errors="replace")
+
+    def _stop(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def abandon(self) -> None:
+        """In a forked child of the driver: no longer stand for the driver's life."""
+        os.close(self._lifeline)
+
+    def end(self) -> None:
+        """End all processes of the session and wait until they are gone."""
+        os.close(self._lifeline)
+        try:
+            self._process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._log_file.close()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def _make_directory(name: str, spill_dir: str | None) -> str:
+    try:
+        return tempfile.mkdtemp(prefix=f"afield-{name}-", dir=spill_dir)
+    except OSError as error:
+        if spill_dir is not None:
+            raise InvalidOptionError(
+                f"spill_dir={spill_dir!r}: {error.strerror}; it must be a directory that this user can write to"
+            ) from None
+        raise RuntimeDiedError(
+            f"the runtime could not start, as there is no place for its files ({error}); set TMPDIR or pass spill_dir"
+        ) from None
+
+
+def _unable(error: OSError) -> RuntimeDiedError:
+    """Say which limit of the system kept the runtime from starting, and what to do."""
+    remedies = {
+        errno.EMFILE: "; raise the limit of open files (ulimit -n)",
+        errno.ENFILE: "; the machine has no file descriptors left",
+        errno.EAGAIN: "; raise the limit of processes and threads (ulimit -u)",
+        errno.ENOSPC: "; make room where the session's files are, or pass another spill_dir",
+        errno.ENOMEM: "; pass a smaller host_memory",
+        errno.EFBIG: "; pass a smaller host_memory",
+        errno.EINVAL: "; pass a smaller host_memory",
+    }
+    return RuntimeDiedError(f"the runtime could not start: {error}{remedies.get(error.errno or 0, '')}")
+
+
+def _working_directory() -> str:
+    """Return where we are, or "" if that directory has been deleted: the session's processes are then there as well."""
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        return ""
+
+
+def _environment() -> dict[str, str]:
+    """Return the environment of the session's processes.
+
+    Workers run side by side, one for each CPU: a linear algebra library that starts a thread for each CPU in each of them
+    makes all of them slower. What the user has set stays.
+    """
+    environment = dict(os.environ)
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        environment.setdefault(name, "1")
+    return environment
+
+
+def _write_token(directory: str, token: bytes) -> None:
+    fd = os.open(os.path.join(directory, "token"), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        os.write(fd, token.hex().encode())
+    finally:
+        os.close(fd)

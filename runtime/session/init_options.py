@@ -1,0 +1,124 @@
+"""The arguments of `init`: what they mean for a session, and what becomes of those that only Ray's `init` takes.
+
+Of the latter each has another name here, or is accepted where it asks for what is so anyway, or is refused with the reason.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import psutil
+
+from afield.errors import InvalidOptionError, NoClusterError, NoDeviceError
+from afield.gpu_store.backends.base import DeviceInfo, DeviceUsageError
+from afield.gpu_store.backends.select import EMULATED_LINK, link_speed
+from afield.runtime.process.environment import Environment
+from afield.runtime.session.bootstrap import STORE_SHARE, SessionOptions
+from afield.scheduler.devices import Device, parse_devices, visible_devices
+from afield.scheduler.resources import ResourceSet
+from afield.units import parse_bytes
+
+#: Another name for an argument of ours.
+_ALIASES = {"object_store_memory": "host_memory", "_temp_dir": "spill_dir"}
+#: Name -> the values that ask for nothing (None always does), and what to do instead.
+_REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "include_dashboard": ((False,), "there is no dashboard; see `afield status`"),
+    "dashboard_host": (("127.0.0.1", "localhost"), "there is no dashboard; see `afield status`"),
+    "dashboard_port": ((8265,), "there is no dashboard; see `afield status`"),
+    "local_mode": ((False,), "tasks always run in workers; call f.__wrapped__(...) to run one here"),
+    "job_config": ((), "pass runtime_env= and namespace= themselves"),
+    "labels": (({},), "there are no node labels; use resources="),
+    "enable_resource_isolation": ((False,), "workers are not confined"),
+    "_system_config": (({},), "there is nothing of the kind to set"),
+    "_memory": ((), "memory for tasks is what the machine has"),
+    "_node_ip_address": (("127.0.0.1",), "the runtime is on this machine only"),
+}
+#: These say how Ray's own messages are logged; afield has none, and leaves the logging of the program alone.
+_LOGGING = ("configure_logging", "logging_level", "logging_format", "logging_config")
+
+
+def _translate(others: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
+    """Return what `others` means in arguments of `init`, whose names are `known`."""
+    meant = {}
+    for name, value in others.items():
+        if name in _ALIASES:
+            if value is not None:
+                meant[_ALIASES[name]] = value
+        elif name in _REFUSED:
+            harmless, instead = _REFUSED[name]
+            if value is not None and value not in harmless:
+                raise InvalidOptionError(f"init({name}={value!r}) is not supported: {instead}")
+        elif name not in _LOGGING:
+            near = difflib.get_close_matches(name, [*known, *_ALIASES], 1)
+            hint = f"; did you mean {near[0]!r}?" if near else "; leave it out."
+            raise InvalidOptionError(f"init() has no argument {name!r}{hint} It takes: {', '.join(sorted(known))}")
+    return meant
+
+
+def session_options(others: Mapping[str, Any], **given: Any) -> SessionOptions:
+    """Check the arguments of `init` (`others` are those that it does not name) and return what they mean.
+
+    Raises:
+        InvalidOptionError: an argument is unknown or not valid.
+        NoDeviceError: `num_gpus` exceeds the devices, or `devices` asks for some that are not here.
+    """
+    given |= _translate(others, [*given, "ignore_reinit_error"])
+    address, num_cpus, num_gpus = given["address"], given["num_cpus"], given["num_gpus"]
+    if address not in (None, "local"):
+        raise NoClusterError(f"address={address!r}: joining another runtime is not supported yet; leave it out")
+    cpus = num_cpus if num_cpus is not None else float(os.cpu_count() or 1)
+    resources: dict[str, float] | None = given["resources"]
+    ResourceSet.from_options(num_cpus=cpus, num_gpus=num_gpus, resources=resources)
+    devices = given["devices"]
+    found = parse_devices(devices if devices is not None else os.environ.get("AFIELD_DEVICES"), _cuda_inventory)
+    if num_gpus is not None and num_gpus > len(found):
+        raise NoDeviceError(
+            f"num_gpus={num_gpus} but there are {len(found)} devices; "
+            f'pass devices="emulated:{int(num_gpus)}" or set AFIELD_DEVICES=emulated:{int(num_gpus)}'
+        )
+    amounts = {name: float(amount) for name, amount in (resources or {}).items()}
+    return SessionOptions(
+        float(cpus),
+        found,
+        _emulated_link(found),
+        amounts,
+        _store_bytes(given["host_memory"]),
+        given["spill_dir"],
+        given["namespace"] or "",
+        given["log_to_driver"],
+        Environment.of(given["runtime_env"]),
+    )
+
+
+def _cuda_inventory() -> list[DeviceInfo]:
+    """Return the CUDA devices that this process may use, without starting any; raises NoDeviceError with the remedy."""
+    from afield.gpu_store.backends import cuda
+
+    order = os.environ.get("CUDA_DEVICE_ORDER")
+    return visible_devices(cuda.find_devices(), os.environ.get("CUDA_VISIBLE_DEVICES"), order == "PCI_BUS_ID")
+
+
+def _emulated_link(devices: Sequence[Device]) -> str:
+    """Return the speed that the user gives the links of emulated devices; "" for none."""
+    link = os.environ.get(EMULATED_LINK, "")
+    if not link or not devices or devices[0].kind != "emulated":
+        return ""
+    try:
+        link_speed(link)  # here, and not in the daemon, where it would end the session
+    except DeviceUsageError as error:
+        raise InvalidOptionError(f"{EMULATED_LINK}: {error}") from None
+    return link
+
+
+def _store_bytes(host_memory: int | str | None) -> int:
+    """Return the capacity of the host store, in whole pages."""
+    try:
+        size = parse_bytes(host_memory) if host_memory is not None else int(psutil.virtual_memory().total * STORE_SHARE)
+    except (ValueError, TypeError) as error:
+        raise InvalidOptionError(f"host_memory={host_memory!r}: {error}") from None
+    if size < 1 << 20:
+        raise InvalidOptionError(f"host_memory={host_memory!r}: at least 1 MiB is needed")
+    return size & -4096

@@ -1,0 +1,150 @@
+"""The main function of a store process: owns one device's slab, or the disk, and does what the node daemon says.
+
+Theory of operation. A store decides nothing and runs no code of users. It connects to the daemon as a worker does, takes its
+device's memory as one slab (or opens the directory of spill files) and says `StoreReady`, or `StoreFailed` and ends. Then it
+hands each job to its mover, whose threads do the work, answers with `MoveDone` when the mover's event descriptor tells, and
+looks now and then for news of its device. The main thread only waits. When the daemon's connection closes, it ends; the
+memory is the kernel's or the driver's to take back then. An exception ends it too, with its words in the node's log.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import mmap
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+from afield.errors import AfieldError, OutOfDeviceMemoryError
+from afield.gpu_store.backends.base import DeviceBackend
+from afield.gpu_store.backends.select import open_backend
+from afield.gpu_store.mover import Completions, DeviceMover, DiskMover, describe
+from afield.gpu_store.spill_files import SpillFiles
+from afield.gpu_store.tiers import DISK, HOST
+from afield.runtime.process.configuration import ARENA, DEVICE, DEVICE_BACKEND, LIFE, SessionConfig
+from afield.runtime.wire import messages as m
+from afield.runtime.wire import store_messages as s
+from afield.transport.auth import Handshake
+from afield.transport.channel import Channel, connect
+from afield.transport.loop import Loop
+
+#: The user's: which share of a CUDA device's free memory the store takes.
+SHARE = "AFIELD_DEVICE_STORE_SHARE"
+#: The rest is for contexts, and for libraries that do not allocate through afield.
+DEFAULT_SHARE = 0.8
+#: News of an emulated device are a word in shared memory away; those of a real one a call of the driver.
+HEALTH_POLL_S = {"emulated": 0.05, "cuda": 0.25}
+
+
+class StoreProcess:
+    """One store in its process."""
+
+    def __init__(self, config: SessionConfig, directory: str, store_id: bytes, variables: dict[str, str]) -> None:
+        """Connect to the daemon; `directory` is the session's, `variables` says which arena this is."""
+        self.arena = int(variables[ARENA])
+        self._life = int(variables[LIFE])
+        self._variables = variables
+        self._directory = os.path.join(directory, "spill")
+        self._host = memoryview(mmap.mmap(config.slab_fd, config.capacity))
+        self._loop = Loop()
+        self._done = Completions()
+        self._loop.register(self._done.fileno(), self._on_done)
+        self._ended = False
+        self._backend: DeviceBackend | None = None
+        handshake = Handshake(config.token, store_id, os.urandom(32), server=False)
+        self._daemon = Channel(
+            self._loop, connect(config.address(b"")), handshake, m.decode, self._on_messages, self._on_closed
+        )
+        self._daemon.send(m.Register("store", os.getpid()))
+        self._handlers: dict[type, Callable[[Any], None]] = {}
+
+    def run(self) -> None:
+        """Serve until the daemon is gone."""
+        try:
+            ready = self._open_disk() if self.arena == DISK else self._open_device()
+        except AfieldError as error:
+            kind, text = describe(error)
+            kind = "full" if isinstance(error, OutOfDeviceMemoryError) else kind
+            self._daemon.send(s.StoreFailed(self.arena, self._life, kind, text))
+            while not (self._ended or (self._daemon.ready and self._daemon.drained)):
+                self._loop.step(None)
+            return
+        self._daemon.send(ready)
+        poll_s = HEALTH_POLL_S[self._variables[DEVICE_BACKEND].partition(":")[0]] if self._backend is not None else None
+        due = 0.0
+        while not self._ended:
+            now = time.monotonic()
+            if poll_s is not None and now >= due:
+                due = now + poll_s
+                self._poll_health()
+            self._loop.flush()
+            self._loop.step(None if poll_s is None else due - now)
+
+    def _open_disk(self) -> s.StoreReady:
+        files = SpillFiles(self._directory)
+        mover = DiskMover(files, self._host, self._done)
+        self._handlers = {
+            s.WriteFile: lambda x: mover.write(x.job, x.file, x.pieces),
+            s.ReadFile: lambda x: mover.read(x.job, x.file, x.file_offset, x.size, x.host_offset),
+            s.DeleteFile: lambda x: mover.delete(x.file),
+        }
+        return s.StoreReady(DISK, self._life, files.free_bytes(), None)
+
+    def _open_device(self) -> s.StoreReady:
+        spec = self._variables[DEVICE_BACKEND]
+        self._backend = open_backend(spec)
+        share = _share() if spec.startswith("cuda:") else 1.0
+        self._mover = DeviceMover(self._backend, self._variables[DEVICE], self._host, self._done, share=share)
+        self._handlers = {s.Move: self._on_move}
+        return s.StoreReady(self.arena, self._life, self._mover.capacity, self._mover.export)
+
+    def _on_move(self, x: s.Move) -> None:
+        if x.target_arena == HOST:
+            self._mover.to_host(x.job, x.source_offset, x.target_offset, x.size)
+        elif x.source_arena == HOST:
+            self._mover.from_host(x.job, x.source_offset, x.target_offset, x.size)
+        else:
+            assert x.peer is not None
+            self._mover.from_peer(x.job, x.peer, x.source_offset, x.target_offset, x.size)
+
+    def _on_messages(self, channel: Channel, batch: list[Any]) -> None:
+        for message in batch:
+            self._handlers[type(message)](message)
+
+    def _on_done(self, events: int) -> None:
+        completions = self._done.take()
+        if any(kind == "device_lost" for _, kind, _ in completions):
+            self._poll_health()  # whether it was a reset is told first
+        for completion in completions:
+            self._daemon.send(s.MoveDone(*completion))
+
+    def _on_closed(self, channel: Channel) -> None:
+        self._ended = True
+
+    def _poll_health(self) -> None:
+        """Tell what happened to our device; those of the others are for their stores to tell."""
+        assert self._backend is not None
+        uuid = self._variables[DEVICE]
+        for event in self._backend.poll_health():
+            if event.device_uuid == uuid:
+                self._daemon.send(s.DeviceNews(uuid, event.epoch, event.kind, event.code, event.fatal, event.text))
+
+
+def run_store(config: SessionConfig, directory: str, store_id: bytes, variables: dict[str, str]) -> None:
+    """Serve one arena until the daemon goes away, with these variables in the environment."""
+    os.environ.update(variables)
+    faulthandler.enable(2)
+    StoreProcess(config, directory, store_id, variables).run()
+
+
+def _share() -> float:
+    """Return which share of its device's free memory a store takes; raises AfieldError for nonsense."""
+    text = os.environ.get(SHARE, "")
+    try:
+        share = float(text) if text else DEFAULT_SHARE
+    except ValueError:
+        share = 0.0
+    if not 0.0 < share <= 1.0:
+        raise AfieldError(f"{SHARE}={text[:40]!r} is no share: write a number above 0 and up to 1, such as 0.8")
+    return share

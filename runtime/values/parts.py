@@ -1,0 +1,374 @@
+"""A process's side of the tiers: writes values as parts, maps the parts of values, asks for those that are elsewhere.
+
+Theory of operation. What a value is made of lies in parts: host bytes in the host's slab, device arrays in the slabs of
+devices. Writing needs no answer from anybody: the memory is leased already, a slot of the pin board too, and a note (`Seal`)
+tells the node daemon afterwards. Reading needs none either as long as a part lies in an arena that we can map, and has
+not moved: `Pinner.pin` says so, and a `Hold` keeps it there for as long as anything uses the memory. Otherwise the daemon is
+asked (`Need`); it has the part brought, and promises that it stays until we say that we have pinned it (`Mapped`).
+
+A location is a hint. Whoever has read a value keeps the better hint that came out of it.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
+
+from afield.errors import (
+    AfieldError,
+    DeviceLostError,
+    GetTimeoutError,
+    ObjectLostError,
+    ObjectStoreFullError,
+    OutOfDeviceMemoryError,
+    RuntimeDiedError,
+)
+from afield.gpu_store.arena import DeviceArena
+from afield.gpu_store.blocks import Block
+from afield.gpu_store.client import Hold, HostStoreClient
+from afield.gpu_store.interop import DevicePacker, DevicePlace, HostPlace, Place, resolving
+from afield.gpu_store.pins import Pinner
+from afield.gpu_store.rings import RingWriter
+from afield.gpu_store.tiers import ARGUMENT, GET, HOST
+from afield.runtime.process.process import INLINE_BYTES, Process
+from afield.runtime.process.serialization import Serialized, deserialize
+from afield.runtime.values.devices import Devices
+from afield.runtime.wire import messages as m
+from afield.transport.channel import Channel
+from afield.transport.pump import Waiter, uninterruptible
+
+#: Slots of the pin board are asked for in batches, which double up to this.
+MAX_SLOTS = 512
+
+__all__ = ["ARGUMENT", "GET", "Parts", "PartsLostError", "WouldBlockError"]
+
+# The interpreter calls these at any moment, and an exception in them would be lost, with what they had to do.
+uninterruptible(Hold.__del__)
+uninterruptible(HostStoreClient.on_born_died)
+uninterruptible(Block.__del__)
+uninterruptible(DevicePlace.__del__)
+uninterruptible(DevicePacker.__del__)
+# Cut in half, these would leave memory that nobody gives back, or an arena that is never free again.
+uninterruptible(DeviceArena.allocate)
+uninterruptible(DevicePacker.reduce)
+uninterruptible(DevicePacker.commit)
+
+_encode = msgspec.msgpack.Encoder().encode
+
+#: Waits for an answer: True when it is there, False when the time is over.
+Wait = Callable[[Waiter, float | None, bool], bool]
+
+
+class PartsLostError(ObjectLostError):
+    """Parts of a value are gone from every tier: its owner may be able to make it again."""
+
+
+class WouldBlockError(AfieldError):
+    """A part has to be brought here first, and the caller cannot wait for that."""
+
+
+class Parts:
+    """What this process has leased, written and mapped.
+
+    Args:
+        process: this process.
+        wait: blocks for an answer, given a deadline and whether it is for room in a store.
+    """
+
+    def __init__(self, process: Process, wait: Wait) -> None:
+        self.process = process
+        self.pump = process.pump
+        self._wait = wait
+        config = process.config
+        self.store = HostStoreClient(config.slab_fd, config.capacity, self._lease_host, self._give_back_host)
+        self.pinner = Pinner(config.pins_fd, config.process_index)
+        #: What we seal is noted for the daemon here; it reads before it handles any message.
+        self._notes = RingWriter(config.pins_fd, config.process_index)
+        self.devices = Devices(process, self.lease, self.give_back, self.lease_ahead)
+        self._slots: deque[int] = deque()
+        self._slots_asked = 16
+        self._given_back: deque[m.GiveBack] = deque()
+        self._holds: list[Any] = []  # weak references
+        self._holds_limit = 64
+        process.handlers |= {
+            m.StoreGrant: self._on_store_grant,
+            m.Found: self._on_found,
+            m.Trim: lambda channel, message: self.devices.trim(message.arena),
+        }
+        process.tickers.append(self._tick)
+
+    def close(self) -> None:
+        """Let go of all memory; it goes back to the system with the last view of it."""
+        self.store.close()
+        self.devices.close()
+        self.pinner.close()
+        with self.pump.lock:
+            self._notes.close()
+
+    # -- room ------------------------------------------------------------------------------------------------------
+
+    def lease(self, arena: int, size: int, wait_s: float | None = None) -> tuple[int, int]:
+        """Block until `size` bytes of an arena are ours to write to; return (offset, size granted).
+
+        Waits for `wait_s`, by default what the session says; 0 asks for what is free now.
+
+        Raises:
+            ObjectStoreFullError, OutOfDeviceMemoryError: no room came free in time.
+        """
+        wait_s = self.process.config.store_wait_s if wait_s is None else wait_s
+        granted: tuple[int, int] = self.process.request(
+            lambda request: m.StoreLease(request, size, wait_s, arena),
+            give_up=lambda unwanted: self.give_back(arena, *unwanted),
+            # While a producer waits for room, its CPU is for those whose work makes room.
+            wait=lambda waiter: self._wait(waiter, None, True),
+        )
+        return granted
+
+    def lease_ahead(self, arena: int, size: int) -> None:
+        """Ask for bytes of a device that may be needed soon, without waiting for them."""
+        with self.pump.lock:
+            self.process.daemon.send(m.StoreLease(m.AHEAD, size, 0.0, arena))
+
+    def _lease_host(self, size: int) -> tuple[int, int]:
+        return self.lease(HOST, size)
+
+    def give_back(self, arena: int, offset: int, size: int) -> None:
+        """Return leased bytes that nothing was sealed in; called from any thread, also inside the garbage collector."""
+        self._given_back.append(m.GiveBack(offset, size, arena))
+        self.pump.wake_standby()
+
+    def _give_back_host(self, offset: int, size: int) -> None:
+        self.give_back(HOST, offset, size)
+
+    def _tick(self, now: float) -> None:
+        while self._given_back:
+            self.process.daemon.send(self._given_back.popleft())
+        self.pinner.drain()
+
+    def _on_store_grant(self, channel: Channel, message: m.StoreGrant) -> None:
+        if message.request == m.AHEAD:
+            if not message.refusal and not self.devices.granted_ahead(message.arena, message.offset, message.size):
+                self.give_back(message.arena, message.offset, message.size)
+        elif message.refusal:
+            kind = ObjectStoreFullError if message.arena == HOST else OutOfDeviceMemoryError
+            self.process.answered(message.request, kind(message.refusal))
+        elif not self.process.answered(message.request, (message.offset, message.size)):
+            self.give_back(message.arena, message.offset, message.size)  # whoever asked was interrupted
+
+    # -- writing ---------------------------------------------------------------------------------------------------
+
+    @uninterruptible
+    def write(self, object_id: bytes, owner: bytes, value: Serialized, holder: list[Any]) -> m.Location:
+        """Write a value into the tiers as object `object_id` of `owner`; blocks while there is no room.
+
+        `holder` has the only reference to the value, if the caller has no other one; it is emptied.
+        """
+        packer = value.device
+        most = 1 + min(len(value.buffers), self.store.born) + (len(packer) if packer is not None else 0)
+        if len(self._slots) < most:  # first of all: whoever is interrupted while he waits has nothing to give back yet
+            self._ask_for_slots(most)
+        on_devices: list[tuple[int, int, int]] = []
+
+        def commit() -> None:
+            if packer is not None:
+                on_devices.extend(packer.commit(self.devices.arenas()))
+
+        inline = INLINE_BYTES if packer is not None or self.store.born else -1
+        frame, pieces = self.store.store(value, holder, inline, commit)
+        places = [(HOST, offset, size) for offset, size in pieces] + on_devices
+        parts = [self._publish(*place) for place in places]
+        if parts:
+            seal = m.Seal(object_id, owner, parts)
+            with self.pump.lock:
+                if not self._notes.put(_encode(seal)):
+                    self.process.daemon.send(seal)  # leaves with the next flush, before anything that could name it
+        return m.Location(parts, frame)
+
+    def _ask_for_slots(self, least: int) -> None:
+        count = max(least, self._slots_asked)
+        ask = self.process.request
+        self._slots.extend(ask(lambda request: m.Query(request, "slots", count), give_up=self._slots.extend))
+        self._slots_asked = min(2 * self._slots_asked, MAX_SLOTS)
+
+    def _publish(self, arena: int, offset: int, size: int) -> m.Part:
+        """Enter a new part into the pin board; where that is full it has no slot, and never moves."""
+        slot = self._slots.popleft() if self._slots else 0
+        serial = self.pinner.new_serial()
+        if slot:
+            self.pinner.publish(slot, serial)
+        return m.Part(arena, offset, size, slot, serial, arena)
+
+    # -- reading ---------------------------------------------------------------------------------------------------
+
+    def read(
+        self,
+        object_id: bytes,
+        location: m.Location,
+        what: str,
+        on_ref: Callable[[bytes, bytes], None] | None,
+        new_hold: Callable[[int], Hold],
+        *,
+        into: int | None = None,
+        priority: int = GET,
+        deadline: float | None = None,
+        blocking: bool = True,
+    ) -> tuple[Any, m.Location]:
+        """Rebuild a value from its parts; return it with a location that is at least as good as the one given.
+
+        Args:
+            object_id: of the object.
+            location: where it was.
+            what: names the value in errors.
+            on_ref: called for each ref inside.
+            new_hold: makes what keeps a part mapped, given its slot.
+            into: the arena that device arrays are wanted in; by default that of this process's device, or the host.
+            priority: GET or ARGUMENT.
+            deadline: monotonic seconds.
+            blocking: whether the caller may wait for parts that have to be brought here.
+
+        Raises:
+            WouldBlockError: it may not, and there are such parts.
+            PartsLostError: it has to be made again.
+            ObjectStoreFullError, OutOfDeviceMemoryError: there was no room to bring it here.
+            GetTimeoutError: the deadline passed.
+        """
+        parts, holds, wants = self._pin(location.parts, new_hold, into)
+        if wants:
+            if not blocking:
+                raise WouldBlockError
+            self._bring(object_id, wants, priority, deadline, parts, holds, new_hold)
+        places = [self._place(part, holds.pop(index)) for index, part in enumerate(parts)]
+        hosts = [index for index, part in enumerate(parts) if not part.home]
+        frame: Any = location.frame or places[hosts[-1]]
+        on_devices = [_as_place(place) for part, place in zip(parts, places, strict=True) if part.home]
+        if parts != location.parts:
+            location = m.Location(parts, location.frame)
+        with resolving(on_devices.__getitem__, lambda: self.devices.home(into)):
+            return deserialize(frame, what, on_ref, places), location
+
+    def hold(self, slot: int, object_id: bytes | None) -> Hold:
+        """Return what keeps a pinned copy in its place."""
+        hold = Hold(slot, object_id, self._hold_died)
+        self._holds.append(weakref.ref(hold))
+        if len(self._holds) > self._holds_limit:
+            self._holds = [reference for reference in self._holds if reference() is not None]
+            self._holds_limit = max(64, 2 * len(self._holds))
+        return hold
+
+    def held(self) -> list[bytes]:
+        """Return the objects whose memory is in use here, once for each part, for tools."""
+        alive = [reference() for reference in self._holds]
+        return [hold.object_id for hold in alive if hold is not None and hold.object_id is not None]
+
+    def _hold_died(self, hold: Hold) -> None:
+        if hold.slot:
+            self.pinner.unpin(hold.slot)
+        if hold.object_id is not None:
+            self.process.handle_dropped(hold.object_id)
+        elif self.pump.standby_leads:
+            self.pump.wake_standby()
+
+    @uninterruptible
+    def _pin(
+        self, parts: Sequence[m.Part], new_hold: Callable[[int], Hold], into: int | None
+    ) -> tuple[list[m.Part], dict[int, Hold], list[tuple[int, int]]]:
+        """Pin each part that this process can read where it is; return the holds, and which parts are wanted where."""
+        holds: dict[int, Hold] = {}
+        wants: list[tuple[int, int]] = []
+        if into:
+            self.devices.renew()
+        for index, part in enumerate(parts):
+            wanted = HOST
+            if part.home:
+                wanted = into if into is not None else self.devices.readable(part.home)
+            # What has no slot never moves, but the driver outlives devices.
+            stays = part.slot or part.arena == HOST or self.devices.bound
+            if part.arena == wanted and stays and self.pinner.pin(part.slot, part.serial):
+                holds[index] = new_hold(part.slot)
+            else:
+                wants.append((index, wanted))
+        return list(parts), holds, wants
+
+    @uninterruptible
+    def _bring(
+        self,
+        object_id: bytes,
+        wants: list[tuple[int, int]],
+        priority: int,
+        deadline: float | None,
+        parts: list[m.Part],
+        holds: dict[int, Hold],
+        new_hold: Callable[[int], Hold],
+        tries: int = 3,
+    ) -> None:
+        """Have parts brought to where we can read them, and pin them."""
+        wait_s = self.process.config.store_wait_s
+        if deadline is not None:
+            wait_s = min(wait_s, max(0.0, deadline - time.monotonic()) + 1.0)
+
+        def wait(waiter: Waiter) -> bool:
+            if self._wait(waiter, deadline, False):
+                return True
+            if self.process.dead:
+                raise RuntimeDiedError(self.process.dead)
+            raise GetTimeoutError("the value is there, but it could not be brought here in time")
+
+        try:
+            answer: m.Found = self.process.request(
+                lambda request: m.Need(request, object_id, wants, priority, wait_s),
+                give_up=lambda unwanted: self._mapped(unwanted.request),
+                wait=wait,
+            )
+        except DeviceLostError as error:
+            if self.devices.bound:  # a worker asks for nothing on other devices than its own
+                self.devices.unusable = str(error)
+            raise
+        if any(arena != HOST for _, arena in wants):
+            self.devices.renew()
+        for index, part in answer.parts:
+            if part.slot and not self.pinner.pin(part.slot, part.serial):
+                self._mapped(answer.request)
+                if part.arena != HOST:  # the device was lost at that moment
+                    if not tries:
+                        raise DeviceLostError("the device is lost again and again before a value can be read on it")
+                    return self._bring(object_id, wants, priority, deadline, parts, holds, new_hold, tries - 1)
+                raise AfieldError(
+                    f"a part of object {object_id.hex()} moved although it was promised: a bug of afield's"
+                )
+            parts[index], holds[index] = part, new_hold(part.slot)
+        self._mapped(answer.request)
+
+    def _mapped(self, request: int) -> None:
+        self.process.locked(self.process.daemon.send, m.Mapped(request))
+
+    def _on_found(self, channel: Channel, message: m.Found) -> None:
+        answer: Any = message
+        if message.kind:
+            answer = _ERRORS[message.kind](message.reason)
+        if not self.process.answered(message.request, answer) and not message.kind:
+            channel.send(m.Mapped(message.request))  # whoever asked was interrupted
+
+    def _place(self, part: m.Part, hold: Hold) -> Any:
+        """Return a part's memory in this process: a memoryview, or what stands for device memory."""
+        if part.arena == HOST:
+            return self.store.view(part.offset, part.size, hold)
+        return self.devices.place(part.arena, part.offset, part.size, hold)
+
+
+def _as_place(place: Any) -> Place:
+    return HostPlace(place) if isinstance(place, memoryview) else place
+
+
+_ERRORS: dict[str, type[AfieldError]] = {
+    "unknown": PartsLostError,
+    "lost": PartsLostError,
+    "full": ObjectStoreFullError,
+    "device_full": OutOfDeviceMemoryError,
+    "device_lost": DeviceLostError,
+    "failed": ObjectLostError,
+}

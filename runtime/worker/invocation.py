@@ -1,0 +1,275 @@
+"""One invocation's way in and out: arguments from bytes, results to bytes, and what is kept in between."""
+
+from __future__ import annotations
+
+import itertools
+import traceback
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from afield.errors import ActorConstructionError, AfieldError, TaskError
+from afield.ids import ARGUMENTS_INDEX, object_id
+from afield.runtime.calls.participant import Participant
+from afield.runtime.cores.objects import FAILED, INLINE, LOCATED, Obligation
+from afield.runtime.process.context import TaskContext
+from afield.runtime.process.process import INLINE_BYTES
+from afield.runtime.process.serialization import (
+    Arg,
+    Serialized,
+    collector,
+    deserialize,
+    dumps_plain,
+    serialize,
+    serialize_error,
+)
+from afield.runtime.values.parts import ARGUMENT, PartsLostError
+from afield.runtime.wire import messages as m
+from afield.transport.channel import Channel
+
+
+class Definition:
+    """A function as its owner defined it; unpickled on first use."""
+
+    __slots__ = ("_callable", "backpressure", "blob", "group", "name", "num_returns", "once")
+
+    def __init__(self, message: m.Define) -> None:
+        self.name = message.name
+        self.blob = message.blob
+        self.num_returns = message.num_returns
+        self.backpressure = message.backpressure
+        self.group = message.group
+        self.once = message.once
+        self._callable: Callable[..., Any] | None = None
+
+    def callable(self) -> Callable[..., Any]:
+        """Return the function."""
+        if self._callable is None:
+            self._callable = deserialize(self.blob, f"the function {self.name}()", None)
+        assert self._callable is not None
+        return self._callable
+
+
+def in_full(value: Any, num_returns: int) -> Any:
+    """Return what a generator yields as a list, where several results are due and it is not streamed."""
+    if num_returns == m.STREAMING or not hasattr(value, "__next__"):
+        return value
+    return list(itertools.islice(value, num_returns + 1))  # one more, so that it is seen that there are too many
+
+
+class Invocations:
+    """Rebuilds arguments and encodes outcomes for all executors of a worker."""
+
+    def __init__(self, participant: Participant) -> None:
+        self.process = participant.process
+        self.values = participant.values
+        self._next_token = itertools.count(1).__next__
+        self._task_ids: dict[tuple[int, int], bytes] = {}
+
+    # -- arguments -----------------------------------------------------------------------------------------------
+
+    def arguments(self, push: m.Push, context: TaskContext, submitter: bytes) -> tuple[Any, dict[str, Any], list[Any]]:
+        """Rebuild the arguments; the holds are those of stored values, which the submitter pins until the reply.
+
+        Raises:
+            PartsLostError: an argument has to be made again first.
+        """
+        holds: list[Any] = []
+        on_ref = self._on_ref(context)
+        if push.location is not None:
+            argument_id = push.task_id + ARGUMENTS_INDEX
+            args, kwargs = self._read(argument_id, submitter, push.location, "the arguments", on_ref, holds)
+        else:
+            args, kwargs = deserialize(push.arguments, "the arguments", on_ref)
+        if push.dependencies:
+            values = [self._dependency(dependency, on_ref, holds) for dependency in push.dependencies]
+            args = [values[arg.index] if type(arg) is Arg else arg for arg in args]
+            kwargs = {key: values[arg.index] if type(arg) is Arg else arg for key, arg in kwargs.items()}
+        return args, kwargs, holds
+
+    def _on_ref(self, context: TaskContext) -> Callable[[bytes, bytes], None]:
+        def on_ref(oid: bytes, owner: bytes) -> None:
+            if context.obligation is None:
+                context.obligation = Obligation()
+            self.process.locked(self.process.table.receive, oid, owner, context.obligation)
+
+        return on_ref
+
+    def _read(self, oid: bytes, owner: bytes, location: m.Location, what: str, on_ref: Any, holds: list[Any]) -> Any:
+        """Rebuild a stored argument; what its memory is held by goes into `holds`, as (weak reference, id, owner)."""
+
+        def hold(slot: int) -> Any:
+            made = self.values.parts.hold(slot, None)
+            holds.append((weakref.ref(made), oid, owner))
+            return made
+
+        return self.values.parts.read(oid, location, what, on_ref, hold, priority=ARGUMENT)[0]
+
+    def _dependency(self, dependency: m.Dependency, on_ref: Callable[[bytes, bytes], None], holds: list[Any]) -> Any:
+        if dependency.kind != LOCATED:
+            return deserialize(dependency.data, "an argument", on_ref)
+        assert dependency.location is not None
+        where = dependency.location
+        return self._read(dependency.object_id, dependency.owner, where, "an argument", on_ref, holds)
+
+    def keep_holds(self, holds: list[Any], context: TaskContext) -> None:
+        """Memory of arguments that is used beyond the task counts as handles of their objects."""
+        self.values.parts.devices.settle()
+        for reference, oid, owner in holds:
+            hold = reference()
+            if hold is not None:
+                self._on_ref(context)(oid, owner)
+                hold.object_id = oid
+
+    # -- results -------------------------------------------------------------------------------------------------
+
+    def reply(self, holder: list[Any], push: m.Push, owner: bytes, definition: Definition) -> Any:
+        """Make the reply of a task that returned; `holder` has the only reference to the value."""
+        if definition.num_returns == 1 or definition.num_returns == m.STREAMING:
+            data = dumps_plain(holder[0])
+            if data is not None and len(data) <= INLINE_BYTES:
+                return m.Reply(push.sequence, INLINE, data)
+            result = self._encode(holder, push, 0, owner, definition.name)
+            return m.Reply(push.sequence, result.kind, result.data, result.location, result.contained)
+        return m.ReplyMany(push.sequence, self._encode_many(holder, push, owner, definition))
+
+    def item(self, holder: list[Any], push: m.Push, index: int, owner: bytes, definition: Definition) -> m.Item:
+        """Make the message of one item of a stream; empties `holder`."""
+        result = self._encode(holder, push, index, owner, definition.name)
+        holder.clear()
+        return m.Item(push.sequence, index, result.kind, result.data, result.location, result.contained)
+
+    def _encode(self, holder: list[Any], push: m.Push, index: int, owner: bytes, name: str) -> m.Result:
+        return self._written(holder, self._pickled(holder[0], name), push, index, owner)
+
+    @staticmethod
+    def _pickled(value: Any, name: str) -> Serialized:
+        data = dumps_plain(value)
+        return serialize(value, f"the result of {name}()") if data is None else Serialized(data, [], [])
+
+    def _written(self, holder: list[Any], serialized: Serialized, push: m.Push, index: int, owner: bytes) -> m.Result:
+        """Make the result out of a pickled value, to which `holder` has the only reference; large ones are stored."""
+        location = None
+        if not serialized.fits(INLINE_BYTES):
+            # The refs inside are still held by the value: it is not in a frame of ours, but in the pickle's own list.
+            held = self._hold(serialized.refs)
+            try:
+                location = self.values.parts.write(object_id(push.task_id, index), owner, serialized, holder)
+            finally:
+                contained = self._hand_on(serialized.refs, owner) if location is not None else None
+                self._let_go(held)
+            return m.Result(LOCATED, b"", location, contained)
+        return m.Result(INLINE, serialized.pack(), None, self._hand_on(serialized.refs, owner))
+
+    def _hold(self, refs: list[bytes]) -> list[bytes]:
+        """Pin refs while the value that has them is on its way into the store."""
+        for ref in refs:
+            self.process.locked(self.process.table.pin, ref)
+        return refs
+
+    def _let_go(self, refs: list[bytes]) -> None:
+        for ref in refs:
+            self.process.locked(self.process.table.unpin, ref)
+
+    def _hand_on(self, refs: list[bytes], owner: bytes) -> m.Contained | None:
+        """Hold the refs inside a result until its receiver holds them itself."""
+        if not refs:
+            return None
+        token = self._next_token()
+        return m.Contained(token, self.process.locked(self.process.table.hand_on, owner, token, refs))
+
+    def _encode_many(self, holder: list[Any], push: m.Push, owner: bytes, definition: Definition) -> list[m.Result]:
+        value = holder.pop()
+        expected = definition.num_returns
+        if expected == 0:
+            return []
+        if not isinstance(value, (tuple, list)) or len(value) != expected:
+            found = f"{len(value)} values" if isinstance(value, (tuple, list)) else f"a {type(value).__name__}"
+            raise ValueError(
+                f"{definition.name}() has num_returns={expected} and must return {expected} values, not {found}"
+            )
+        holders = [[item] for item in value]
+        del value
+        # All are pickled before one is stored: what cannot be pickled then leaves nothing behind.
+        pickled = [self._pickled(holder[0], definition.name) for holder in holders]
+        results: list[m.Result] = []
+        try:
+            for index, holder in enumerate(holders):
+                results.append(self._written(holder, pickled[index], push, index, owner))
+        except BaseException:
+            self._unsent(results, push, owner)
+            raise
+        return results
+
+    def _unsent(self, results: list[m.Result], push: m.Push, owner: bytes) -> None:
+        """These were made in vain: nobody will say `Took` for what is in them, and nobody learns where they are stored."""
+        for result in results:
+            if result.contained is not None:
+                self.process.locked(self.process.table.on_took, owner, result.contained.token)
+        stored = [object_id(push.task_id, index) for index, result in enumerate(results) if result.location is not None]
+        if stored:
+            self.process.locked(self.process.daemon.send, m.Free(stored))
+
+    def failure(
+        self, sequence: int, definition: Definition, error: BaseException, in_user_code: bool, receiver: bytes
+    ) -> Any:
+        """Make the reply of a task that raised; an error of the runtime's own goes on as it is."""
+        if isinstance(error, PartsLostError) and not in_user_code:
+            return m.Reply(sequence, m.ARGUMENT_LOST, b"")
+        text = "".join(traceback.format_exception(type(error), error, _user_frames(error)))
+        wrapped: BaseException = error
+        if in_user_code or not isinstance(error, AfieldError):
+            wrapped = _wrap(TaskError, definition.name, error, text)
+        try:
+            serialized = serialize(wrapped, "the error", stored=False)
+        except Exception:
+            plain = TaskError(definition.name, None, type(error).__name__, text)
+            serialized = serialize(plain, "the error", stored=False)
+        data, refs = serialized.pack(), serialized.refs
+        if definition.num_returns in (1, m.STREAMING):
+            return m.Reply(sequence, FAILED, data, None, self._hand_on(refs, receiver))
+        results = [m.Result(FAILED, data, None, self._hand_on(refs, receiver)) for _ in range(definition.num_returns)]
+        return m.ReplyMany(sequence, results)
+
+    def constructor_failure(self, class_name: str, error: BaseException) -> bytes:
+        """Serialise what an actor's constructor raised."""
+        text = "".join(traceback.format_exception(type(error), error, _user_frames(error)))
+        return serialize_error(_wrap(ActorConstructionError, f"{class_name}.__init__", error, text))
+
+    # -- who runs what -------------------------------------------------------------------------------------------
+
+    def begin(self, channel: Channel, push: m.Push) -> None:
+        """Remember what runs, so that its children can be cancelled."""
+        self._task_ids[id(channel), push.sequence] = push.task_id
+
+    def end(self, channel: Channel, push: m.Push) -> None:
+        """It runs no longer."""
+        self._task_ids.pop((id(channel), push.sequence), None)
+
+    def task_id_of(self, channel: Channel, sequence: int) -> bytes | None:
+        """Return the task of a push that runs."""
+        return self._task_ids.get((id(channel), sequence))
+
+
+def _wrap(kind: type[TaskError], name: str, error: BaseException, text: str) -> TaskError:
+    """Wrap what the user's code raised. It is pickled on trial: the refs in it are not passed on by that."""
+    outer, collector.refs = collector.refs, []
+    try:
+        return kind.from_exception(name, error, text)
+    finally:
+        collector.refs = outer
+
+
+def _user_frames(error: BaseException) -> Any:
+    """Return the traceback without the frames of the runtime on top, which say nothing to the user."""
+    frames = error.__traceback__
+    while frames is not None and frames.tb_next is not None and _is_runtime(frames.tb_frame.f_code.co_filename):
+        frames = frames.tb_next
+    return frames
+
+
+_RUNTIME_FILES = ("executor.py", "concurrency.py", "invocation.py")
+
+
+def _is_runtime(filename: str) -> bool:
+    return filename.rpartition("/")[0] == __file__.rpartition("/")[0] and filename.endswith(_RUNTIME_FILES)

@@ -1,0 +1,77 @@
+"""The main function of a worker process."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import random
+import sys
+
+import numpy as np
+
+from afield.runtime.calls import participation
+from afield.runtime.calls.participant import Participant
+from afield.runtime.process.configuration import ForkServerConfig
+from afield.runtime.process.context import reset_root, running
+from afield.runtime.process.environment import Environment
+from afield.runtime.process.facts import Facts, install
+from afield.runtime.tools.memory import answer_questions
+from afield.runtime.values import accelerators
+from afield.runtime.wire import messages as m
+from afield.runtime.worker.executor import Executor
+from afield.runtime.worker.output import WorkerStream
+from afield.transport.channel import Channel
+
+
+def run_worker(config: ForkServerConfig, worker_id: bytes, variables: dict[str, str], encoded: bytes) -> None:
+    """Serve the cluster until the daemon goes away, with these variables and this runtime environment."""
+    environment = Environment.decode(encoded)
+    environment.apply()
+    os.environ.update(variables)
+    os.environ["AFIELD_WORKER"] = worker_id.hex()
+    reset_root()
+    random.seed()
+    np.random.seed()
+    session = config.session_config()
+    session.become_worker(variables)
+    participant = Participant(session, worker_id, "worker")
+    answer_questions(participant)
+    executor = Executor(participant)
+    namespace = config.namespace
+    install(
+        Facts(config.session, config.node_id, namespace, environment, lambda: executor.assignment, executor.own_actor)
+    )
+    participant.process.handlers[m.Retire] = lambda channel, message: _retire(executor, channel)
+
+    def speaker() -> tuple[str, bytes]:
+        task = running()
+        return executor.running_name(), b"" if task is None else task.task_id
+
+    out, err = WorkerStream(1, speaker), WorkerStream(2, speaker)
+
+    def flush(now: float) -> None:
+        if out.held or err.held:
+            out.flush()
+            err.flush()
+
+    participant.process.tickers.append(flush)
+    vars(sys).update(stdout=out, __stdout__=out, stderr=err, __stderr__=err)
+    faulthandler.enable(2)  # a crash in C code says where
+    participation.install(participant)
+    participant.values.parts.devices.prepare()
+    accelerators.prepare(tuple(participant.values.parts.devices.bound.values()), session.device_backend)
+    participant.process.start()
+    try:
+        executor.run()
+        if participant.process.dead:
+            print(participant.process.dead, file=sys.stderr)  # nobody hears it if the daemon is gone
+    finally:
+        participation.install(None)
+
+
+def _retire(executor: Executor, channel: Channel) -> None:
+    """End this idle worker, unless somebody depends on it: no record of an object means that it holds and owes nothing."""
+    if executor.process.table.entries or executor.queue:
+        channel.send(m.Retire())
+    else:
+        os._exit(0)

@@ -1,0 +1,60 @@
+"""Tables of transitions, and the flight recorder."""
+
+from __future__ import annotations
+
+import pytest
+
+from afield.errors import InternalError
+from afield.machines import FlightRecorder, Table
+
+DOOR = Table(
+    "door",
+    "closed",
+    {("closed", "open"): "open", ("open", "close"): "closed", ("closed", "lock"): "locked", ("open", "lock"): "locked"},
+    {"closed": "can be opened", "open": "can be gone through", "locked": "stays so"},
+)
+
+
+def test_a_table_leads_from_state_to_state() -> None:
+    recorder = FlightRecorder()
+    state = DOOR.initial
+    for event in ("open", "close", "lock"):
+        state = DOOR.after(state, event, b"\x01\xff", recorder)
+    assert state == "locked"
+    assert DOOR.final() == ["locked"]
+    assert recorder.story() == ["01ff open closed -> open", "01ff close open -> closed", "01ff lock closed -> locked"]
+
+
+def test_what_the_table_does_not_name_raises_with_the_story() -> None:
+    recorder = FlightRecorder()
+    DOOR.after("open", "close", "front", recorder)
+    with pytest.raises(InternalError) as caught:
+        DOOR.after("closed", "close", "front", recorder)
+    text = str(caught.value)
+    assert "door front: close in state closed" in text
+    assert "only open, lock may happen" in text
+    assert "front close open -> closed" in text
+
+
+def test_the_recorder_is_bounded() -> None:
+    recorder = FlightRecorder(3)
+    for number in range(10):
+        recorder.note((number,))
+    assert recorder.story() == ["7", "8", "9"]
+
+
+def test_a_state_without_a_meaning_is_refused() -> None:
+    with pytest.raises(AssertionError, match="ajar"):
+        Table("door", "closed", {("closed", "push"): "ajar"}, {"closed": "x"})
+
+
+def test_the_diagram_shows_every_transition() -> None:
+    assert DOOR.diagram().splitlines() == [
+        "stateDiagram-v2",
+        "    [*] --> closed",
+        "    closed --> open: open",
+        "    open --> closed: close",
+        "    closed --> locked: lock",
+        "    open --> locked: lock",
+        "    locked --> [*]",
+    ]
