@@ -37,6 +37,7 @@ from afield.errors import OutOfDeviceMemoryError
 from afield.gpu_store.backends.base import Device, DeviceUsageError, Slab, Stream
 from afield.gpu_store.blocks import ALIGNMENT, ArenaStats, Block, Claim
 from afield.gpu_store.extents import ExtentAllocator
+from afield.gpu_store.tiers import FIRST_LIFE
 
 MIN_CHUNK_BYTES, MAX_CHUNK_BYTES = 2 << 20, 32 << 20
 #: A chunk is at most this part of what the process has leased so far, and may have given up to objects since ...
@@ -69,6 +70,7 @@ class DeviceArena:
         lease_ahead: asks for as many bytes without waiting; what is granted, if anything, comes by `put_back`.
         current_stream: the stream of this thread that arrays compute in, by a number of its own; None where
             computations are complete when a call returns.
+        life: which of the arena's lives this is.
     """
 
     def __init__(
@@ -83,8 +85,10 @@ class DeviceArena:
         lease_now: Callable[[int], tuple[int, int]] | None = None,
         lease_ahead: Callable[[int], None] | None = None,
         current_stream: Callable[[], int] | None = None,
+        life: int = FIRST_LIFE,
     ) -> None:
         self.device = device
+        self.life = life
         self.slab = slab
         self.arena = arena
         self.check = check
@@ -113,7 +117,8 @@ class DeviceArena:
         self._claims: dict[int, Claim] = {}
         self._leased = self._turnover = self._used = self._round_trips = 0
         self._retired: deque[tuple[Callable[[Any], None], Any]] = deque()
-        self._copies: Stream | None = None
+        #: A stream for each thread that copies: whoever waits for his own copies hears of their failure, and of no others'.
+        self._copies = threading.local()
 
     # ---- allocating ----------------------------------------------------------------------------------------------
 
@@ -376,14 +381,20 @@ class DeviceArena:
 
     def copy(self, source: Slab, source_offset: int, target_offset: int, size: int) -> None:
         """Copy bytes of this device into the slab; it has happened, or raised, when `finish` returns."""
-        if self._copies is None:
-            self._copies = self.device.new_stream()
-        self.device.copy_within(source, source_offset, self.slab, target_offset, size, self._copies)
+        stream: Stream | None = getattr(self._copies, "stream", None)
+        if stream is None:
+            stream = self._copies.stream = self.device.new_stream()
+        self.device.copy_within(source, source_offset, self.slab, target_offset, size, stream)
 
     def finish(self) -> None:
-        """Wait for the copies; raises what they raised."""
-        if self._copies is not None:
-            self._copies.synchronize()
+        """Wait for this thread's copies; raises what they raised."""
+        stream: Stream | None = getattr(self._copies, "stream", None)
+        if stream is not None:
+            try:
+                stream.synchronize()
+            except BaseException:
+                del self._copies.stream  # what failed has failed: the next copies are not blamed for it
+                raise
 
     # ---- stored memory -------------------------------------------------------------------------------------------
 

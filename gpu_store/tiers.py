@@ -16,6 +16,9 @@ DISK: Final = -1
 #: Where a part is said to be of which no copy is left.
 NOWHERE: Final = -2
 
+#: An arena's life has a number: the slab of a device that was lost, or whose store process ended, is followed by another one.
+FIRST_LIFE: Final = 1
+
 #: Who is served first: who needs a little more to finish, and be of use to all others; a `get`; a task's argument or output;
 #: what is only expected to be needed.
 FINISH, GET, ARGUMENT, PREFETCH = -1, 0, 1, 2
@@ -29,7 +32,8 @@ class StoreUsageError(AssertionError):
 class PartCopy:
     """One copy of a part: `size` bytes, exactly, at `offset` of `arena`; slot 0: it has no slot and never moves.
 
-    `home` is the arena that the part was made in. In arena DISK the offset is that in some file.
+    `home` is the arena that the part was made in. In arena DISK the offset is that in some file. `life` is the arena's at that
+    time: after a loss or a reset the same number stands for other memory.
     """
 
     arena: int
@@ -38,6 +42,7 @@ class PartCopy:
     slot: int = 0
     serial: int = 0
     home: int = HOST
+    life: int = FIRST_LIFE
 
 
 class Pins(Protocol):
@@ -58,24 +63,29 @@ class Pins(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Granted:
-    """`client` may write to [offset, offset + size) of the arena; `size` is what it asked for, rounded up."""
+    """`client` may write to [offset, offset + size) of this life of the arena; `size` is what it asked for, rounded up."""
 
     client: bytes
     request_id: int
     arena: int
     offset: int
     size: int
+    life: int = FIRST_LIFE
 
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """`client` gets no room; `never_fits` says that waiting longer or freeing objects would not help."""
+    """`client` gets no room; `never_fits` says that waiting longer or freeing objects would not help.
+
+    `lost`: the life of the arena that it asked for is over.
+    """
 
     client: bytes
     request_id: int
     arena: int
     reason: str
     never_fits: bool = False
+    lost: bool = False
 
 
 @dataclass(frozen=True, slots=True)

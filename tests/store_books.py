@@ -81,7 +81,7 @@ class Books(Residency):
             slot, serial = self.pins.take() if slots else (0, 0)
             if slot:
                 self.pins.publish(slot, serial)
-            parts.append(PartCopy(arena, grant.offset, size, slot, serial, arena))
+            parts.append(PartCopy(arena, grant.offset, size, slot, serial, arena, grant.life))
             effects += [effect for effect in followed if effect is not grant]
         return effects + self.seal(A, object_id, owner, parts)
 

@@ -75,7 +75,7 @@ class World:
             out, buffers = io.BytesIO(), list[Any]()
             Pickler(out, packer, buffers).dump(holder[0])
             holder.clear()
-            parts = packer.commit(self.arenas)
+            parts = [(arena, offset, size) for arena, _, offset, size in packer.commit(self.arenas)]
             return Stored(self, out.getvalue(), [bytes(buffer.raw()) for buffer in buffers], parts)
 
     def used(self) -> int:

@@ -67,6 +67,8 @@ class ManyTiers(RuleBasedStateMachine):
         self.wanted: dict[tuple[bytes, int], bytes] = {}  # need -> object
         self.promised: dict[tuple[bytes, int], list[PartCopy]] = {}
         self.readers: list[tuple[bytes, PartCopy, Mark]] = []
+        self.lives = {HOST: 1}
+        self.late: dict[bytes, list[tuple[int, int, int]]] = {}  # client -> (arena, unit, life) that it had leased
         self.may_lose = False
         self.request = 0
         self.now = 0.0
@@ -80,7 +82,8 @@ class ManyTiers(RuleBasedStateMachine):
 
     def add(self, arena: int) -> None:
         self.memory[arena] = [None] * UNITS[arena]
-        self.apply(self.books.add_arena(arena, UNITS[arena] * UNIT, f"device {arena}"))
+        life = self.lives[arena] = self.lives.get(arena, 0) + 1
+        self.apply(self.books.add_arena(arena, UNITS[arena] * UNIT, f"device {arena}", life))
 
     # -- memory ---------------------------------------------------------------------------------------------------
 
@@ -106,6 +109,7 @@ class ManyTiers(RuleBasedStateMachine):
 
     def on_granted(self, effect: Granted) -> None:
         assert self.asked.pop((effect.client, effect.request_id)) is None
+        assert effect.life == self.lives[effect.arena]
         self.fill(effect.arena, effect.offset, effect.size, ("written by", effect.client))
         units = {(effect.arena, unit) for unit in self.span(effect.arena, effect.offset, effect.size)}
         assert not any(units & set(held) for held in self.leased.values())
@@ -122,6 +126,7 @@ class ManyTiers(RuleBasedStateMachine):
         object_id = self.wanted.pop(request)
         for index, part in effect.parts:
             assert self.look(part.arena, part.offset, part.size) == (object_id, index)
+            assert part.life == self.lives[part.arena]
             assert not part.slot or self.pins.open[part.slot] == part.serial
         self.promised[request] = [part for _, part in effect.parts]
 
@@ -226,7 +231,7 @@ class ManyTiers(RuleBasedStateMachine):
             slot, serial = self.pins.take()
             if slot:
                 self.pins.publish(slot, serial)
-            parts.append(PartCopy(arena, at * UNIT, size, slot, serial, arena))
+            parts.append(PartCopy(arena, at * UNIT, size, slot, serial, arena, self.lives[arena]))
         self.objects.add(object_id)
         effects = self.books.seal(client, object_id, owner, parts)
         if self.books.parts(object_id) is None:
@@ -239,7 +244,7 @@ class ManyTiers(RuleBasedStateMachine):
         if held:
             arena, unit = data.draw(st.sampled_from(held))
             del self.leased[client][arena, unit]
-            self.apply(self.books.give_back(client, arena, unit * UNIT, UNIT))
+            self.apply(self.books.give_back(client, arena, unit * UNIT, UNIT, self.lives[arena]))
 
     @rule(object_id=IDS, early=st.sampled_from([False, False, False, True]))
     def free(self, object_id: bytes, early: bool) -> None:
@@ -344,14 +349,36 @@ class ManyTiers(RuleBasedStateMachine):
         for number, job in list(self.jobs.items()):
             if isinstance(job, Move) and arena in (job.source[0], job.target[0]):
                 del self.jobs[number]
-        for held in self.leased.values():
+        for client, held in self.leased.items():
             for place in [place for place in held if place[0] == arena]:
                 del held[place]
+                self.late.setdefault(client, []).append((*place, self.lives[arena]))
         del self.memory[arena]
         self.may_lose = True
         self.apply(self.books.remove_arena(arena, "it fell off the bus"))
         self.may_lose = False
         self.add(arena)
+
+    @precondition(lambda self: any(self.late.values()))
+    @rule(data=st.data(), object_id=IDS, seals=st.booleans())
+    def a_word_of_an_earlier_life(self, data: st.DataObject, object_id: bytes, seals: bool) -> None:
+        """Who speaks of memory that went with a device changes nothing in what has the same place now."""
+        client = data.draw(st.sampled_from(sorted(client for client, places in self.late.items() if places)))
+        arena, unit, life = self.late[client].pop()
+        if not seals:
+            assert self.books.give_back(client, arena, unit * UNIT, UNIT, life) == []
+        elif object_id not in self.objects and len(layout(object_id)) == 1:
+            self.objects.add(object_id)
+            self.may_lose = True
+            part = PartCopy(arena, unit * UNIT, UNIT, 0, 0, arena, life)
+            effects = self.books.seal(client, object_id, b"late", [part])
+            self.apply(effects)
+            self.may_lose = False
+            parts = self.books.parts(object_id)
+            if parts is None:
+                self.objects.discard(object_id)  # it was freed before
+            else:
+                assert [copy.arena for copy in parts] == [NOWHERE]
 
     @rule(step=st.sampled_from([0.0, 0.1, 1.0, 3.0]))
     def time_passes(self, step: float) -> None:
@@ -422,7 +449,7 @@ class ManyTiers(RuleBasedStateMachine):
             self.drop_reader(0)
         for client in list(self.leased):
             for arena, unit in sorted(self.leased.pop(client)):
-                self.apply(self.books.give_back(client, arena, unit * UNIT, UNIT))
+                self.apply(self.books.give_back(client, arena, unit * UNIT, UNIT, self.lives[arena]))
         rounds = 0
         while (self.jobs or self.promised or self.leased or self.asked) and rounds < 200:
             rounds += 1
@@ -434,7 +461,7 @@ class ManyTiers(RuleBasedStateMachine):
                     self.end_job(number)
             for client in list(self.leased):
                 for arena, unit in sorted(self.leased.pop(client)):
-                    self.apply(self.books.give_back(client, arena, unit * UNIT, UNIT))
+                    self.apply(self.books.give_back(client, arena, unit * UNIT, UNIT, self.lives[arena]))
             self.now += 0.4
             self.apply(self.books.expire(self.now))
         assert not self.jobs

@@ -407,7 +407,7 @@ def test_a_lost_device_takes_its_copies_and_owners_are_told() -> None:
     store.lease(B, 3, GPU, 8 * KIB)
     effects = store.remove_arena(GPU, "Xid 79")
     assert only(Lost, effects) == Lost(OWNER, [b"0", b"1"], "Xid 79")
-    assert [e for e in effects if isinstance(e, Refused)] == [Refused(B, 3, GPU, "Xid 79", True)]
+    assert [e for e in effects if isinstance(e, Refused)] == [Refused(B, 3, GPU, "Xid 79", True, True)]
     assert [store.where(i) for i in (b"0", b"1", b"2")] == [[NOWHERE], [NOWHERE, HOST], [HOST]]
     lost = only(NotFound, store.need(C, 1, b"0", [(0, HOST)]))
     assert lost.kind == "lost"
@@ -416,7 +416,7 @@ def test_a_lost_device_takes_its_copies_and_owners_are_told() -> None:
     assert "Xid 79" in refused(store.lease(C, 3, GPU, KIB)).reason
     assert store.give_back(B, GPU, grant.offset, KIB) == []
     assert only(Lost, store.seal(B, b"3", OWNER, [PartCopy(GPU, grant.offset, KIB)])).object_ids == [b"3"]
-    store.add_arena(GPU, 8 * KIB, "device GPU-1")
+    store.add_arena(GPU, 8 * KIB, "device GPU-1", 2)
     assert store.give_back(B, GPU, grant.offset, KIB) == []
     assert only(Lost, store.seal(B, b"4", OWNER, [PartCopy(GPU, grant.offset, KIB)])).object_ids == [b"4"]
     assert store.store(b"0", (GPU, KIB)) == []
@@ -464,7 +464,7 @@ def test_a_second_execution_makes_a_lost_object_whole() -> None:
     store = Books(64 * KIB, gpu=4 * KIB)
     store.store(b"0", (HOST, KIB), (GPU, KIB))
     store.remove_arena(GPU, "gone")
-    store.add_arena(GPU, 4 * KIB, "device GPU-1")
+    store.add_arena(GPU, 4 * KIB, "device GPU-1", 2)
     assert store.store(b"0", (HOST, KIB), (GPU, KIB)) == []
     assert store.where(b"0") == [HOST, GPU]
     assert dict(next(iter(store.objects()))[2]) == {HOST: 2 * KIB, GPU: KIB}

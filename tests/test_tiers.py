@@ -97,12 +97,13 @@ def test_a_slab_that_went_with_its_store_is_mapped_anew(device: str, monkeypatch
     export = Devices._export
     stale: list[int] = []
 
-    def late_news(self: Devices, number: int) -> bytes:
-        raw = export(self, number)
+    def late_news(self: Devices, number: int) -> tuple[int, bytes]:
+        life, raw = export(self, number)
         if not stale:
-            return raw
+            return life, raw
         stale.pop()
-        return msgspec.msgpack.encode({**msgspec.msgpack.decode(raw), "handle": b"of a process that is gone"})
+        gone = msgspec.msgpack.encode({**msgspec.msgpack.decode(raw), "handle": b"of a process that is gone"})
+        return life - 1, gone
 
     ref = on_device(lambda: afield.array_module().arange(3)).remote()
     monkeypatch.setattr(Devices, "_export", late_news)

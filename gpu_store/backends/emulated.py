@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakMethod
 
 import msgspec
 import numpy as np
@@ -364,7 +365,7 @@ class EmulatedDevice:
 
     def new_stream(self) -> EmulatedStream:
         self._enter(Call.OTHER)
-        lane = Lane(self.info.uuid, lazy=self._backend.lazy_streams, on_failure=self._failed)
+        lane = Lane(self.info.uuid, lazy=self._backend.lazy_streams, on_failure=WeakMethod(self._failed))
         with self._lock:
             self._lanes = [one for one in self._lanes if not one.stopped]
             self._lanes.append(lane)

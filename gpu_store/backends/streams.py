@@ -26,6 +26,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakMethod
 
 import numpy as np
 import numpy.typing as npt
@@ -46,8 +47,11 @@ _LAUNCH_FAILURE = 719
 class Lane:
     """A queue of work and the thread that does it, which starts with the first piece of work."""
 
-    def __init__(self, device_uuid: str, *, lazy: bool, on_failure: Callable[[AfieldError], None]) -> None:
-        """Have `on_failure` called, in the lane's thread, with the first error of the lane."""
+    def __init__(self, device_uuid: str, *, lazy: bool, on_failure: WeakMethod[Callable[[AfieldError], None]]) -> None:
+        """Have `on_failure` called, in the lane's thread, with the first error of the lane.
+
+        It is weak: the thread does not keep a device that nobody has any more.
+        """
         self.device_uuid = device_uuid
         self._lazy = lazy
         self._on_failure = on_failure
@@ -118,7 +122,6 @@ class Lane:
         """Block until the thread ended; call `stop` first."""
         if self._thread is not None and self._pid == os.getpid():
             self._thread.join()
-        self._on_failure = lambda error: None  # nothing fails any more: a device that is closed is not kept by this
 
     def _demand(self, ticket: float) -> None:
         if ticket > self._demanded:
@@ -155,16 +158,20 @@ class Lane:
         try:
             work()
         except AfieldError as error:
-            self._failure = (ticket, error)
-            self._on_failure(error)
+            self._fail(ticket, error)
         except BaseException as error:
             failure = PoisonedContextError(
                 f"device {self.device_uuid}: launch failure ({_LAUNCH_FAILURE}): a kernel raised "
                 f"{type(error).__name__}: {error}; this process can do nothing more on the device"
             )
             failure.__cause__ = error
-            self._failure = (ticket, failure)
-            self._on_failure(failure)
+            self._fail(ticket, failure)
+
+    def _fail(self, ticket: int, error: AfieldError) -> None:
+        self._failure = (ticket, error)
+        tell = self._on_failure()
+        if tell is not None:
+            tell(error)
 
 
 class EmulatedEvent:

@@ -39,7 +39,7 @@ from collections.abc import Sequence
 
 from afield.gpu_store.books.records import Copy, Key, Making, Request
 from afield.gpu_store.extents import ExtentAllocator
-from afield.gpu_store.tiers import FINISH, HOST, PREFETCH, ArenaUsage, StoreUsageError
+from afield.gpu_store.tiers import FINISH, FIRST_LIFE, HOST, PREFETCH, ArenaUsage, StoreUsageError
 from afield.units import format_bytes
 
 #: An error message names the few holders that matter.
@@ -144,10 +144,20 @@ class Holding:
 
 
 class ArenaBooks:
-    """Accounts for one arena; all sizes in bytes."""
+    """Accounts for one life of one arena; all sizes in bytes."""
 
-    def __init__(self, number: int, label: str, capacity: int, alignment: int, high: float, low: float) -> None:
+    def __init__(
+        self,
+        number: int,
+        label: str,
+        capacity: int,
+        alignment: int,
+        high: float,
+        low: float,
+        life: int = FIRST_LIFE,
+    ) -> None:
         self.number = number
+        self.life = life
         self.label = label
         self.extents = ExtentAllocator(capacity, alignment)
         self.queue = RoomQueue()

@@ -46,7 +46,6 @@ class Catalogue:
         self.disk = disk
         self.arenas: dict[int, ArenaBooks] = {}
         self.gone: dict[int, str] = {}  # arenas that were lost, and why
-        self.stale: set[tuple[bytes, int]] = set()  # (client, arena): it may still speak of a lost life of the arena
         self.objects: dict[bytes, StoredObject] = {}
         self.owners: dict[bytes, dict[bytes, None]] = {}
         self.effects: list[Effect] = []
@@ -104,39 +103,43 @@ class Catalogue:
         books = self.arenas[arena]
         room = books.cut(client, sealed.offset, sealed.size)
         if part.copies or part.disk is not None:
-            extra = Copy(part, arena, sealed.offset, room, sealed.slot, sealed.serial)
+            extra = Copy(part, books, sealed.offset, room, sealed.slot, sealed.serial)
             stored.extras.append(extra)
             books.enter(extra, stored.owner)
             return
         part.size, part.home, part.lost = sealed.size, sealed.home, ""
-        copy = part.copies[arena] = Copy(part, arena, sealed.offset, room, sealed.slot, sealed.serial)
+        copy = part.copies[arena] = Copy(part, books, sealed.offset, room, sealed.slot, sealed.serial)
         books.enter(copy, stored.owner)
 
     def _check(self, client: bytes, parts: Sequence[PartCopy]) -> dict[int, str]:
         """Return which arenas of the parts are lost, and why; raise unless the rest is leased to `client`."""
-        if len(parts) == 1 and parts[0].arena in self.arenas and not self.stale:
-            self.arenas[parts[0].arena].check_leased(client, [(parts[0].offset, parts[0].size)])
-            return {}
+        if len(parts) == 1:
+            part = parts[0]
+            books = self.arenas.get(part.arena)
+            if books is not None and books.life == part.life:
+                books.check_leased(client, [(part.offset, part.size)])
+                return {}
         if not parts:
             raise StoreUsageError(f"no parts in chunks of {client.hex()} are named")
         places: dict[int, list[tuple[int, int]]] = {}
-        for part in parts:
-            places.setdefault(part.arena, []).append((part.offset, part.size))
         causes: dict[int, str] = {}
+        for part in parts:
+            if self.is_over(part.arena, part.life):
+                causes[part.arena] = self.gone[part.arena]
+            else:
+                places.setdefault(part.arena, []).append((part.offset, part.size))
         for arena, pieces in places.items():
-            books = self.arenas.get(arena)
-            if books is None:
-                if arena not in self.gone:
-                    raise StoreUsageError(f"there is no arena {arena}")
-                causes[arena] = self.gone[arena]
-                continue
-            try:
-                books.check_leased(client, pieces)
-            except StoreUsageError:
-                if (client, arena) not in self.stale:
-                    raise
-                causes[arena] = self.gone[arena]
+            self.arenas[arena].check_leased(client, pieces)
         return causes
+
+    def is_over(self, arena: int, life: int) -> bool:
+        """Tell whether this life of an arena is over; raise StoreUsageError if it never was."""
+        books = self.arenas.get(arena)
+        if books is not None and books.life == life:
+            return False
+        if arena not in self.gone or (books is not None and life > books.life):
+            raise StoreUsageError(f"arena {arena} has no life {life}")
+        return True
 
     def free(self, object_id: bytes, sealer: bytes | None) -> StoredObject | None:
         """Take the object out and free its copies; None: it is not sealed yet, and will be freed as soon as it is."""
@@ -161,7 +164,6 @@ class Catalogue:
         """Forget the frees that expect a seal of this client."""
         for object_id in [object_id for object_id, sealer in self._early_frees.items() if sealer == client]:
             del self._early_frees[object_id]
-        self.stale = {(other, arena) for other, arena in self.stale if other != client}
 
     def set_owner(self, object_id: bytes, owner: bytes) -> bool:
         """Make `owner` answer for the object; returns False when there is no such object (it may be freed already)."""
@@ -188,7 +190,7 @@ class Catalogue:
         slot, serial = self.pins.take()
         books = self.arenas[arena]
         books.moving_bytes -= room
-        copy = part.copies[arena] = Copy(part, arena, offset, room, slot, serial)
+        copy = part.copies[arena] = Copy(part, books, offset, room, slot, serial)
         books.enter(copy, part.object.owner)
         self._reshelve(part)
         if slot:

@@ -16,12 +16,20 @@ All who wait have a key, (priority, number of arrival): smaller comes first.
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Protocol
 
 from afield.gpu_store.tiers import PREFETCH, PartCopy
 
 Key = tuple[int, int]
 #: Comes after everybody who waits: the key of what is done only because an arena is too full.
 LAST: Key = (PREFETCH + 1, 0)
+
+
+class Place(Protocol):
+    """What a copy knows of its arena's books."""
+
+    number: int
+    life: int
 
 
 class Copy:
@@ -33,6 +41,7 @@ class Copy:
         "dead",
         "held",
         "leaving",
+        "life",
         "offset",
         "part",
         "promised",
@@ -42,9 +51,10 @@ class Copy:
         "slot",
     )
 
-    def __init__(self, part: Part, arena: int, offset: int, room: int, slot: int, serial: int) -> None:
+    def __init__(self, part: Part, books: Place, offset: int, room: int, slot: int, serial: int) -> None:
         self.part = part
-        self.arena = arena
+        self.arena = books.number
+        self.life = books.life
         self.offset = offset
         self.room = room
         self.slot = slot
@@ -69,7 +79,7 @@ class Copy:
 
     def public(self) -> PartCopy:
         part = self.part
-        return PartCopy(self.arena, self.offset, part.size, self.slot, self.serial, part.home)
+        return PartCopy(self.arena, self.offset, part.size, self.slot, self.serial, part.home, self.life)
 
 
 class DiskPiece:

@@ -39,6 +39,7 @@ from afield.gpu_store.tiers import (
     ARGUMENT,
     DISK,
     FINISH,
+    FIRST_LIFE,
     GET,
     HOST,
     PREFETCH,
@@ -94,11 +95,14 @@ class Residency:
 
     # -- arenas ---------------------------------------------------------------------------------------------------
 
-    def add_arena(self, arena: int, capacity_bytes: int, label: str) -> list[Effect]:
-        """The slab of a device is there; `label` names it in errors. Raises StoreUsageError if it was there already."""
+    def add_arena(self, arena: int, capacity_bytes: int, label: str, life: int = FIRST_LIFE) -> list[Effect]:
+        """The slab of a device is there; `label` names it in errors, and `life` is a number that grows with each slab.
+
+        Raises StoreUsageError if it was there already.
+        """
         if arena <= HOST or arena in self._arenas:
             raise StoreUsageError(f"arena {arena} is there already, or is not a device's")
-        self._arenas[arena] = ArenaBooks(arena, label, capacity_bytes, self._device_alignment, *self._marks)
+        self._arenas[arena] = ArenaBooks(arena, label, capacity_bytes, self._device_alignment, *self._marks, life)
         return self._settle()
 
     def remove_arena(self, arena: int, cause: str) -> list[Effect]:
@@ -114,10 +118,11 @@ class Residency:
         books = self._arenas.pop(arena, None)
         if books is None:
             return []
-        catalogue.stale.update((client, arena) for client in books.leased)
         for request in [request for request in self._leases.values() if request.arena == arena]:
             del self._leases[request.client, request.request_id]
-            catalogue.effects.append(Refused(request.client, request.request_id, arena, cause, never_fits=True))
+            catalogue.effects.append(
+                Refused(request.client, request.request_id, arena, cause, never_fits=True, lost=True)
+            )
         self._copying.arena_lost(books, cause)
         self._unblock()
         return self._settle()
@@ -141,10 +146,12 @@ class Residency:
         priority: int = ARGUMENT,
         block: bool = True,
         deadline: float | None = None,
+        life: int | None = None,
     ) -> list[Effect]:
         """Grant a chunk of `size` bytes, or queue the request (`block`) until there is room or `deadline` is past.
 
-        Refuses at once what can never fit, and without `block` what does not fit now or would overtake a waiting request.
+        Refuses at once what can never fit, what is for another `life` of the arena than the present one (None: for whichever it
+        is), and without `block` what does not fit now or would overtake a waiting request.
         Raises StoreUsageError for a bad size, and for a request that waits already.
         """
         if size <= 0 or (client, request_id) in self._leases:
@@ -152,6 +159,8 @@ class Residency:
                 f"lease of {size} bytes as request {request_id}: bad size, or the request waits already"
             )
         books = self._arenas.get(arena)
+        if life is not None and self._catalogue.is_over(arena, life):
+            return [Refused(client, request_id, arena, self._catalogue.gone[arena], never_fits=True, lost=True)]
         if books is None or books.extents.rounded(size) > books.capacity:
             return [Refused(client, request_id, arena, self.describe_full(arena, size), never_fits=True)]
         room = books.extents.rounded(size)
@@ -160,7 +169,7 @@ class Residency:
             offset = books.extents.allocate(room)
             if offset is not None:
                 books.lease(client, offset, room)
-                granted = Granted(client, request_id, arena, offset, room)
+                granted = Granted(client, request_id, arena, offset, room, books.life)
                 return [granted, *self._settle()] if books.pressed else [granted]
         request = LeaseRequest(key, room, client, request_id, arena, size, deadline)
         if not books.queue:
@@ -175,22 +184,15 @@ class Residency:
             self._catalogue.effects.append(Refused(client, request_id, arena, reason))
         return self._settle()
 
-    def give_back(self, client: bytes, arena: int, offset: int, size: int) -> list[Effect]:
+    def give_back(self, client: bytes, arena: int, offset: int, size: int, life: int = FIRST_LIFE) -> list[Effect]:
         """Free [offset, offset + size), a leased and unsealed part (usually the tail) of a chunk of `client`.
 
-        Raises StoreUsageError, and changes nothing, if it is not. What is given back of a lost device is nothing any more.
+        Raises StoreUsageError, and changes nothing, if it is not. Of a life that is over nothing can be given back.
         """
-        books = self._arenas.get(arena)
-        if books is None:
-            if arena in self._catalogue.gone:
-                return []
-            raise StoreUsageError(f"there is no arena {arena}")
-        try:
-            books.check_leased(client, [(offset, size)])
-        except StoreUsageError:
-            if (client, arena) in self._catalogue.stale:
-                return []
-            raise
+        if self._catalogue.is_over(arena, life):
+            return []
+        books = self._arenas[arena]
+        books.check_leased(client, [(offset, size)])
         books.extents.free(offset, books.cut(client, offset, size))
         books.trimming = False
         return self._settle()
@@ -414,7 +416,7 @@ class Residency:
                 books.queue.discard(request)
                 del self._leases[request.client, request.request_id]
                 books.lease(request.client, offset, request.room)
-                granted = Granted(request.client, request.request_id, books.number, offset, request.room)
+                granted = Granted(request.client, request.request_id, books.number, offset, request.room, books.life)
                 self._catalogue.effects.append(granted)
             else:
                 assert isinstance(request, Making)

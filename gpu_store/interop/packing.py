@@ -115,8 +115,8 @@ class DevicePacker:
             self._claims[key] = block.home.claim(block)
         return self._claims[key]
 
-    def commit(self, arenas: Mapping[str, DeviceArena]) -> list[tuple[int, int, int]]:
-        """Make parts of everything that was found; return (arena number, offset, exact size in bytes) for each.
+    def commit(self, arenas: Mapping[str, DeviceArena]) -> list[tuple[int, int, int, int]]:
+        """Make parts of everything that was found; return (arena number, its life, offset, exact size in bytes) for each.
 
         From here on the daemon must hear of them, sealed, or `revert` is called. The value must have been let go, or all of
         its arrays are copied. Waits for the work that produces the arrays, and for the copies.
@@ -151,7 +151,7 @@ class DevicePacker:
             raise
         finally:
             self.close()
-        return [(arena.arena, offset, size) for arena, offset, size in self._parts]
+        return [(arena.arena, arena.life, offset, size) for arena, offset, size in self._parts]
 
     def revert(self) -> None:
         """Take back what `commit` returned, for a value that cannot be stored after all; not after it was sealed."""

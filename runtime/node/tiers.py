@@ -70,7 +70,7 @@ class Tiers:
         self._next_orphan_check = 0.0
         self.handlers: dict[type, Callable[[Channel, Any], None]] = {
             m.StoreLease: self._on_lease,
-            m.GiveBack: lambda c, x: self.run(self.books.give_back(c.peer_id, x.arena, x.offset, x.size)),
+            m.GiveBack: lambda c, x: self.run(self.books.give_back(c.peer_id, x.arena, x.offset, x.size, x.life)),
             m.Seal: self._on_seal,
             m.Free: self._on_free,
             m.Need: self._on_need,
@@ -96,6 +96,7 @@ class Tiers:
                 message.size,
                 block=message.timeout_s > 0,
                 deadline=time.monotonic() + message.timeout_s,
+                life=message.life,
             )
         )
 
@@ -112,7 +113,7 @@ class Tiers:
 
     def _refuse(self, channel: Channel, message: Any, reason: str) -> None:
         if isinstance(message, m.StoreLease):
-            channel.send(m.StoreGrant(message.request, 0, 0, reason, message.arena))
+            channel.send(m.StoreGrant(message.request, 0, 0, reason, message.arena, message.life, True))
         elif isinstance(message, m.Need):
             channel.send(m.Found(message.request, [], "device_lost", reason))
         else:
@@ -133,7 +134,7 @@ class Tiers:
 
     def _seal(self, client: bytes, index: int, message: m.Seal) -> None:
         self.board.adopt([part.slot for part in message.parts], index)
-        parts = [PartCopy(p.arena, p.offset, p.size, p.slot, p.serial, p.home) for p in message.parts]
+        parts = [PartCopy(p.arena, p.offset, p.size, p.slot, p.serial, p.home, p.life) for p in message.parts]
         self.run(self.books.seal(client, message.object_id, message.owner, parts), "device")
 
     def _on_free(self, channel: Channel, message: m.Free) -> None:
@@ -168,7 +169,8 @@ class Tiers:
         self.stores.look(message.argument)
         if self._is_ready(message.argument, channel, message):
             export: SlabExport = self.stores.export(message.argument)
-            channel.send(m.Answer(message.request, msgspec.msgpack.encode(export)))
+            life = self.stores.life(message.argument)
+            channel.send(m.Answer(message.request, (life, msgspec.msgpack.encode(export))))
 
     # -- what the books decide -------------------------------------------------------------------------------------
 
@@ -177,13 +179,15 @@ class Tiers:
         for effect in effects:
             kind = type(effect)
             if kind is t.Granted:
-                grant = m.StoreGrant(effect.request_id, effect.offset, effect.size, "", effect.arena)
+                grant = m.StoreGrant(effect.request_id, effect.offset, effect.size, "", effect.arena, effect.life)
                 self._daemon.send(effect.client, grant)
             elif kind is t.Refused:
                 reason = self._with_names(effect.reason)
-                self._daemon.send(effect.client, m.StoreGrant(effect.request_id, 0, 0, reason, effect.arena))
+                self._daemon.send(
+                    effect.client, m.StoreGrant(effect.request_id, 0, 0, reason, effect.arena, lost=effect.lost)
+                )
             elif kind is t.Found:
-                parts = [(i, m.Part(p.arena, p.offset, p.size, p.slot, p.serial, p.home)) for i, p in effect.parts]
+                parts = [(i, _as_part(copy)) for i, copy in effect.parts]
                 self._daemon.send(effect.client, m.Found(effect.request_id, parts))
             elif kind is t.NotFound:
                 reason = self._with_names(effect.reason)
@@ -211,7 +215,9 @@ class Tiers:
 
     def _on_ready(self, arena: int, capacity: int) -> None:
         device = self.devices[arena]
-        self.run(self.books.add_arena(arena, capacity, f"device {device.uuid} ({device.name})"))
+        self.run(
+            self.books.add_arena(arena, capacity, f"device {device.uuid} ({device.name})", self.stores.life(arena))
+        )
         self._daemon.leases.restore(device.uuid)
         for channel, message in self._until_ready.pop(arena, []):
             if not channel.closed:
@@ -333,3 +339,7 @@ class Tiers:
             "objects": sum(1 for _ in self.books.objects()),
             "tiers": {name: asdict(usage) for name, usage in tiers.items()},
         }
+
+
+def _as_part(copy: PartCopy) -> m.Part:
+    return m.Part(copy.arena, copy.offset, copy.size, copy.slot, copy.serial, copy.home, copy.life)

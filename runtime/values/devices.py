@@ -53,17 +53,17 @@ class Devices:
 
     Args:
         process: this process.
-        lease: blocks for bytes of an arena, for so many seconds (None: as usual); returns (offset, size).
-        give_back: returns leased bytes of an arena.
-        lease_ahead: asks for bytes of an arena without waiting; what is granted comes by `granted_ahead`.
+        lease: blocks for bytes of a life of an arena, for so many seconds (None: as usual); returns (offset, size).
+        give_back: returns leased bytes of a life of an arena.
+        lease_ahead: asks for bytes of a life of an arena without waiting; what is granted comes by `granted_ahead`.
     """
 
     def __init__(
         self,
         process: Process,
-        lease: Callable[[int, int, float | None], tuple[int, int]],
-        give_back: Callable[[int, int, int], None],
-        lease_ahead: Callable[[int, int], None],
+        lease: Callable[[int, int, int, float | None], tuple[int, int]],
+        give_back: Callable[[int, int, int, int], None],
+        lease_ahead: Callable[[int, int, int], None],
     ) -> None:
         self._process = process
         self._lease = lease
@@ -166,7 +166,7 @@ class Devices:
         if self._backend is None:
             self._backend = open_backend(self._spec)
         backend, uuid = self._backend, mine[number]
-        device, slab = self._import(backend, number, uuid)
+        device, slab, life = self._import(backend, number, uuid)
 
         process = self._process
 
@@ -178,54 +178,55 @@ class Devices:
                 device.memory_info()  # raises, with the cause
 
         def give_back(offset: int, size: int) -> None:
-            if backend.epoch(uuid) == device.epoch:  # else it was taken back already
-                self._give_back(number, offset, size)
+            self._give_back(number, life, offset, size)
 
         return DeviceArena(
             device,
             slab,
             number,
-            lambda size: self._lease(number, size, None),
+            lambda size: self._lease(number, life, size, None),
             give_back,
             check,
-            lease_now=lambda size: self._lease(number, size, 0.0),
-            lease_ahead=lambda size: self._lease_ahead(number, size),
+            lease_now=lambda size: self._lease(number, life, size, 0.0),
+            lease_ahead=lambda size: self._lease_ahead(number, life, size),
             current_stream=None if device.info.kind == "emulated" else cupy_stream,
+            life=life,
         )
 
-    def _import(self, backend: DeviceBackend, number: int, uuid: str) -> tuple[Device, Slab]:
-        """Open a device and map its slab."""
+    def _import(self, backend: DeviceBackend, number: int, uuid: str) -> tuple[Device, Slab, int]:
+        """Open a device and map its slab; return also the number of the life that it is of."""
         while True:
-            raw = self._export(number)
+            life, raw = self._export(number)
             device = backend.open(uuid)
             try:
-                return device, device.import_slab(msgspec.msgpack.decode(raw, type=SlabExport))
+                return device, device.import_slab(msgspec.msgpack.decode(raw, type=SlabExport)), life
             except SlabImportError as error:
-                if not self._is_replaced(number, raw):
+                if not self._is_replaced(number, life):
                     raise
                 if self.bound:  # then its workers end
                     raise DeviceLostError(str(error)) from error
 
-    def _export(self, number: int) -> bytes:
+    def _export(self, number: int) -> tuple[int, bytes]:
+        """Return the number of an arena's present life, and its slab as the backend exports it."""
         try:
-            raw: bytes = self._process.request(lambda request: m.Query(request, "slab", number))
+            life, raw = self._process.request(lambda request: m.Query(request, "slab", number))
         except AfieldError as error:
             raise DeviceLostError(str(error)) from None
-        return raw
+        return life, raw
 
-    def _is_replaced(self, number: int, raw: bytes) -> bool:
+    def _is_replaced(self, number: int, life: int) -> bool:
         """Tell whether a slab that cannot be mapped went with its store process, of which the daemon hears soon."""
         deadline = time.monotonic() + NEWS_S
         while time.monotonic() < deadline:
-            if self._export(number) != raw:
+            if self._export(number)[0] != life:
                 return True
             time.sleep(NEWS_S / 50)
         return False
 
-    def granted_ahead(self, number: int, offset: int, size: int) -> bool:
-        """Take memory that an arena has asked for ahead; False if the arena is gone."""
+    def granted_ahead(self, number: int, life: int, offset: int, size: int) -> bool:
+        """Take memory that an arena has asked for ahead; False if that life of the arena is gone."""
         arena = self._arenas.get(number)
-        if arena is None:
+        if arena is None or arena.life != life:
             return False
         arena.put_back(offset, size)
         return True
@@ -240,11 +241,17 @@ class Devices:
                     self._next_collection = time.monotonic() + COLLECT_EVERY_S
                     arena.trim()
 
-    def place(self, number: int, offset: int, size: int, hold: Hold) -> DevicePlace:
-        """Return what arrays over stored device memory are built on."""
+    def place(self, number: int, life: int, offset: int, size: int, hold: Hold) -> DevicePlace | None:
+        """Return what arrays over stored device memory are built on; None if that life of the arena is over."""
+        arena = self.arena(number)
+        if arena.life != life:  # there is a later one than is mapped here, or than the memory is of
+            self.renew()
+            arena = self.arena(number)
+            if arena.life != life:
+                return None
         self._present_module()  # arrays belong to a module's devices
         self.bytes_shared += size
-        return DevicePlace(self.arena(number), offset, size, _let_go, hold)
+        return DevicePlace(arena, offset, size, _let_go, hold)
 
     def home(self, into: int | None = None) -> DeviceArena | None:
         """Return the device that arrays of size 0 are read into: `into`, by default our first; None for host memory."""

@@ -34,7 +34,7 @@ from afield.gpu_store.client import Hold, HostStoreClient
 from afield.gpu_store.interop import DevicePacker, DevicePlace, HostPlace, Place, resolving
 from afield.gpu_store.pins import Pinner
 from afield.gpu_store.rings import RingWriter
-from afield.gpu_store.tiers import ARGUMENT, GET, HOST
+from afield.gpu_store.tiers import ARGUMENT, FIRST_LIFE, GET, HOST
 from afield.runtime.process.process import INLINE_BYTES, Process
 from afield.runtime.process.serialization import Serialized, deserialize
 from afield.runtime.values.devices import Devices
@@ -112,38 +112,39 @@ class Parts:
 
     # -- room ------------------------------------------------------------------------------------------------------
 
-    def lease(self, arena: int, size: int, wait_s: float | None = None) -> tuple[int, int]:
-        """Block until `size` bytes of an arena are ours to write to; return (offset, size granted).
+    def lease(self, arena: int, life: int, size: int, wait_s: float | None = None) -> tuple[int, int]:
+        """Block until `size` bytes of this life of an arena are ours to write to; return (offset, size granted).
 
         Waits for `wait_s`, by default what the session says; 0 asks for what is free now.
 
         Raises:
             ObjectStoreFullError, OutOfDeviceMemoryError: no room came free in time.
+            DeviceLostError: this life of the arena is over.
         """
         wait_s = self.process.config.store_wait_s if wait_s is None else wait_s
         granted: tuple[int, int] = self.process.request(
-            lambda request: m.StoreLease(request, size, wait_s, arena),
-            give_up=lambda unwanted: self.give_back(arena, *unwanted),
+            lambda request: m.StoreLease(request, size, wait_s, arena, life),
+            give_up=lambda unwanted: self.give_back(arena, life, *unwanted),
             # While a producer waits for room, its CPU is for those whose work makes room.
             wait=lambda waiter: self._wait(waiter, None, True),
         )
         return granted
 
-    def lease_ahead(self, arena: int, size: int) -> None:
+    def lease_ahead(self, arena: int, life: int, size: int) -> None:
         """Ask for bytes of a device that may be needed soon, without waiting for them."""
         with self.pump.lock:
-            self.process.daemon.send(m.StoreLease(m.AHEAD, size, 0.0, arena))
+            self.process.daemon.send(m.StoreLease(m.AHEAD, size, 0.0, arena, life))
 
     def _lease_host(self, size: int) -> tuple[int, int]:
-        return self.lease(HOST, size)
+        return self.lease(HOST, FIRST_LIFE, size)
 
-    def give_back(self, arena: int, offset: int, size: int) -> None:
+    def give_back(self, arena: int, life: int, offset: int, size: int) -> None:
         """Return leased bytes that nothing was sealed in; called from any thread, also inside the garbage collector."""
-        self._given_back.append(m.GiveBack(offset, size, arena))
+        self._given_back.append(m.GiveBack(offset, size, arena, life))
         self.pump.wake_standby()
 
     def _give_back_host(self, offset: int, size: int) -> None:
-        self.give_back(HOST, offset, size)
+        self.give_back(HOST, FIRST_LIFE, offset, size)
 
     def _tick(self, now: float) -> None:
         while self._given_back:
@@ -151,14 +152,17 @@ class Parts:
         self.pinner.drain()
 
     def _on_store_grant(self, channel: Channel, message: m.StoreGrant) -> None:
+        place = message.arena, message.life, message.offset, message.size
         if message.request == m.AHEAD:
-            if not message.refusal and not self.devices.granted_ahead(message.arena, message.offset, message.size):
-                self.give_back(message.arena, message.offset, message.size)
+            if not message.refusal and not self.devices.granted_ahead(*place):
+                self.give_back(*place)
         elif message.refusal:
-            kind = ObjectStoreFullError if message.arena == HOST else OutOfDeviceMemoryError
+            kind: type[AfieldError] = ObjectStoreFullError if message.arena == HOST else OutOfDeviceMemoryError
+            if message.lost:
+                kind = DeviceLostError
             self.process.answered(message.request, kind(message.refusal))
         elif not self.process.answered(message.request, (message.offset, message.size)):
-            self.give_back(message.arena, message.offset, message.size)  # whoever asked was interrupted
+            self.give_back(*place)  # whoever asked was interrupted
 
     # -- writing ---------------------------------------------------------------------------------------------------
 
@@ -172,7 +176,7 @@ class Parts:
         most = 1 + min(len(value.buffers), self.store.born) + (len(packer) if packer is not None else 0)
         if len(self._slots) < most:  # first of all: whoever is interrupted while he waits has nothing to give back yet
             self._ask_for_slots(most)
-        on_devices: list[tuple[int, int, int]] = []
+        on_devices: list[tuple[int, int, int, int]] = []
 
         def commit() -> None:
             if packer is not None:
@@ -180,7 +184,7 @@ class Parts:
 
         inline = INLINE_BYTES if packer is not None or self.store.born else -1
         frame, pieces = self.store.store(value, holder, inline, commit)
-        places = [(HOST, offset, size) for offset, size in pieces] + on_devices
+        places = [(HOST, FIRST_LIFE, offset, size) for offset, size in pieces] + on_devices
         parts = [self._publish(*place) for place in places]
         if parts:
             seal = m.Seal(object_id, owner, parts)
@@ -195,13 +199,13 @@ class Parts:
         self._slots.extend(ask(lambda request: m.Query(request, "slots", count), give_up=self._slots.extend))
         self._slots_asked = min(2 * self._slots_asked, MAX_SLOTS)
 
-    def _publish(self, arena: int, offset: int, size: int) -> m.Part:
+    def _publish(self, arena: int, life: int, offset: int, size: int) -> m.Part:
         """Enter a new part into the pin board; where that is full it has no slot, and never moves."""
         slot = self._slots.popleft() if self._slots else 0
         serial = self.pinner.new_serial()
         if slot:
             self.pinner.publish(slot, serial)
-        return m.Part(arena, offset, size, slot, serial, arena)
+        return m.Part(arena, offset, size, slot, serial, arena, life)
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
@@ -357,7 +361,10 @@ class Parts:
         """Return a part's memory in this process: a memoryview, or what stands for device memory."""
         if part.arena == HOST:
             return self.store.view(part.offset, part.size, hold)
-        return self.devices.place(part.arena, part.offset, part.size, hold)
+        place = self.devices.place(part.arena, part.life, part.offset, part.size, hold)
+        if place is None:
+            raise PartsLostError("its device was lost since somebody looked where it was")
+        return place
 
 
 def _as_place(place: Any) -> Place:

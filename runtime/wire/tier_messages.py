@@ -12,7 +12,8 @@ class Part(msgspec.Struct, array_like=True, gc=False, frozen=True):
     """One copy of one part of a stored object: `size` bytes at `offset` of an arena (0: the host's slab, 1 + i: device i's).
 
     `slot` and `serial` name the copy on the pin board (`gpu_store.pins`); slot 0: it never moves. `home` is the arena that
-    the part was made in: 0 for host bytes, a device's for the memory of a device array.
+    the part was made in: 0 for host bytes, a device's for the memory of a device array. `life` is the number of the arena's
+    life: after a loss or a reset the same offset is other memory.
     """
 
     arena: int
@@ -21,6 +22,7 @@ class Part(msgspec.Struct, array_like=True, gc=False, frozen=True):
     slot: int = 0
     serial: int = 0
     home: int = 0
+    life: int = 1
 
 
 class Location(msgspec.Struct, array_like=True, gc=False, frozen=True):
@@ -43,22 +45,25 @@ AHEAD = 0
 
 
 class StoreLease(msgspec.Struct, array_like=True, tag=30):
-    """Ask for `size` bytes of an arena, waiting at most `timeout_s`."""
+    """Ask for `size` bytes of this life of an arena, waiting at most `timeout_s`."""
 
     request: int
     size: int
     timeout_s: float
     arena: int = 0
+    life: int = 1
 
 
 class StoreGrant(msgspec.Struct, array_like=True, tag=31):
-    """The extent for request `request`, or the `refusal` with its arithmetic."""
+    """The extent for request `request`, or the `refusal` with its arithmetic; `lost`: that life of the arena is over."""
 
     request: int
     offset: int
     size: int
     refusal: str
     arena: int = 0
+    life: int = 1
+    lost: bool = False
 
 
 class GiveBack(msgspec.Struct, array_like=True, tag=32):
@@ -67,6 +72,7 @@ class GiveBack(msgspec.Struct, array_like=True, tag=32):
     offset: int
     size: int
     arena: int = 0
+    life: int = 1
 
 
 class Seal(msgspec.Struct, array_like=True, tag=33):
