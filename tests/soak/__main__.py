@@ -1,0 +1,40 @@
+"""The command line of the soak: sessions one after another, each with the next seed, until the time is over."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+
+from tests.soak.run import report, soak
+
+
+def main() -> int:
+    """Run, and return 1 if anything was wrong."""
+    parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__)
+    parser.add_argument("--seed", type=int, default=int(time.time()), help="of the first session")
+    parser.add_argument("--minutes", type=float, default=1.0, help="for all sessions together")
+    parser.add_argument("--session", type=float, default=20.0, help="seconds of one session")
+    parser.add_argument("--faults", action="store_true", help="kill, stop and lose things meanwhile")
+    parser.add_argument("--devices", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=3)
+    options = parser.parse_args()
+    end = time.monotonic() + options.minutes * 60
+    seed, bad = options.seed, 0
+    while time.monotonic() < end:
+        outcome = soak(
+            seed,
+            seconds=options.session,
+            threads=options.threads,
+            devices=options.devices,
+            faults=options.faults,
+        )
+        report(outcome)
+        bad += bool(outcome.problems)
+        seed += 1
+    print(f"{seed - options.seed} sessions, {bad} with problems")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
