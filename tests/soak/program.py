@@ -212,7 +212,7 @@ class Program:
 
     def read_many(self) -> None:
         chosen = self.rng.sample(self.pool, min(len(self.pool), 4))
-        ready, rest = afield.wait([known.ref for known in chosen], num_returns=len(chosen), timeout=PATIENCE_S)
+        _, rest = afield.wait([known.ref for known in chosen], num_returns=len(chosen), timeout=PATIENCE_S)
         assert not rest, "a wait took too long"
         for known in chosen:
             self.pool.remove(known)
