@@ -25,7 +25,7 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 LOCKED := PIP_CONSTRAINT="$$PIP_CONSTRAINT constraints.txt" PIP_BUILD_CONSTRAINT="$$PIP_BUILD_CONSTRAINT constraints.txt"
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-latest lint format bench build lock clean
+.PHONY: help venv demo test test-latest check lint format bench build lock clean
 
 help: ## print this list
 	@echo "targets (options for what a target runs go into ARGS, as in: make test ARGS='-k actors'):"
@@ -49,8 +49,15 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP) ## train and serve a classifier with weights in device memory: examples/digits_pipeline.py
 	@$(BIN)/python examples/digits_pipeline.py $(ARGS)
 
+# Whole files go to worker processes, in the order that tests/budget.py gives them; not where ARGS takes that plugin away.
+SPREAD = $(if $(findstring no:xdist,$(ARGS)),,-n auto --dist loadfile --no-loadscope-reorder)
+
 test: $(STAMP) ## run the tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(SPREAD) --durations=15 $(ARGS)
+
+check: $(STAMP) ## what is quick, for daily work: lint, and the tests that are not marked slow
+	@$(MAKE) --no-print-directory lint
+	$(BIN)/python -m pytest $(SPREAD) -m "not slow" $(ARGS)
 
 # The newest pip, too: it is several times faster. Nothing is compiled: of most modules no test makes use.
 test-latest: ## run the tests marked contract with the newest versions that pyproject.toml allows, in .venv-latest

@@ -1,7 +1,11 @@
-"""Fixtures: a runtime for one test, a runtime shared by the cheap tests of a module, and what a real GPU needs."""
+"""Fixtures: a runtime for one test, a runtime shared by the cheap tests of a module, and what a real GPU needs.
+
+How the suite is spread over processes, and what it may cost, is in `tests/budget.py`.
+"""
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -9,6 +13,8 @@ import pytest
 
 import afield
 from tests.helpers import no_leaks
+
+pytest_plugins = ["tests.budget"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -19,6 +25,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") is not None:
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _collections_look_at_this_module_alone() -> None:
+    """What earlier modules left (imported libraries, most of all) is no business of this one's leak checks.
+
+    Each of them is a full collection, which takes as long as there are objects to look at. What was left is looked at
+    once more here, so that what dies later than its module does not stay for good.
+    """
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

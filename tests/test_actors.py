@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 import afield
-from tests.helpers import HANG_S, poll
+from tests.helpers import HANG_S, poll, process_named, traces
 
 PATIENCE_S = 30.0
 
@@ -241,6 +242,30 @@ def test_kill_fails_what_is_pending_and_all_later_calls(runtime: afield.ClusterI
         with pytest.raises(afield.ActorDiedError, match=r"Stuck is dead: it was ended by kill\(\)"):
             afield.get(ref, timeout=PATIENCE_S)
     afield.kill(actor)  # a second time does nothing
+
+
+def test_a_call_after_kill_does_not_run_although_the_daemon_is_slow(
+    runtime: afield.ClusterInfo, tmp_path: Path
+) -> None:
+    """It once was sent to the worker, which ran it if it had not been ended yet."""
+
+    class Writer:
+        def touch(self, path: Path) -> None:
+            path.touch()
+
+    actor = afield.remote(Writer).remote()
+    afield.get(actor.touch.remote(tmp_path / "before"), timeout=PATIENCE_S)
+    daemon = process_named(traces(), "afield-node")
+    os.kill(daemon, signal.SIGSTOP)
+    try:
+        afield.kill(actor)
+        late = actor.touch.remote(tmp_path / "after")
+        assert afield.wait([late], timeout=0.2) == ([], [late])
+    finally:
+        os.kill(daemon, signal.SIGCONT)
+    with pytest.raises(afield.ActorDiedError, match="kill"):
+        afield.get(late, timeout=PATIENCE_S)
+    assert os.listdir(tmp_path) == ["before"]
 
 
 def test_kill_before_the_constructor_has_run(runtime: afield.ClusterInfo) -> None:

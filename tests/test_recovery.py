@@ -444,26 +444,37 @@ def test_items_that_a_generator_yields_again_are_freed(log: Any) -> None:
 
 def test_a_task_whose_argument_is_lost_is_pushed_again_and_again_but_not_for_ever(runtime: Any, log: Any) -> None:
     """Workers that say `ARGUMENT_LOST` although the owner has not heard of a loss."""
-    submitter = participant().submitter
+    process, submitter = participant().process, participant().submitter
     argument = ones.remote(log.path, "a")
     afield.wait([argument])
     pushes: list[int] = []
-    send_push = submitter.send_push
-    limit = [3]
+    refused: set[int] = set()
+    send_push, on_batch = submitter.send_push, process.on_batch
+    limit = 3
 
-    def refuse(channel: Any, state: Any, task: Any) -> int:
-        pushes.append(task.rounds)
-        if task.rounds == limit[0]:
-            return send_push(channel, state, task)
+    def push(channel: Any, state: Any, task: Any) -> int:
         sequence = send_push(channel, state, task)
-        lost = m.Reply(sequence, m.ARGUMENT_LOST, b"")
-        submitter.process.pump.callbacks.append(lambda: submitter.process.locked(submitter._on_batch, channel, [lost]))
+        pushes.append(task.rounds)
+        if task.rounds < limit:
+            refused.add(sequence)
         return sequence
 
-    submitter.send_push = refuse  # type: ignore[method-assign]
+    def receive(channel: Any, batch: list[Any]) -> None:
+        """The worker's own reply is exchanged: a second one beside it could come too late."""
+        on_batch(
+            channel,
+            [
+                m.Reply(message.sequence, m.ARGUMENT_LOST, b"")
+                if type(message) is m.Reply and message.sequence in refused
+                else message
+                for message in batch
+            ],
+        )
+
+    submitter.send_push, process.on_batch = push, receive  # type: ignore[method-assign]
     assert afield.get(plus.remote(log.path, "b", argument), timeout=30)[0] == 2
     assert pushes == [0, 1, 2, 3]
-    limit[0] = 1000
+    limit = 1000
     pushes.clear()
     with pytest.raises(ObjectLostError, match=r"plus\(\) has not run"):
         afield.get(plus.remote(log.path, "c", argument), timeout=30)

@@ -42,7 +42,7 @@ def actor_ref_id(actor_id: bytes) -> bytes:
 class Caller:
     """One actor, as seen from one process."""
 
-    __slots__ = ("actor_id", "channel", "creation", "error", "held", "life", "queue", "state", "worker")
+    __slots__ = ("actor_id", "channel", "creation", "error", "held", "killed", "life", "queue", "state", "worker")
 
     def __init__(self, actor_id: bytes) -> None:
         self.actor_id = actor_id
@@ -54,6 +54,8 @@ class Caller:
         #: The object that stands for the actor; pinned while a call is pending (`held`).
         self.life = actor_ref_id(actor_id)
         self.held = False
+        #: This process has ended it for good: nothing is sent to it any more, also before the daemon says that it is dead.
+        self.killed = False
         #: In the creator: keeps the constructor's arguments pinned as long as the actor may be constructed again.
         self.creation: Task | None = None
 
@@ -182,7 +184,7 @@ class ActorCalls:
             if caller.state == "dead":
                 self.submitter.fail(queue.popleft(), caller.error)
                 continue
-            if caller.channel is None or queue[0].unresolved:
+            if caller.channel is None or caller.killed or queue[0].unresolved:
                 return
             task = queue.popleft()
             error = self.submitter.arguments.failure(task) if task.dependencies or task.location is not None else None
@@ -196,6 +198,15 @@ class ActorCalls:
                 state.inflight[self.submitter.send_push(caller.channel, state, task)] = task
 
     # -- life and death of actors --------------------------------------------------------------------------------
+
+    def kill(self, actor_id: bytes, no_restart: bool) -> None:
+        """End an actor's process; the caller holds the lock."""
+        self.process.daemon.send(m.KillActor(actor_id, no_restart, "it was ended by kill()"))
+        # The worker may go on until the daemon has read this: a call that is made now must not run there. It waits in the
+        # queue, and fails with the actor. Without a caller the next call asks the daemon first, which knows by then.
+        caller = self.callers.get(actor_id)
+        if caller is not None and no_restart:
+            caller.killed = True
 
     def _on_state(self, channel: Channel, message: m.ActorState) -> None:
         caller = self.callers.get(message.actor_id)

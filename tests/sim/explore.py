@@ -368,6 +368,7 @@ def explore(scenario: Scenario, table: type[OwnershipTable] = OwnershipTable) ->
                 checkers.after_all(state.world)
             for index, action in enumerate(actions):
                 if index:
+                    state.world.forget()
                     state = _thaw(scenario, frozen)
                 transitions += 1
                 _apply(state, action)
@@ -381,6 +382,8 @@ def explore(scenario: Scenario, table: type[OwnershipTable] = OwnershipTable) ->
                 mark, action = parents[mark]
                 path.append(action)
             raise CounterexampleError(violation, _replay(scenario, table, path[::-1])) from violation
+        finally:
+            state.world.forget()
     return Explored(len(parents), transitions, ends)
 
 

@@ -193,3 +193,13 @@ class World:
                 carried += inside
         self.excuse(carried)
         self.pickles = [pickle for pickle in self.pickles if pickle[1] != name]
+        process.table.entries.clear()  # see `forget`
+
+    def forget(self) -> None:
+        """Take the world apart at the end of its use.
+
+        Nothing else would free it: entries refer to who waits for them, those to the world, and the world to the entries, which
+        are hidden from the garbage collector.
+        """
+        for process in self.processes.values():
+            process.table.entries.clear()
