@@ -36,7 +36,7 @@ class FakeDaemon:
         self.directory = str(directory)
         slab = os.memfd_create("host-store-of-a-test")
         os.ftruncate(slab, HOST_BYTES)
-        self.config = SessionConfig(secrets.token_hex(8), secrets.token_bytes(32), slab, HOST_BYTES, -1, 10.0)
+        self.config = SessionConfig(secrets.token_hex(8), secrets.token_bytes(32), slab, HOST_BYTES, -1)
         self.host = mmap.mmap(slab, HOST_BYTES)
         self.loop = Loop()
         self.channels: list[Channel] = []

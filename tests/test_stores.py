@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import secrets
 import signal
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from afield.scheduler.devices import emulated_device
 from afield.transport.auth import Handshake
 from afield.transport.channel import Channel, connect
 from tests.helpers import ROOT
-from tests.store_daemon import HOST_BYTES, MIB, FakeDaemon
+from tests.store_daemon import MIB, FakeDaemon
 
 UUID = emulated_device(0).uuid
 
@@ -376,19 +375,19 @@ def test_a_node_without_devices(tmp_path: Path) -> None:
 # -- through the fork server --------------------------------------------------------------------------------------
 
 SESSION = """
-import json, os, sys, types
+import json, os, secrets, sys, types
 from afield.gpu_store.tiers import DISK, WriteFile
 from afield.runtime.node.workers import WorkerPool
 from afield.runtime.session.forkserver import ForkServer, Roles
 from afield.runtime.session.store_process import run_store
-from afield.runtime.process.configuration import ForkServerConfig
+from afield.runtime.process.configuration import ForkServerConfig, SessionConfig
 from afield.scheduler.devices import emulated_device
 from afield.transport.channel import listen
 from tests.store_daemon import *
 
 def run_daemon(config, fork_sock):
-    daemon = FakeDaemon(config.directory, [emulated_device(0, 9 * MIB)])
-    daemon.config = config.session_config()
+    daemon = FakeDaemon(os.fsdecode(config.directory), config.devices)
+    daemon.config = config.session
     daemon._listener.close()
     daemon._listener = listen(daemon.config.address(b""))
     daemon.loop.register(daemon._listener.fileno(), daemon._accept)
@@ -402,11 +401,15 @@ def run_daemon(config, fork_sock):
     daemon.until(lambda: len(daemon.of("ready")) == 2 and daemon.of("done"))
     print(json.dumps({"names": names, "told": daemon.told, "pids": [*pids, daemon.pid(1)]}), flush=True)
 
-raw = json.loads(sys.stdin.read())
 slab = os.memfd_create("x"); os.ftruncate(slab, HOST_BYTES)
 read, write = os.pipe()
-config = ForkServerConfig(**raw, slab_fd=slab, lifeline_fd=read)
-ForkServer(config, Roles(run_daemon, None, run_store)).run()
+config = ForkServerConfig(
+    session=SessionConfig(secrets.token_hex(8), secrets.token_bytes(32), slab, HOST_BYTES, -1),
+    directory=os.fsencode(sys.argv[1]), lifeline_fd=read, lock_fd=-1, working_directory=b"", arguments=[b""],
+    node_id=bytes(8), num_cpus=1.0, memory=1, resources={}, devices=[emulated_device(0, 9 * MIB)], emulated_link="",
+    driver=bytes(8), namespace="", environment=b"",
+)
+ForkServer(ForkServerConfig.decode(config.encode()), Roles(run_daemon, None, run_store)).run()
 """
 
 
@@ -414,31 +417,8 @@ def test_through_the_fork_server(tmp_path: Path) -> None:
     """The real fork server and the real worker pool: stores have their name, and their ends are told."""
     session = tmp_path / "session"
     session.mkdir()
-    facts: dict[str, Any] = {
-        "session": secrets.token_hex(8),
-        "directory": str(session),
-        "token": secrets.token_hex(32),
-        "capacity": HOST_BYTES,
-        "pins_fd": -1,
-        "store_wait_s": 10.0,
-        "sys_path": [],
-        "working_directory": "",
-        "arguments": [""],
-        "num_cpus": 1.0,
-        "devices": [],
-        "emulated_link": "",
-        "resources": {},
-        "memory": 1,
-        "namespace": "",
-        "node_id": "00" * 8,
-        "environment": "",
-        "driver": "00" * 8,
-        "lock_fd": -1,
-        "record_call_sites": False,
-    }
     done = subprocess.run(
-        [sys.executable, "-c", SESSION],
-        input=json.dumps(facts),
+        [sys.executable, "-c", SESSION, str(session)],
         capture_output=True,
         text=True,
         cwd=ROOT,
