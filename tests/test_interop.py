@@ -35,7 +35,7 @@ from afield.gpu_store.interop.interop_cupy import (
 )
 from afield.gpu_store.interop.interop_numba import NumbaAdapter
 from afield.gpu_store.interop.interop_torch import TorchAdapter
-from afield.gpu_store.interop.places import host_array, host_dtype
+from afield.gpu_store.interop.places import Layout, host_array, host_dtype
 from tests.fake_cuda import libraries
 from tests.test_arena import Books
 
@@ -463,7 +463,7 @@ def test_host_array_keeps_what_holds_its_memory_in_place() -> None:
     died: list[bool] = []
     view = np.frombuffer(memoryview(bytearray(64)).toreadonly(), np.uint8, 32, 16).view(View)
     view.hold = Held()
-    array = host_array(HostPlace(view.data), 0, (2, 3), (12, 4), "<f4")
+    array = host_array(HostPlace(view.data), Layout((2, 3), (12, 4), "<f4"))
     del view
     part = array[1:, ::2]
     del array
