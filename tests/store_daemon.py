@@ -173,6 +173,9 @@ class FakeDaemon:
             assert self.stores.ensure(arena) == ""
         self.until(lambda: all(map(self.stores.ready, arenas)))
 
+    def life(self, arena: int) -> int:
+        return self.stores._stores[arena].life
+
     def pid(self, arena: int) -> int:
         (pid,) = [x["pid"] for x in self.stores.describe() if x["arena"] == arena]
         assert isinstance(pid, int)

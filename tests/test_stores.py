@@ -56,7 +56,7 @@ def test_a_store_takes_its_device_and_exports_it(daemon: FakeDaemon) -> None:
     daemon.start(1)
     assert daemon.stores.ensure(1) == "" and daemon.of("ready") == [(1, 8 * MIB)]
     export = daemon.stores.export(1)
-    assert (export.device_uuid, export.size_bytes, daemon.stores.life(1)) == (UUID, 8 * MIB, 1)
+    assert (export.device_uuid, export.size_bytes, daemon.life(1)) == (UUID, 8 * MIB, 1)
     slab = daemon.machine.open(UUID).import_slab(export)
     assert slab.size_bytes == 8 * MIB
     assert daemon.machine.open(UUID).memory_info()[0] == MIB
@@ -149,7 +149,7 @@ def test_a_killed_store_is_told_once_and_comes_again(daemon: FakeDaemon, noise: 
     ((arena, uuid, epoch, cause),) = daemon.of("lost")
     assert (arena, uuid, epoch) == (1, UUID, 1) and "killed by signal 9" in cause
     assert daemon.told.index(("lost", arena, uuid, epoch, cause)) < len(daemon.told) - 1
-    assert daemon.stores.life(1) == 2 and daemon.stores.export(1) != first and daemon.stores.life(2) == 1
+    assert daemon.life(1) == 2 and daemon.stores.export(1) != first and daemon.life(2) == 1
     assert daemon.run(Move(1, (0, 0), (1, 0), MIB)) == [(1, "", "")]
     # Who has the old slab cached is not confused: the peer's store imports the new one.
     assert daemon.run(Move(2, (1, 0), (2, 0), MIB)) == [(2, "", "")]
@@ -174,7 +174,7 @@ def test_lives_that_end_young_come_slower(daemon: FakeDaemon) -> None:
     daemon.start(1)
     for life in range(1, 5):
         os.kill(daemon.pid(1), signal.SIGKILL)
-        while daemon.stores.life(1) == life or not daemon.stores.ready(1):
+        while daemon.life(1) == life or not daemon.stores.ready(1):
             daemon.step()
     store = daemon.stores._stores[1]
     assert len(daemon.of("lost")) == 4 and store.short_lives == 4
@@ -211,11 +211,11 @@ def test_a_lost_device_is_told_once_and_waits_for_its_reset(daemon: FakeDaemon) 
     assert daemon.run(Move(1, (0, 0), (1, 0), 10))[0][:2] == (1, "device_lost")
     assert daemon.run(Move(2, (1, 0), (2, 0), 10))[0][:2] == (2, "import")
     daemon.pause(0.3)
-    assert daemon.stores.life(1) == 1
+    assert daemon.life(1) == 1
     daemon.machine.reset(UUID)
     daemon.until(lambda: daemon.stores.ready(1))
     assert daemon.stores.export(1).epoch == 3 and daemon.stores.ensure(1) == ""
-    assert len(daemon.of("lost")) == 1 and daemon.stores.life(1) == 2
+    assert len(daemon.of("lost")) == 1 and daemon.life(1) == 2
     assert daemon.run(Move(3, (0, 0), (1, 0), 10)) == [(3, "", "")]
 
 
@@ -283,7 +283,7 @@ def test_a_lost_device_is_tried_now_and_then(daemon: FakeDaemon) -> None:
     daemon.machine.inject(faults.lost(UUID))
     daemon.until(lambda: daemon.of("lost"))
     daemon.lag_s += module.RETRY_S
-    daemon.until(lambda: daemon.stores.life(1) == 2 and daemon.stores._stores[1].state is State.LOST)
+    daemon.until(lambda: daemon.life(1) == 2 and daemon.stores._stores[1].state is State.LOST)
     assert len(daemon.of("lost")) == 1
     assert daemon.stores._stores[1].due - daemon.now() > module.RETRY_S
 
@@ -339,10 +339,10 @@ def test_a_store_that_cannot_start_is_given_up(daemon: FakeDaemon) -> None:
     daemon.until(lambda: daemon.of("lost"))
     ((_, _, _, cause),) = daemon.of("lost")
     assert "2 MiB asked for, 1 MiB free of 9 MiB" in cause and not daemon.of("done")
-    assert daemon.stores.life(1) == module.MAX_FAILED_STARTS
+    assert daemon.life(1) == module.MAX_FAILED_STARTS
     assert cause in daemon.stores.ensure(1)
     daemon.pause(0.2)
-    assert daemon.stores.life(1) == module.MAX_FAILED_STARTS
+    assert daemon.life(1) == module.MAX_FAILED_STARTS
     # Later somebody asks again, and by then there is room.
     daemon.machine.open(UUID).free_slab(other)
     daemon.lag_s += module.RETRY_S

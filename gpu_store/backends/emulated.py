@@ -27,7 +27,7 @@ import msgspec
 import numpy as np
 
 from afield.clock import Clock, monotonic
-from afield.errors import AfieldError, DeviceLostError, NoDeviceError, OutOfDeviceMemoryError
+from afield.errors import AfieldError, DeviceLostError, OutOfDeviceMemoryError
 from afield.gpu_store.backends import base
 from afield.gpu_store.backends.base import (
     HOST,
@@ -475,16 +475,6 @@ def lost_error(board: Board, index: int) -> DeviceLostError:
     return DeviceLostError(
         f"device {info.uuid} ({info.name}) is gone, and its memory with it: {board.last_fatal(index)}"
     )
-
-
-def emulated_devices(count: int, memory_bytes: int) -> list[DeviceInfo]:
-    """Return `count` like devices, named after their number, for machines that nothing else describes."""
-    if count < 1:
-        raise NoDeviceError(f"a machine with {count} emulated devices was asked for: ask for one at least")
-    return [
-        DeviceInfo(f"EMU-{index:04d}-0000-0000-0000", index, f"emulated device {index}", memory_bytes, "emulated")
-        for index in range(count)
-    ]
 
 
 def _links(devices: Sequence[DeviceInfo], host: LinkSpeed, peer: LinkSpeed) -> Iterator[Link]:
