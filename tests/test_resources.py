@@ -95,7 +95,7 @@ def test_malformed_custom_resources(resources: object) -> None:
 
 
 def test_a_negative_amount_is_refused() -> None:
-    with pytest.raises(ValueError, match="the amount of CPU is negative: -0.5"):
+    with pytest.raises(ValueError, match=r"the amount of CPU is negative: -0\.5"):
         ResourceSet({"CPU": -5000})
 
 
