@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from afield.version import VERSION as __version__  # noqa: F401, N811 - where packages are asked for it
+
 if TYPE_CHECKING:
     from afield._face import *  # noqa: F403 - type checkers read the names there
 
@@ -35,6 +37,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__getattr__("__all__")})
-
-
-__version__ = "0.1.0"

@@ -34,6 +34,7 @@ from afield.errors import (
     TaskError,
     TaskUnschedulableError,
     UsageError,
+    VersionMismatchError,
     WorkerCrashedError,
 )
 from afield.runtime.calls.generators import ObjectRefGenerator
@@ -97,6 +98,7 @@ __all__ = [
     "TaskError",
     "TaskUnschedulableError",
     "UsageError",
+    "VersionMismatchError",
     "WorkerCrashedError",
     "available_resources",
     "exit_actor",

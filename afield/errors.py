@@ -143,6 +143,10 @@ class RuntimeDiedError(LossError):
     """The node daemon is gone; call `afield.shutdown()` and `afield.init()` to start afresh."""
 
 
+class VersionMismatchError(RuntimeDiedError):
+    """The session's processes found another version of afield than the driver runs; the message says where both are."""
+
+
 class CapacityError(AfieldError):
     """There was no room."""
 

@@ -43,6 +43,8 @@ raised                             when
 `SpillError`                       never by itself: the reason in an `ObjectStoreFullError` (the disk is full) or an
                                    `ObjectLostError` (a spill file is unreadable or corrupt).
 `RuntimeDiedError`                 the node's daemon is gone, or the runtime could not start: `shutdown` and `init` again.
+`VersionMismatchError`             `init`: the session's processes found another version of afield, mostly as the package was
+                                   upgraded while the program ran; a `RuntimeDiedError`.
 **afield is wrong**
 `InternalError`                    something happened that afield's own rules exclude: a bug; please report it with its text.
 =================================  ==========================================================================================
@@ -81,6 +83,7 @@ from afield.errors import (
     TaskError,
     TaskUnschedulableError,
     UsageError,
+    VersionMismatchError,
     WorkerCrashedError,
 )
 
@@ -115,6 +118,7 @@ __all__ = [
     "TaskError",
     "TaskUnschedulableError",
     "UsageError",
+    "VersionMismatchError",
     "WorkerCrashedError",
 ]
 

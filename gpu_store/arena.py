@@ -317,11 +317,6 @@ class DeviceArena:
                 claim.count += 1
             return claim
 
-    def sole(self, claim: Claim) -> bool:
-        """Tell whether nothing refers to the block any more, and nobody else claims it: then it may be taken."""
-        with _Entered(self):
-            return _is_sole(claim)
-
     def take(self, claim: Claim, offset: int, size: int) -> bool:
         """Let `size` bytes at `offset` of a block that is solely claimed leave the arena; the rest of it is free.
 
@@ -474,4 +469,5 @@ class _Entered:
 
 
 def _is_sole(claim: Claim) -> bool:
+    """Tell whether nothing refers to the block any more, and nobody else claims it: then it may be taken."""
     return claim.dead and claim.count == 1 and not claim.taken

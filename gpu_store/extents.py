@@ -24,8 +24,6 @@ one size the block freed last is taken first: its pages are the likeliest to be 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 _WORD_BITS = 10
 _WORD_MASK = (1 << _WORD_BITS) - 1
 _BITS = tuple(1 << i for i in range(1 << _WORD_BITS))
@@ -201,11 +199,6 @@ class ExtentAllocator:
             self._remove(end)
             end += after
         self._insert(start, end - start)
-
-    def free_ranges(self) -> Iterator[tuple[int, int]]:
-        """Yield the (offset, size) of every free block below `high_water`, in no order."""
-        for start, units in self._size_at.items():
-            yield start << self._shift, units << self._shift
 
     def _warm_tail(self) -> int:
         """Return the unit from which everything up to the end of the slab is free."""

@@ -17,7 +17,7 @@ from afield.runtime.worker.worker import run_worker
 
 
 def main(raw: bytes) -> None:
-    """Run the fork server; `raw` is its configuration as JSON."""
+    """Run the fork server; `raw` is its configuration."""
     serve(raw, Roles(_run_daemon, run_worker, run_store))
 
 

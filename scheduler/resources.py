@@ -125,13 +125,6 @@ class ResourceSet:
             units[name] = units.get(name, 0) + amount
         return ResourceSet(units)
 
-    def subtract(self, other: ResourceSet) -> ResourceSet:
-        """Return what is left without `other`; raises ValueError, naming the resource, if it holds less than that."""
-        units = dict(self._units)
-        for name, amount in other._units.items():
-            units[name] = units.get(name, 0) - amount
-        return ResourceSet(units)
-
 
 def format_amount(name: str, amount: int) -> str:
     """Return `amount` (units of 1e-4) of resource `name` for a message: bytes with a suffix, the rest as a number."""

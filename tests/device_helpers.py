@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import afield
+from afield.gpu_store.backends.base import DeviceInfo
 from afield.gpu_store.backends.emulated import EmulatedBackend
 from afield.runtime.face.api import query
+from afield.scheduler.devices import emulated_device
 from tests.helpers import no_leaks, poll, processes, remote_with, traces
 
 MIB = 1 << 20
@@ -25,6 +27,12 @@ PATIENCE_S = 30.0
 GRACE_S = 10.0
 
 on_device = remote_with(num_gpus=1)
+
+
+def emulated_devices(count: int, memory_bytes: int) -> list[DeviceInfo]:
+    """Return like devices for a machine of a test's own, as the node daemon describes them."""
+    devices = [emulated_device(index, memory_bytes) for index in range(count)]
+    return [DeviceInfo(one.uuid, one.index, one.name, one.memory_bytes, one.kind) for one in devices]
 
 
 @contextmanager

@@ -36,7 +36,7 @@ class FakeDaemon:
         self.directory = str(directory)
         slab = os.memfd_create("host-store-of-a-test")
         os.ftruncate(slab, HOST_BYTES)
-        self.config = SessionConfig(secrets.token_hex(8), secrets.token_bytes(32), slab, HOST_BYTES, -1, 10.0)
+        self.config = SessionConfig(secrets.token_hex(8), secrets.token_bytes(32), slab, HOST_BYTES, -1)
         self.host = mmap.mmap(slab, HOST_BYTES)
         self.loop = Loop()
         self.channels: list[Channel] = []
@@ -172,6 +172,9 @@ class FakeDaemon:
         for arena in arenas:
             assert self.stores.ensure(arena) == ""
         self.until(lambda: all(map(self.stores.ready, arenas)))
+
+    def life(self, arena: int) -> int:
+        return self.stores._stores[arena].life
 
     def pid(self, arena: int) -> int:
         (pid,) = [x["pid"] for x in self.stores.describe() if x["arena"] == arena]

@@ -19,12 +19,13 @@ import numpy as np
 import pytest
 
 from afield.errors import DeviceLostError, OutOfDeviceMemoryError
-from afield.gpu_store.arena import MIN_CHUNK_BYTES, DeviceArena
+from afield.gpu_store.arena import MIN_CHUNK_BYTES, DeviceArena, _Entered, _is_sole
 from afield.gpu_store.backends.base import Device, DeviceUsageError, Slab
 from afield.gpu_store.backends.cuda import CudaBackend
-from afield.gpu_store.backends.emulated import EmulatedBackend, emulated_devices
-from afield.gpu_store.blocks import ALIGNMENT, Block
+from afield.gpu_store.backends.emulated import EmulatedBackend
+from afield.gpu_store.blocks import ALIGNMENT, Block, Claim
 from afield.gpu_store.extents import ExtentAllocator
+from tests.device_helpers import emulated_devices
 from tests.fake_cuda import libraries
 from tests.test_device_backend import peer_process, read, unpack, write
 
@@ -72,6 +73,12 @@ def arena_on(
     machine.close()
 
 
+def sole(arena: DeviceArena, claim: Claim) -> bool:
+    """Tell whether nothing refers to the block of a claim any more, and nobody else claims it."""
+    with _Entered(arena):
+        return _is_sole(claim)
+
+
 def churn(arena: DeviceArena, count: int, live: int, size: Callable[[random.Random], int], seed: int = 1) -> float:
     """Replace one of `live` random blocks by one of another size, `count` times; return the median time in seconds.
 
@@ -110,7 +117,7 @@ def test_large_blocks_that_leave_one_after_the_other_are_leased_ahead() -> None:
             block = arena.allocate(40 * MIB)
             claim, offset = arena.claim(block), block.offset
             del block
-            assert arena.sole(claim) and arena.take(claim, offset, 40 * MIB)
+            assert sole(arena, claim) and arena.take(claim, offset, 40 * MIB)
             arena.release(claim)
             return offset, 40 * MIB
 
@@ -327,9 +334,9 @@ def test_a_dead_claimed_block_is_taken_in_part() -> None:
     with arena_on() as (arena, books):
         block = arena.allocate(1 * MIB)
         claim, start = arena.claim(block), block.offset
-        assert not arena.sole(claim)
+        assert not sole(arena, claim)
         del block
-        assert arena.sole(claim)
+        assert sole(arena, claim)
         arena.take(claim, start + ALIGNMENT, 1000)
         arena.release(claim)
         stats = arena.stats()
@@ -366,9 +373,9 @@ def test_two_claims_and_nobody_may_take() -> None:
         block = arena.allocate(4096)
         first, second = arena.claim(block), arena.claim(block)
         del block
-        assert not arena.sole(first)
+        assert not sole(arena, first)
         arena.release(second)
-        assert arena.sole(first)
+        assert sole(arena, first)
         arena.release(first)
         assert arena.stats().used_bytes == 0
 

@@ -36,7 +36,8 @@ from afield.gpu_store.backends.base import (
     Stream,
 )
 from afield.gpu_store.backends.cuda import CudaBackend
-from afield.gpu_store.backends.emulated import EmulatedBackend, emulated_devices
+from afield.gpu_store.backends.emulated import EmulatedBackend
+from tests.device_helpers import emulated_devices
 from tests.fake_cuda import libraries
 from tests.helpers import ROOT
 

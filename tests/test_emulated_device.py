@@ -25,8 +25,9 @@ from afield.gpu_store.backends.base import (
     StaleEpochError,
 )
 from afield.gpu_store.backends.board import MAX_EVENTS, MAX_FAULTS
-from afield.gpu_store.backends.emulated import EmulatedBackend, EmulatedDevice, LinkSpeed, emulated_devices
+from afield.gpu_store.backends.emulated import EmulatedBackend, EmulatedDevice, LinkSpeed
 from afield.gpu_store.backends.streams import CHUNK_BYTES
+from tests.device_helpers import emulated_devices
 from tests.helpers import poll
 from tests.test_device_backend import Peer, pack, peer_process, read, unpack, write
 

@@ -22,7 +22,7 @@ from afield.errors import DeserializationError, DeviceLostError, OutOfDeviceMemo
 from afield.gpu_store.arena import DeviceArena
 from afield.gpu_store.backends.base import DeviceUsageError, StaleEpochError
 from afield.gpu_store.backends.cuda import CudaBackend
-from afield.gpu_store.backends.emulated import EmulatedBackend, emulated_devices
+from afield.gpu_store.backends.emulated import EmulatedBackend
 from afield.gpu_store.blocks import ALIGNMENT
 from afield.gpu_store.client import View
 from afield.gpu_store.emulated_arrays import EmulatedArray, inner_array, make_module, set_process_devices
@@ -35,7 +35,8 @@ from afield.gpu_store.interop.interop_cupy import (
 )
 from afield.gpu_store.interop.interop_numba import NumbaAdapter
 from afield.gpu_store.interop.interop_torch import TorchAdapter
-from afield.gpu_store.interop.places import host_array, host_dtype
+from afield.gpu_store.interop.places import Layout, host_array, host_dtype
+from tests.device_helpers import emulated_devices
 from tests.fake_cuda import libraries
 from tests.test_arena import Books
 
@@ -463,7 +464,7 @@ def test_host_array_keeps_what_holds_its_memory_in_place() -> None:
     died: list[bool] = []
     view = np.frombuffer(memoryview(bytearray(64)).toreadonly(), np.uint8, 32, 16).view(View)
     view.hold = Held()
-    array = host_array(HostPlace(view.data), 0, (2, 3), (12, 4), "<f4")
+    array = host_array(HostPlace(view.data), Layout((2, 3), (12, 4), "<f4"))
     del view
     part = array[1:, ::2]
     del array

@@ -22,10 +22,11 @@ from afield.gpu_store import mover as movers
 from afield.gpu_store.backends import faults
 from afield.gpu_store.backends.base import SLAB_GRANULE_BYTES, DeviceUsageError, SlabExport
 from afield.gpu_store.backends.cuda import CudaBackend
-from afield.gpu_store.backends.emulated import EmulatedBackend, LinkSpeed, emulated_devices
+from afield.gpu_store.backends.emulated import EmulatedBackend, LinkSpeed
 from afield.gpu_store.backends.select import create_emulated, cuda_spec, open_backend
 from afield.gpu_store.mover import Completion, Completions, DeviceMover, DiskMover
 from afield.gpu_store.spill_files import SpillFiles
+from tests.device_helpers import emulated_devices
 from tests.fake_cuda import libraries
 from tests.helpers import ROOT
 

@@ -12,10 +12,11 @@ import pytest
 
 from afield.errors import DeviceLostError, NoDeviceError, OutOfDeviceMemoryError
 from afield.gpu_store.backends.base import DeviceUsageError, PoisonedContextError, SlabImportError
-from afield.gpu_store.backends.emulated import EmulatedBackend, LinkSpeed, emulated_devices
+from afield.gpu_store.backends.emulated import EmulatedBackend, LinkSpeed
 from afield.runtime.node import daemon
 from afield.testing.devices import DeviceHandle, DeviceMemory
 from afield.testing.runtimes import report
+from tests.device_helpers import emulated_devices
 from tests.test_docs import program_of
 
 pytest_plugins = ["pytester"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import secrets
 import signal
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from afield.scheduler.devices import emulated_device
 from afield.transport.auth import Handshake
 from afield.transport.channel import Channel, connect
 from tests.helpers import ROOT
-from tests.store_daemon import HOST_BYTES, MIB, FakeDaemon
+from tests.store_daemon import MIB, FakeDaemon
 
 UUID = emulated_device(0).uuid
 
@@ -57,7 +56,7 @@ def test_a_store_takes_its_device_and_exports_it(daemon: FakeDaemon) -> None:
     daemon.start(1)
     assert daemon.stores.ensure(1) == "" and daemon.of("ready") == [(1, 8 * MIB)]
     export = daemon.stores.export(1)
-    assert (export.device_uuid, export.size_bytes, daemon.stores.life(1)) == (UUID, 8 * MIB, 1)
+    assert (export.device_uuid, export.size_bytes, daemon.life(1)) == (UUID, 8 * MIB, 1)
     slab = daemon.machine.open(UUID).import_slab(export)
     assert slab.size_bytes == 8 * MIB
     assert daemon.machine.open(UUID).memory_info()[0] == MIB
@@ -150,7 +149,7 @@ def test_a_killed_store_is_told_once_and_comes_again(daemon: FakeDaemon, noise: 
     ((arena, uuid, epoch, cause),) = daemon.of("lost")
     assert (arena, uuid, epoch) == (1, UUID, 1) and "killed by signal 9" in cause
     assert daemon.told.index(("lost", arena, uuid, epoch, cause)) < len(daemon.told) - 1
-    assert daemon.stores.life(1) == 2 and daemon.stores.export(1) != first and daemon.stores.life(2) == 1
+    assert daemon.life(1) == 2 and daemon.stores.export(1) != first and daemon.life(2) == 1
     assert daemon.run(Move(1, (0, 0), (1, 0), MIB)) == [(1, "", "")]
     # Who has the old slab cached is not confused: the peer's store imports the new one.
     assert daemon.run(Move(2, (1, 0), (2, 0), MIB)) == [(2, "", "")]
@@ -175,7 +174,7 @@ def test_lives_that_end_young_come_slower(daemon: FakeDaemon) -> None:
     daemon.start(1)
     for life in range(1, 5):
         os.kill(daemon.pid(1), signal.SIGKILL)
-        while daemon.stores.life(1) == life or not daemon.stores.ready(1):
+        while daemon.life(1) == life or not daemon.stores.ready(1):
             daemon.step()
     store = daemon.stores._stores[1]
     assert len(daemon.of("lost")) == 4 and store.short_lives == 4
@@ -212,11 +211,11 @@ def test_a_lost_device_is_told_once_and_waits_for_its_reset(daemon: FakeDaemon) 
     assert daemon.run(Move(1, (0, 0), (1, 0), 10))[0][:2] == (1, "device_lost")
     assert daemon.run(Move(2, (1, 0), (2, 0), 10))[0][:2] == (2, "import")
     daemon.pause(0.3)
-    assert daemon.stores.life(1) == 1
+    assert daemon.life(1) == 1
     daemon.machine.reset(UUID)
     daemon.until(lambda: daemon.stores.ready(1))
     assert daemon.stores.export(1).epoch == 3 and daemon.stores.ensure(1) == ""
-    assert len(daemon.of("lost")) == 1 and daemon.stores.life(1) == 2
+    assert len(daemon.of("lost")) == 1 and daemon.life(1) == 2
     assert daemon.run(Move(3, (0, 0), (1, 0), 10)) == [(3, "", "")]
 
 
@@ -284,7 +283,7 @@ def test_a_lost_device_is_tried_now_and_then(daemon: FakeDaemon) -> None:
     daemon.machine.inject(faults.lost(UUID))
     daemon.until(lambda: daemon.of("lost"))
     daemon.lag_s += module.RETRY_S
-    daemon.until(lambda: daemon.stores.life(1) == 2 and daemon.stores._stores[1].state is State.LOST)
+    daemon.until(lambda: daemon.life(1) == 2 and daemon.stores._stores[1].state is State.LOST)
     assert len(daemon.of("lost")) == 1
     assert daemon.stores._stores[1].due - daemon.now() > module.RETRY_S
 
@@ -340,10 +339,10 @@ def test_a_store_that_cannot_start_is_given_up(daemon: FakeDaemon) -> None:
     daemon.until(lambda: daemon.of("lost"))
     ((_, _, _, cause),) = daemon.of("lost")
     assert "2 MiB asked for, 1 MiB free of 9 MiB" in cause and not daemon.of("done")
-    assert daemon.stores.life(1) == module.MAX_FAILED_STARTS
+    assert daemon.life(1) == module.MAX_FAILED_STARTS
     assert cause in daemon.stores.ensure(1)
     daemon.pause(0.2)
-    assert daemon.stores.life(1) == module.MAX_FAILED_STARTS
+    assert daemon.life(1) == module.MAX_FAILED_STARTS
     # Later somebody asks again, and by then there is room.
     daemon.machine.open(UUID).free_slab(other)
     daemon.lag_s += module.RETRY_S
@@ -376,19 +375,19 @@ def test_a_node_without_devices(tmp_path: Path) -> None:
 # -- through the fork server --------------------------------------------------------------------------------------
 
 SESSION = """
-import json, os, sys, types
+import json, os, secrets, sys, types
 from afield.gpu_store.tiers import DISK, WriteFile
 from afield.runtime.node.workers import WorkerPool
 from afield.runtime.session.forkserver import ForkServer, Roles
 from afield.runtime.session.store_process import run_store
-from afield.runtime.process.configuration import ForkServerConfig
+from afield.runtime.process.configuration import ForkServerConfig, SessionConfig
 from afield.scheduler.devices import emulated_device
 from afield.transport.channel import listen
 from tests.store_daemon import *
 
 def run_daemon(config, fork_sock):
-    daemon = FakeDaemon(config.directory, [emulated_device(0, 9 * MIB)])
-    daemon.config = config.session_config()
+    daemon = FakeDaemon(os.fsdecode(config.directory), config.devices)
+    daemon.config = config.session
     daemon._listener.close()
     daemon._listener = listen(daemon.config.address(b""))
     daemon.loop.register(daemon._listener.fileno(), daemon._accept)
@@ -402,11 +401,15 @@ def run_daemon(config, fork_sock):
     daemon.until(lambda: len(daemon.of("ready")) == 2 and daemon.of("done"))
     print(json.dumps({"names": names, "told": daemon.told, "pids": [*pids, daemon.pid(1)]}), flush=True)
 
-raw = json.loads(sys.stdin.read())
 slab = os.memfd_create("x"); os.ftruncate(slab, HOST_BYTES)
 read, write = os.pipe()
-config = ForkServerConfig(**raw, slab_fd=slab, lifeline_fd=read)
-ForkServer(config, Roles(run_daemon, None, run_store)).run()
+config = ForkServerConfig(
+    session=SessionConfig(secrets.token_hex(8), secrets.token_bytes(32), slab, HOST_BYTES, -1),
+    directory=os.fsencode(sys.argv[1]), lifeline_fd=read, lock_fd=-1, working_directory=b"", arguments=[b""],
+    node_id=bytes(8), num_cpus=1.0, memory=1, resources={}, devices=[emulated_device(0, 9 * MIB)], emulated_link="",
+    driver=bytes(8), namespace="", environment=b"",
+)
+ForkServer(ForkServerConfig.decode(config.encode()), Roles(run_daemon, None, run_store)).run()
 """
 
 
@@ -414,31 +417,8 @@ def test_through_the_fork_server(tmp_path: Path) -> None:
     """The real fork server and the real worker pool: stores have their name, and their ends are told."""
     session = tmp_path / "session"
     session.mkdir()
-    facts: dict[str, Any] = {
-        "session": secrets.token_hex(8),
-        "directory": str(session),
-        "token": secrets.token_hex(32),
-        "capacity": HOST_BYTES,
-        "pins_fd": -1,
-        "store_wait_s": 10.0,
-        "sys_path": [],
-        "working_directory": "",
-        "arguments": [""],
-        "num_cpus": 1.0,
-        "devices": [],
-        "emulated_link": "",
-        "resources": {},
-        "memory": 1,
-        "namespace": "",
-        "node_id": "00" * 8,
-        "environment": "",
-        "driver": "00" * 8,
-        "lock_fd": -1,
-        "record_call_sites": False,
-    }
     done = subprocess.run(
-        [sys.executable, "-c", SESSION],
-        input=json.dumps(facts),
+        [sys.executable, "-c", SESSION, str(session)],
         capture_output=True,
         text=True,
         cwd=ROOT,

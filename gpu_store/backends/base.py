@@ -23,13 +23,14 @@ Errors of whatever lies below are translated once, here at the edge, into the er
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
 import msgspec
 
-from afield.errors import AfieldError, DeviceLostError, LossError, UsageError
+from afield.errors import AfieldError, DeviceLostError, LossError, NoDeviceError, UsageError
 from afield.units import format_bytes
 
 #: CUDA hands out small allocations from shared blocks of this size and exports the whole block.
@@ -128,6 +129,9 @@ class Slab:
     imported: bool
     #: False once it was freed here.
     mapped: bool
+
+
+AnySlab = TypeVar("AnySlab", bound=Slab)
 
 
 class Event(Protocol):
@@ -280,6 +284,43 @@ def check_slab(slab: Slab, info: DeviceInfo, epoch: int) -> None:
         raise stale(info.uuid, slab.epoch, epoch)
     if not slab.mapped:
         raise DeviceUsageError(f"a slab of device {info.uuid} was used after it was freed")
+
+
+def own(slab: Slab, kind: type[AnySlab], info: DeviceInfo) -> AnySlab:
+    """Return `slab` as the backend's own kind; raises DeviceUsageError for one of something else."""
+    if not isinstance(slab, kind) or slab.device_uuid != info.uuid:
+        raise DeviceUsageError(f"a slab of something else was given to device {info.uuid}")
+    return slab
+
+
+def peer_of(slab: Slab, kind: type[AnySlab], info: DeviceInfo) -> AnySlab:
+    """Return the slab of a peer as the backend's own kind; raises DeviceUsageError for anything else."""
+    if not isinstance(slab, kind) or slab.device_uuid == info.uuid:
+        raise DeviceUsageError("a peer's slab is one of another device of this machine; use copy_within on the same")
+    return slab
+
+
+def check_exportable(slab: Slab) -> None:
+    """Raise DeviceUsageError for a slab of another process."""
+    if slab.imported:
+        raise DeviceUsageError("a slab is exported by the process that allocated it: hand on the export that it made")
+
+
+def check_foreign(is_ours: bool) -> None:
+    """Raise SlabImportError for an export of this process itself, as CUDA does."""
+    if is_ours:
+        raise SlabImportError("a slab cannot be imported by the process that allocated it: use the slab itself")
+
+
+def check_process(pid: int) -> None:
+    """Raise DeviceUsageError unless this is the process that began to use the devices."""
+    if pid != os.getpid():
+        raise DeviceUsageError("devices do not survive a fork: open them in the process that uses them")
+
+
+def unknown_device(uuid: str, known: Iterable[str]) -> NoDeviceError:
+    """Return the error for a device that there is not."""
+    return NoDeviceError(f"there is no device {uuid} here; there are: {', '.join(known) or 'none'}")
 
 
 def check_range(slab: Slab, offset: int, size_bytes: int) -> None:

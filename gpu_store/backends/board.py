@@ -29,6 +29,7 @@ import msgspec
 import numpy as np
 
 from afield.errors import NoDeviceError
+from afield.gpu_store.backends import base
 from afield.gpu_store.backends.base import DeviceCallError, DeviceInfo, DeviceUsageError, HealthEvent, HealthKind, Link
 from afield.gpu_store.backends.health import judge_xid
 
@@ -119,13 +120,12 @@ class Board:
     def index(self, uuid: str) -> int:
         """Return a device's position; raises NoDeviceError with what there is."""
         if uuid not in self._index:
-            raise NoDeviceError(f"there is no device {uuid} here; there are: {', '.join(self._index) or 'none'}")
+            raise base.unknown_device(uuid, self._index)
         return self._index[uuid]
 
     def check_process(self) -> None:
         """Raise DeviceUsageError in a child of the process that mapped the board, or after `close`."""
-        if self._pid != os.getpid():
-            raise DeviceUsageError("devices do not survive a fork: open them in the process that uses them")
+        base.check_process(self._pid)
         if self._fd < 0:
             raise DeviceUsageError("the backend was closed")
 

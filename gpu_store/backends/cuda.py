@@ -43,6 +43,7 @@ from afield.gpu_store.backends.base import (
 )
 from afield.gpu_store.backends.cuda_streams import CudaStream
 from afield.gpu_store.backends.health import Verdict
+from afield.gpu_store.backends.opened import OpenDevices
 
 _PEER_ACCESS_ALREADY_ENABLED = 704
 _USAGE_CODES = {712: "this host memory is page-locked already", 713: "this host memory is not page-locked"}
@@ -124,8 +125,7 @@ class CudaBackend:
             raise NoDeviceError(f"the NVIDIA driver knows no device here: {_REMEDY}")
         self._epochs = {info.uuid: (epochs or {}).get(info.uuid, 1) for info in self._infos}
         self._lost: dict[str, str] = {}
-        self._lock = threading.RLock()
-        self._devices: dict[str, CudaDevice] = {}
+        self._opened: OpenDevices[CudaDevice] = OpenDevices()
         self.poisoned: dict[tuple[str, int], str] = {}
 
     def inventory(self) -> Sequence[DeviceInfo]:
@@ -140,23 +140,18 @@ class CudaBackend:
     def open(self, uuid: str) -> CudaDevice:
         self.check_process()
         info = self._info(uuid)
-        with self._lock:
-            self.check_life(uuid, self._epochs[uuid])
-            device = self._devices.get(uuid)
-            if device is None or device.closed or device.epoch != self._epochs[uuid]:
-                device = CudaDevice(self, info, self._epochs[uuid], self._ordinal(info))
-                self._devices[uuid] = device
-            return device
+        with self._opened.lock:
+            epoch = self._epochs[uuid]
+            self.check_life(uuid, epoch)
+            return self._opened.get(uuid, epoch, lambda: CudaDevice(self, info, epoch, self._ordinal(info)))
 
     def reset(self, uuid: str) -> None:
         self._info(uuid)
-        with self._lock:
+        with self._opened.lock:
             if (uuid, self._epochs[uuid]) in self.poisoned:
                 raise PoisonedContextError(f"device {uuid}: a broken context is mended by the end of its process only")
             self._nvml.check_alive(uuid)
-            device = self._devices.pop(uuid, None)
-            if device is not None:
-                device.close()
+            self._opened.close(uuid)
             self._lost.pop(uuid, None)
             self._epochs[uuid] += 1
 
@@ -168,15 +163,12 @@ class CudaBackend:
         return news
 
     def close(self) -> None:
-        with self._lock:
-            for device in self._devices.values():
-                device.close()
-            self._devices.clear()
-            self._nvml.close()
+        self._opened.close()
+        self._nvml.close()
 
     def lose(self, uuid: str, cause: str) -> None:
         """End a device's life, once: whatever more is heard about a lost device changes nothing."""
-        with self._lock:
+        with self._opened.lock:
             if uuid not in self._lost:
                 self._lost[uuid] = cause
                 self._epochs[uuid] += 1
@@ -190,8 +182,7 @@ class CudaBackend:
 
     def check_process(self) -> None:
         """Raise DeviceUsageError in a child of the process that made the backend."""
-        if self._pid != os.getpid():
-            raise DeviceUsageError("devices do not survive a fork: open them in the process that uses them")
+        base.check_process(self._pid)
 
     def holders(self, uuid: str) -> list[tuple[str, int]]:
         """Return (process, bytes) as far as the driver tells."""
@@ -201,7 +192,7 @@ class CudaBackend:
         for info in self._infos:
             if info.uuid == uuid:
                 return info
-        raise NoDeviceError(f"there is no device {uuid} here; there are: {', '.join(i.uuid for i in self._infos)}")
+        raise base.unknown_device(uuid, [info.uuid for info in self._infos])
 
     def _ordinal(self, info: DeviceInfo) -> int:
         runtime = self.libraries.runtime
@@ -243,7 +234,7 @@ class CudaDevice:
             raise OutOfDeviceMemoryError(text) from error
 
     def free_slab(self, slab: Slab) -> None:
-        mine = self._mine(slab)
+        mine = base.own(slab, CudaSlab, self.info)
         if mine.epoch == self._backend.epoch(self.info.uuid):
             self._usable(slab)
             self.call(self.runtime.deviceSynchronize)
@@ -254,10 +245,7 @@ class CudaDevice:
 
     def export_slab(self, slab: Slab) -> SlabExport:
         mine = self._usable(slab)
-        if mine.imported:
-            raise DeviceUsageError(
-                "a slab is exported by the process that allocated it: hand on the export that it made"
-            )
+        base.check_exportable(mine)
         handle = bytes(self.call(self.runtime.ipcGetMemHandle, mine.address))
         self._exported.add(handle)
         return SlabExport(self.info.uuid, self.epoch, mine.size_bytes, handle)
@@ -265,8 +253,7 @@ class CudaDevice:
     def import_slab(self, export: SlabExport) -> CudaSlab:
         self.check()
         base.check_export(export, self.info, self.epoch)
-        if export.handle in self._exported:
-            raise SlabImportError("a slab cannot be imported by the process that allocated it: use the slab itself")
+        base.check_foreign(export.handle in self._exported)
         try:
             address = self.call(self.runtime.ipcOpenMemHandle, export.handle)
         except (DeviceCallError, _NoRoomError) as error:
@@ -311,19 +298,16 @@ class CudaDevice:
         self, slab: Slab, offset: int, peer: Slab, peer_offset: int, size_bytes: int, stream: Stream
     ) -> None:
         target = self._range(slab, offset, size_bytes)
-        if not isinstance(peer, CudaSlab) or peer.device_uuid == self.info.uuid:
-            raise DeviceUsageError(
-                "a peer's slab is one of another device of this machine; use copy_within on the same"
-            )
-        other = self._backend.open(peer.device_uuid)
-        base.check_slab(peer, other.info, other.epoch)
-        base.check_range(peer, peer_offset, size_bytes)
+        theirs = base.peer_of(peer, CudaSlab, self.info)
+        other = self._backend.open(theirs.device_uuid)
+        base.check_slab(theirs, other.info, other.epoch)
+        base.check_range(theirs, peer_offset, size_bytes)
         mine = self._stream(stream)
-        self._enable_peer(peer.ordinal)
+        self._enable_peer(theirs.ordinal)
         if size_bytes:
-            source = peer.address + peer_offset
+            source = theirs.address + peer_offset
             copy = self.runtime.memcpyPeerAsync
-            self.call(copy, target, self._ordinal, source, peer.ordinal, size_bytes, mine.handle)
+            self.call(copy, target, self._ordinal, source, theirs.ordinal, size_bytes, mine.handle)
 
     def _enable_peer(self, ordinal: int) -> None:
         """Let copies from a peer take the direct way where there is one; without it the driver goes through the host."""
@@ -424,14 +408,9 @@ class CudaDevice:
         error.code = code
         return error
 
-    def _mine(self, slab: Slab) -> CudaSlab:
-        if not isinstance(slab, CudaSlab) or slab.device_uuid != self.info.uuid:
-            raise DeviceUsageError(f"a slab of something else was given to device {self.info.uuid}")
-        return slab
-
     def _usable(self, slab: Slab) -> CudaSlab:
         self.check()
-        mine = self._mine(slab)
+        mine = base.own(slab, CudaSlab, self.info)
         base.check_slab(mine, self.info, self.epoch)
         return mine
 

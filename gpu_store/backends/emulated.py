@@ -28,7 +28,7 @@ import msgspec
 import numpy as np
 
 from afield.clock import Clock, monotonic
-from afield.errors import AfieldError, DeviceLostError, NoDeviceError, OutOfDeviceMemoryError
+from afield.errors import AfieldError, DeviceLostError, OutOfDeviceMemoryError
 from afield.gpu_store.backends import base
 from afield.gpu_store.backends.base import (
     HOST,
@@ -45,6 +45,7 @@ from afield.gpu_store.backends.base import (
 from afield.gpu_store.backends.board import Board, open_foreign, wipe
 from afield.gpu_store.backends.faults import Call, Fault, FaultKind, inject, strike
 from afield.gpu_store.backends.health import STICKY_CODES
+from afield.gpu_store.backends.opened import OpenDevices
 from afield.gpu_store.backends.streams import Bytes, EmulatedStream, Lane, Wire
 
 Check = Callable[[], None]
@@ -103,8 +104,7 @@ class EmulatedBackend:
         self._wires = {
             (link.source, link.target): Wire(link, clock, sleep, self._slowness(link)) for link in board.links
         }
-        self._lock = threading.Lock()
-        self._devices: dict[str, EmulatedDevice] = {}
+        self._opened: OpenDevices[EmulatedDevice] = OpenDevices()
         self._poisoned: dict[tuple[str, int], PoisonedContextError] = {}
         # Who attaches wants the news from then on.
         self._seen = [board.events(index, 0)[1] for index in range(len(board.devices))]
@@ -154,15 +154,11 @@ class EmulatedBackend:
     def open(self, uuid: str) -> EmulatedDevice:
         self.board.check_process()
         index = self.board.index(uuid)
-        with self._lock:
+        with self._opened.lock:
             epoch = self.board.epoch(index)
             if self.board.lost(index):
                 raise lost_error(self.board, index)
-            device = self._devices.get(uuid)
-            if device is None or device.closed or device.epoch != epoch:
-                device = EmulatedDevice(self, index, epoch, self._poisoned)
-                self._devices[uuid] = device
-            return device
+            return self._opened.get(uuid, epoch, lambda: EmulatedDevice(self, index, epoch, self._poisoned))
 
     def reset(self, uuid: str) -> None:
         index = self.board.index(uuid)
@@ -178,10 +174,7 @@ class EmulatedBackend:
         return news
 
     def close(self) -> None:
-        with self._lock:
-            for device in self._devices.values():
-                device.close()
-            self._devices.clear()
+        self._opened.close()
         self.board.close()
 
     def wire(self, source: str, target: str) -> Wire:
@@ -240,7 +233,7 @@ class EmulatedDevice:
             self._enter(Call.ALLOCATE, size_bytes)
 
     def free_slab(self, slab: Slab) -> None:
-        mine = self._mine(slab)
+        mine = base.own(slab, EmulatedSlab, self.info)
         if mine.epoch == self._board.epoch(self._index):
             self._enter(Call.OTHER)
             base.check_slab(mine, self.info, self.epoch)
@@ -250,10 +243,7 @@ class EmulatedDevice:
     def export_slab(self, slab: Slab) -> SlabExport:
         self._enter(Call.OTHER)
         mine = self._usable(slab)
-        if mine.imported:
-            raise DeviceUsageError(
-                "a slab is exported by the process that allocated it: hand on the export that it made"
-            )
+        base.check_exportable(mine)
         handle = _Handle(os.getpid(), mine.fd, os.fstat(mine.fd).st_ino, mine.serial)
         return SlabExport(self.info.uuid, self.epoch, mine.size_bytes, msgspec.msgpack.encode(handle))
 
@@ -262,8 +252,7 @@ class EmulatedDevice:
         base.check_export(export, self.info, self.epoch)
         try:
             handle = msgspec.msgpack.decode(export.handle, type=_Handle)
-            if handle.pid == os.getpid():
-                raise SlabImportError("a slab cannot be imported by the process that allocated it: use the slab itself")
+            base.check_foreign(handle.pid == os.getpid())
             fd = open_foreign(handle.pid, handle.fd, handle.inode)
         except (msgspec.MsgspecError, OSError) as error:
             raise SlabImportError(f"a slab of device {self.info.uuid} cannot be mapped: {error}") from error
@@ -324,19 +313,16 @@ class EmulatedDevice:
         self, slab: Slab, offset: int, peer: Slab, peer_offset: int, size_bytes: int, stream: Stream
     ) -> None:
         target = self._range(slab, offset, size_bytes)
-        if not isinstance(peer, EmulatedSlab) or peer.device_uuid == self.info.uuid:
-            raise DeviceUsageError(
-                "a peer's slab is one of another device of this machine; use copy_within on the same"
-            )
-        index = self._board.index(peer.device_uuid)
+        theirs = base.peer_of(peer, EmulatedSlab, self.info)
+        index = self._board.index(theirs.device_uuid)
 
         def check_peer() -> None:
-            base.check_slab(peer, self._board.devices[index], self._board.epoch(index))
+            base.check_slab(theirs, self._board.devices[index], self._board.epoch(index))
 
         check_peer()
-        base.check_range(peer, peer_offset, size_bytes)
-        source = peer.memory[peer_offset : peer_offset + size_bytes]
-        self._copy(target, source, self._backend.wire(peer.device_uuid, self.info.uuid), stream, check_peer)
+        base.check_range(theirs, peer_offset, size_bytes)
+        source = theirs.memory[peer_offset : peer_offset + size_bytes]
+        self._copy(target, source, self._backend.wire(theirs.device_uuid, self.info.uuid), stream, check_peer)
 
     def _range(self, slab: Slab, offset: int, size_bytes: int) -> Bytes:
         mine = self._usable(slab)
@@ -451,13 +437,8 @@ class EmulatedDevice:
         if isinstance(error, PoisonedContextError):
             self._poisoned.setdefault((self.info.uuid, self.epoch), error)
 
-    def _mine(self, slab: Slab) -> EmulatedSlab:
-        if not isinstance(slab, EmulatedSlab) or slab.device_uuid != self.info.uuid:
-            raise DeviceUsageError(f"a slab of something else was given to device {self.info.uuid}")
-        return slab
-
     def _usable(self, slab: Slab) -> EmulatedSlab:
-        mine = self._mine(slab)
+        mine = base.own(slab, EmulatedSlab, self.info)
         base.check_slab(mine, self.info, self._board.epoch(self._index))
         return mine
 
@@ -476,16 +457,6 @@ def lost_error(board: Board, index: int) -> DeviceLostError:
     return DeviceLostError(
         f"device {info.uuid} ({info.name}) is gone, and its memory with it: {board.last_fatal(index)}"
     )
-
-
-def emulated_devices(count: int, memory_bytes: int) -> list[DeviceInfo]:
-    """Return `count` like devices, named after their number, for machines that nothing else describes."""
-    if count < 1:
-        raise NoDeviceError(f"a machine with {count} emulated devices was asked for: ask for one at least")
-    return [
-        DeviceInfo(f"EMU-{index:04d}-0000-0000-0000", index, f"emulated device {index}", memory_bytes, "emulated")
-        for index in range(count)
-    ]
 
 
 def _links(devices: Sequence[DeviceInfo], host: LinkSpeed, peer: LinkSpeed) -> Iterator[Link]:

@@ -80,7 +80,7 @@ class Catalogue:
                 ids = self.owners[owner] = {}
             ids[object_id] = None
         elif stored.owner != owner:
-            self.set_owner(object_id, owner)
+            self._set_owner(stored, owner)
         stored.sealer = client
         for index, sealed in enumerate(parts):
             self._seal_part(client, stored, index, sealed, causes)
@@ -165,19 +165,15 @@ class Catalogue:
         for object_id in [object_id for object_id, sealer in self._early_frees.items() if sealer == client]:
             del self._early_frees[object_id]
 
-    def set_owner(self, object_id: bytes, owner: bytes) -> bool:
-        """Make `owner` answer for the object; returns False when there is no such object (it may be freed already)."""
-        stored = self.objects.get(object_id)
-        if stored is None:
-            return False
+    def _set_owner(self, stored: StoredObject, owner: bytes) -> None:
+        """Make `owner` answer for the object."""
         for copy in self.copies_of(stored):
             books = self.arenas[copy.arena]
             books.debit(stored.owner, copy.room)
             books.credit(owner, copy.room)
         self._disown(stored)
         stored.owner = owner
-        self.owners.setdefault(owner, {})[object_id] = None
-        return True
+        self.owners.setdefault(owner, {})[stored.id] = None
 
     def copies_of(self, stored: StoredObject) -> list[Copy]:
         """Return all copies in memory, those of second executions included."""

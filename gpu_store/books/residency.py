@@ -239,10 +239,6 @@ class Residency:
         self._catalogue.free(object_id, sealer)
         return self._settle()
 
-    def set_owner(self, object_id: bytes, owner: bytes) -> bool:
-        """Make `owner` answer for the object; returns False when there is no such object (it may be freed already)."""
-        return self._catalogue.set_owner(object_id, owner)
-
     def owner_died(self, owner: bytes) -> list[bytes]:
         """Return the ids of the objects of `owner`, oldest first; what becomes of them the caller decides."""
         return list(self._catalogue.owners.get(owner, ()))

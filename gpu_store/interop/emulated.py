@@ -21,7 +21,7 @@ from afield.gpu_store.blocks import Block
 from afield.gpu_store.emulated_arrays import EmulatedArray, EmulatedModule, inner_array, make_module
 from afield.gpu_store.emulated_arrays.array import array_over
 from afield.gpu_store.emulated_arrays.devices import DeviceMemory, holder_of, process_devices
-from afield.gpu_store.interop.places import Adapter, Description, DevicePlace, c_strides, host_dtype
+from afield.gpu_store.interop.places import Adapter, Description, DevicePlace, Layout, c_strides, host_dtype
 
 
 class ArenaAllocator:
@@ -77,19 +77,11 @@ class EmulatedAdapter(Adapter):
             owner if type(owner) is Block else None,
         )
 
-    def build(
-        self,
-        kind: str,
-        place: DevicePlace,
-        offset: int,
-        shape: tuple[int, ...],
-        strides: tuple[int, ...],
-        dtype: str,
-    ) -> EmulatedArray:
-        home = self._home(place.arena)
-        if 0 in shape:
-            return EmulatedArray._hold(home.empty(shape, host_dtype(dtype)), home)
-        return array_over(home, place.memory, place, shape, host_dtype(dtype), strides, offset)
+    def build(self, place: DevicePlace, layout: Layout) -> EmulatedArray:
+        home, dtype = self._home(place.arena), host_dtype(layout.dtype)
+        if layout.is_empty:
+            return EmulatedArray._hold(home.empty(layout.shape, dtype), home)
+        return array_over(home, place.memory, place, layout.shape, dtype, layout.strides, layout.offset)
 
     def _home(self, arena: DeviceArena) -> DeviceMemory:
         uuid = arena.device.info.uuid

@@ -18,7 +18,7 @@ from typing import Any
 
 from afield.gpu_store.arena import DeviceArena
 from afield.gpu_store.blocks import Block
-from afield.gpu_store.interop.places import Adapter, Description, DevicePlace, c_strides, host_dtype
+from afield.gpu_store.interop.places import Adapter, Description, DevicePlace, Layout, c_strides, host_dtype
 
 _PER_THREAD_DEFAULT_STREAM = 2
 #: DLPack's numbers for CUDA memory: of a device, and managed.
@@ -84,55 +84,41 @@ def described(array: Any) -> Description:
     )
 
 
-def array_at(arena: DeviceArena, place: Any, layout: tuple[int, int, int], description: Description) -> Any:
-    """Return a CuPy array over (address, size, offset) of the arena's device; `place` is kept alive."""
+def array_at(place: DevicePlace, layout: Layout) -> Any:
+    """Return a CuPy array over memory of a device, which it keeps alive."""
     import cupy
 
-    address, size, offset = layout
-    ordinal = ordinal_of(arena)
-    shape, strides, dtype = description.shape, description.strides, host_dtype(description.dtype)
-    if 0 in shape:
+    ordinal, dtype = ordinal_of(place.arena), host_dtype(layout.dtype)
+    if layout.is_empty:
         with cupy.cuda.Device(ordinal):
-            return cupy.empty(shape, dtype)
-    memory = cupy.cuda.UnownedMemory(address, size, place, ordinal)
-    return cupy.ndarray(shape, dtype, memptr=cupy.cuda.MemoryPointer(memory, offset), strides=strides)
+            return cupy.empty(layout.shape, dtype)
+    memory = cupy.cuda.UnownedMemory(place.address, place.size, place, ordinal)
+    pointer = cupy.cuda.MemoryPointer(memory, layout.offset)
+    return cupy.ndarray(layout.shape, dtype, memptr=pointer, strides=layout.strides)
 
 
-def interface_at(address: int, shape: tuple[int, ...], strides: tuple[int, ...], typestr: str) -> dict[str, Any]:
+def interface_at(place: DevicePlace, layout: Layout, typestr: str) -> dict[str, Any]:
     """Return the `__cuda_array_interface__` of stored memory, not marked read-only, which torch refuses."""
-    return {"shape": shape, "strides": strides, "typestr": typestr, "data": (address, False), "version": 3}
+    data = place.address + layout.offset, False
+    return {"shape": layout.shape, "strides": layout.strides, "typestr": typestr, "data": data, "version": 3}
 
 
 class CudaAdapter(Adapter):
     """What the arrays of all CUDA libraries have in common."""
 
-    def build(
-        self,
-        kind: str,
-        place: DevicePlace,
-        offset: int,
-        shape: tuple[int, ...],
-        strides: tuple[int, ...],
-        dtype: str,
-    ) -> Any:
+    def build(self, place: DevicePlace, layout: Layout) -> Any:
         """Return a CuPy array over stored memory."""
-        description = Description(place.arena.slab.device_uuid, 0, shape, strides, dtype, 0)
-        return array_at(place.arena, place, (place.address, place.size, offset), description)
+        return array_at(place, layout)
 
     def gather(self, description: Description, arena: DeviceArena, target_offset: int) -> None:
         import cupy
 
         first, end = description.span
-        source = array_at(arena, None, (first, end - first, description.address - first), description)
-        dense = Description(
-            description.device,
-            0,
-            description.shape,
-            c_strides(description.shape, description.itemsize),
-            description.dtype,
-            description.itemsize,
-        )
-        target = array_at(arena, None, (arena.slab.address + target_offset, description.nbytes, 0), dense)
+        shape, dtype = description.shape, description.dtype
+        spread = DevicePlace(arena, first - arena.slab.address, end - first)  # where it is, in the slab or not
+        source = array_at(spread, Layout(shape, description.strides, dtype, description.address - first))
+        dense = DevicePlace(arena, target_offset, description.nbytes)
+        target = array_at(dense, Layout(shape, c_strides(shape, description.itemsize), dtype))
         with cupy.cuda.Device(ordinal_of(arena)):
             cupy.copyto(target, source)
             cupy.cuda.get_current_stream().synchronize()
@@ -166,17 +152,9 @@ class InterfaceAdapter(CudaAdapter):
         name = getattr(namespace(), "__name__", "") if namespace is not None else ""
         return f"{self.kind}:{name}" if name else self.kind
 
-    def build(
-        self,
-        kind: str,
-        place: DevicePlace,
-        offset: int,
-        shape: tuple[int, ...],
-        strides: tuple[int, ...],
-        dtype: str,
-    ) -> Any:
-        array = super().build(kind, place, offset, shape, strides, dtype)
-        name = kind.partition(":")[2]
+    def build(self, place: DevicePlace, layout: Layout) -> Any:
+        array = super().build(place, layout)
+        name = layout.kind.partition(":")[2]
         take = getattr(importlib.import_module(name), "from_dlpack", None) if name else None
         return array if take is None else take(array)
 

@@ -19,7 +19,7 @@ from afield.errors import NoDeviceError
 from afield.gpu_store.arena import DeviceArena
 from afield.gpu_store.blocks import Block
 from afield.gpu_store.interop.interop_cupy import CudaAdapter, interface_at, ordinal_of
-from afield.gpu_store.interop.places import Description, DevicePlace, c_strides
+from afield.gpu_store.interop.places import Description, DevicePlace, Layout, c_strides
 
 _VARIABLE = "NUMBA_CUDA_MEMORY_MANAGER"
 #: numba makes managers by itself, without arguments of ours: the arenas of this process by CUDA's number.
@@ -89,19 +89,10 @@ class NumbaAdapter(CudaAdapter):
         block = owner if type(owner) is Block else None
         return Description(number, address, tuple(array.shape), strides, dtype.str, dtype.itemsize, block)
 
-    def build(
-        self,
-        kind: str,
-        place: DevicePlace,
-        offset: int,
-        shape: tuple[int, ...],
-        strides: tuple[int, ...],
-        dtype: str,
-    ) -> Any:
+    def build(self, place: DevicePlace, layout: Layout) -> Any:
         from numba import cuda
 
         with cuda.gpus[ordinal_of(place.arena)]:
-            if 0 in shape:
-                return cuda.device_array(shape, dtype)
-            interface = interface_at(place.address + offset, shape, strides, dtype)
-            return cuda.from_cuda_array_interface(interface, owner=place)
+            if layout.is_empty:
+                return cuda.device_array(layout.shape, layout.dtype)
+            return cuda.from_cuda_array_interface(interface_at(place, layout, layout.dtype), owner=place)

@@ -12,13 +12,12 @@ the interpreter lock, whose holder may wait for torch's lock in turn. Until afie
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 
 from afield.gpu_store.interop.interop_cupy import CudaAdapter, interface_at, ordinal_of
-from afield.gpu_store.interop.places import Description, DevicePlace
+from afield.gpu_store.interop.places import Description, DevicePlace, Layout
 
 
 class _Exporter:
@@ -49,29 +48,20 @@ class TorchAdapter(CudaAdapter):
     def kind_of(self, array: Any) -> str:
         return "torch:grad" if array.requires_grad else self.kind
 
-    def build(
-        self,
-        kind: str,
-        place: DevicePlace,
-        offset: int,
-        shape: tuple[int, ...],
-        strides: tuple[int, ...],
-        dtype: str,
-    ) -> Any:
+    def build(self, place: DevicePlace, layout: Layout) -> Any:
         import torch
 
         device = f"cuda:{ordinal_of(place.arena)}"
-        name, _, size = dtype.removeprefix("torch.").partition("/")
+        name, _, size = layout.dtype.removeprefix("torch.").partition("/")
         own = getattr(torch, name) if size else None
-        if math.prod(shape) == 0:
-            kind_of_element = own if own is not None else getattr(torch, np.dtype(dtype).name)
-            tensor = torch.empty(shape, dtype=kind_of_element, device=device)
+        if layout.is_empty:
+            kind_of_element = own if own is not None else getattr(torch, np.dtype(layout.dtype).name)
+            tensor = torch.empty(layout.shape, dtype=kind_of_element, device=device)
         else:
-            typestr = f"|i{size}" if size == "1" else f"<i{size}" if size else dtype
-            interface = interface_at(place.address + offset, shape, strides, typestr)
-            tensor = torch.as_tensor(_Exporter(interface, place), device=device)
+            typestr = f"|i{size}" if size == "1" else f"<i{size}" if size else layout.dtype
+            tensor = torch.as_tensor(_Exporter(interface_at(place, layout, typestr), place), device=device)
             tensor = tensor if own is None else tensor.view(own)
-        return tensor.requires_grad_() if kind.endswith(":grad") else tensor
+        return tensor.requires_grad_() if layout.kind.endswith(":grad") else tensor
 
 
 def _dtype_name(name: str, itemsize: int) -> str:

@@ -71,6 +71,25 @@ class HostPlace:
 Place = DevicePlace | HostPlace
 
 
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How an array lies in a place; strides in bytes."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    #: As in `Description`.
+    dtype: str
+    #: Of the first element, from the beginning of the place.
+    offset: int = 0
+    #: What `Adapter.kind_of` said of the array that went in.
+    kind: str = ""
+
+    @property
+    def is_empty(self) -> bool:
+        """Tell whether there is not one element."""
+        return 0 in self.shape
+
+
 @dataclass(slots=True)
 class Description:
     """A device array, without a reference to it; strides in bytes."""
@@ -120,16 +139,8 @@ class Adapter(ABC):
         return self.kind
 
     @abstractmethod
-    def build(
-        self,
-        kind: str,
-        place: DevicePlace,
-        offset: int,
-        shape: tuple[int, ...],
-        strides: tuple[int, ...],
-        dtype: str,
-    ) -> Any:
-        """Return an array over stored memory whose first element is `offset` bytes into it.
+    def build(self, place: DevicePlace, layout: Layout) -> Any:
+        """Return an array over stored memory.
 
         It is read-only where the library has such arrays; it and all of its views keep `place` alive.
         """
@@ -168,15 +179,14 @@ def host_dtype(dtype: str) -> np.dtype[Any]:
     return np.dtype(f"u{itemsize}" if found is None else found)
 
 
-def host_array(
-    place: HostPlace, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: str
-) -> np.ndarray[Any, np.dtype[Any]]:
+def host_array(place: HostPlace, layout: Layout) -> np.ndarray[Any, np.dtype[Any]]:
     """Return a read-only NumPy array over host memory; raises ValueError where it would reach outside."""
-    if 0 in shape:
-        array = np.empty(shape, host_dtype(dtype))
+    shape, dtype = layout.shape, host_dtype(layout.dtype)
+    if layout.is_empty:
+        array = np.empty(shape, dtype)
     else:
         # Not over `place.memory` itself: of a memoryview NumPy keeps the innermost array of the plain type alone, and what
         # keeps the part in its place (`View`) is no plain array.
-        array = np.ndarray(shape, host_dtype(dtype), np.frombuffer(place.memory, np.uint8), offset, strides)
+        array = np.ndarray(shape, dtype, np.frombuffer(place.memory, np.uint8), layout.offset, layout.strides)
     array.flags.writeable = False
     return array

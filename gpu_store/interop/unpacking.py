@@ -18,7 +18,7 @@ from typing import Any
 
 from afield.errors import DeserializationError
 from afield.gpu_store.arena import DeviceArena
-from afield.gpu_store.interop.places import DevicePlace, HostPlace, Place, host_array
+from afield.gpu_store.interop.places import DevicePlace, HostPlace, Layout, Place, host_array
 from afield.gpu_store.interop.registry import adapter_for
 
 #: The part of an array that has no bytes.
@@ -83,7 +83,7 @@ def rebuild(kind: str, shape: tuple[int, ...], dtype: str, record: Any) -> Any:
     else:
         home = find_home() if find_home is not None else None
         place = DevicePlace(home, 0, 0) if home is not None else HostPlace(memoryview(b""))
+    layout = Layout(shape, tuple(steps), dtype, offset, kind)
     if isinstance(place, HostPlace):
-        return host_array(place, offset, shape, tuple(steps), dtype)
-    adapter = adapter_for(kind, emulated=place.arena.device.info.kind == "emulated")
-    return adapter.build(kind, place, offset, shape, tuple(steps), dtype)
+        return host_array(place, layout)
+    return adapter_for(kind, emulated=place.arena.device.info.kind == "emulated").build(place, layout)

@@ -7,7 +7,7 @@ from afield.runtime.calls.actor_calls import ActorCalls
 from afield.runtime.calls.cancellation import Cancellation
 from afield.runtime.calls.streams import Streams
 from afield.runtime.calls.submission import Submitter
-from afield.runtime.process.configuration import SessionConfig
+from afield.runtime.process.configuration import ProcessConfig, SessionConfig
 from afield.runtime.process.process import Process
 from afield.runtime.values.arguments import Arguments
 from afield.runtime.values.values import Values
@@ -16,10 +16,12 @@ from afield.runtime.values.values import Values
 class Participant:
     """A driver's or worker's process, its values, the tasks it submits and the actors it calls."""
 
-    def __init__(self, config: SessionConfig, process_id: bytes, kind: str, *, log_to_driver: bool = False) -> None:
+    def __init__(
+        self, config: SessionConfig, own: ProcessConfig, process_id: bytes, *, log_to_driver: bool = False
+    ) -> None:
         #: Names this participant to those who outlive it, such as remote functions.
         self.key = object()
-        self.process = Process(config, process_id, kind, log_to_driver=log_to_driver)
+        self.process = Process(config, own, process_id, log_to_driver=log_to_driver)
         self.values = Values(self.process)
         self.streams = Streams(self.process, self.values.blocking_wait)
         self.arguments = arguments = Arguments(self.process, self.values)

@@ -25,7 +25,6 @@ from afield.runtime.node.workers import Worker, WorkerPool
 from afield.runtime.process.configuration import ForkServerConfig
 from afield.runtime.process.environment import Environment
 from afield.runtime.wire import messages as m
-from afield.scheduler.devices import Device
 from afield.scheduler.leases import Grant, Infeasible, LeaseManager
 from afield.scheduler.resources import ResourceSet
 from afield.transport.auth import Handshake
@@ -38,24 +37,23 @@ class NodeDaemon:
 
     def __init__(self, config: ForkServerConfig, fork_sock: socket.socket) -> None:
         self.config = config
-        self.session = config.session_config()
-        self.node_id = bytes.fromhex(config.node_id)
+        self.session = config.session
+        self.node_id = config.node_id
         self.loop = Loop()
         self.channels: dict[bytes, Channel] = {}
         self.clients: dict[bytes, Channel] = {}  # tools that only ask
         self.drivers: dict[bytes, bool] = {}  # id -> wants logs
         self.pids: dict[bytes, int] = {}
-        self.primary = bytes.fromhex(config.driver)
-        devices = [Device(**device) for device in config.devices]
+        self.primary = config.driver
         resources = ResourceSet.from_options(num_cpus=config.num_cpus, memory=config.memory, resources=config.resources)
-        self.leases = LeaseManager(resources, devices)
+        self.leases = LeaseManager(resources, config.devices)
         self.output = OutputRelay(self)
         self.workers = WorkerPool(self, fork_sock)
-        self.tiers = Tiers(self, devices)
+        self.tiers = Tiers(self, config.devices)
         self.actors = ActorDirectory(self)
         self.census = Census(self)
         self._placements: dict[bytes, dict[int, m.Placement]] = {}  # owner -> key of its demand -> what workers need
-        self._device_numbers = {device.uuid: device.index for device in devices}
+        self._device_numbers = {device.uuid: device.index for device in config.devices}
         self._store_waits: set[int] = set()  # leases whose workers gave their CPUs back while they wait for room
         self._stopping = False
         self._listener = listen(self.session.address(b""))
@@ -205,10 +203,10 @@ class NodeDaemon:
 
     def _misplaced(self, placement: m.Placement) -> str:
         """Return why this node cannot be or provide what is needed, or ""."""
-        if placement.node and placement.node != self.config.node_id:
+        if placement.node and placement.node != self.node_id.hex():
             return (
                 f"asked for the node {placement.node}, which is not part of this cluster (its only node is "
-                f"{self.config.node_id}); take the id from afield.get_runtime_context().get_node_id(), or pass soft=True"
+                f"{self.node_id.hex()}); take the id from afield.get_runtime_context().get_node_id(), or pass soft=True"
             )
         return Environment.decode(placement.environment).problem()
 

@@ -39,7 +39,7 @@ from afield.gpu_store.backends.base import DeviceBackend, DeviceInfo, SlabExport
 from afield.gpu_store.backends.select import create_emulated, cuda_spec
 from afield.gpu_store.tiers import DISK, HOST, DeleteFile, Move, ReadFile, WriteFile
 from afield.ids import new_process_id
-from afield.runtime.process.configuration import ARENA, DEVICE, DEVICE_BACKEND, LIFE
+from afield.runtime.process.configuration import StoreConfig
 from afield.runtime.wire import messages as m
 from afield.runtime.wire import store_messages as s
 from afield.scheduler.devices import Device
@@ -213,10 +213,6 @@ class StoreProcesses:
             raise LookupError(f"arena {arena} has no slab now: ask `ready` first")
         return export
 
-    def life(self, arena: int) -> int:
-        """Return the number of an arena's present life; mappings of an earlier one are of no use."""
-        return self._stores[arena].life
-
     def execute(self, effect: Move | WriteFile | ReadFile | DeleteFile) -> None:
         """Have a job done by the store that it is for; it waits for one that is starting."""
         disk = self._stores[DISK]
@@ -267,14 +263,13 @@ class StoreProcesses:
         store.pid, store.reaped, store.channel = 0, False, None
         store.served = store.device_lost = False
         self._by_process[store.process_id] = store
-        variables = {ARENA: str(store.arena), LIFE: str(life)}
+        own = StoreConfig(store.arena, life)
         if store.uuid:
-            # A store copies from the slabs of other devices.
-            visible = ",".join(device.uuid for device in self._devices)
-            variables |= {DEVICE: store.uuid, DEVICE_BACKEND: self.backend_spec, "CUDA_VISIBLE_DEVICES": visible}
+            visible = tuple(device.uuid for device in self._devices)
+            own = StoreConfig(store.arena, life, store.uuid, self.backend_spec, visible)
         self._daemon.workers.fork_store(
             store.process_id,
-            variables,
+            own.variables(),
             lambda pid: self._on_forked(store, life, pid),
             lambda words: self._on_exit(store, life, words),
         )

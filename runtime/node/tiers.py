@@ -25,7 +25,7 @@ from afield.gpu_store.pins import PinBoard
 from afield.gpu_store.rings import Rings
 from afield.gpu_store.tiers import DISK, HOST, PartCopy
 from afield.runtime.node.stores import StoreProcesses
-from afield.runtime.process.configuration import DEVICE_BACKEND, DRIVER_INDEX, VISIBLE_DEVICE_NUMBERS
+from afield.runtime.process.configuration import DRIVER_INDEX
 from afield.runtime.wire import messages as m
 from afield.scheduler.devices import Device
 from afield.transport.channel import Channel
@@ -46,20 +46,20 @@ class Tiers:
 
     def __init__(self, daemon: NodeDaemon, devices: Sequence[Device]) -> None:
         self._daemon = daemon
-        config = daemon.config
+        session = daemon.session
         self.devices = {1 + device.index: device for device in devices}
-        self.board = PinBoard(config.pins_fd)
-        self._notes = Rings(config.pins_fd)
+        self.board = PinBoard(session.pins_fd)
+        self._notes = Rings(session.pins_fd)
         self._processes: dict[int, bytes] = {}  # row of the pin board -> process
         self._indexes: dict[bytes, int] = {}
-        self.books = Residency(config.capacity, self.board)
+        self.books = Residency(session.capacity, self.board)
         self.stores = StoreProcesses(
             daemon,
             devices,
             on_ready=self._on_ready,
             on_done=self._on_done,
             on_lost=self._on_lost,
-            link=config.emulated_link,
+            link=daemon.config.emulated_link,
         )
         self._until_ready: dict[int, list[tuple[Channel, Any]]] = {}
         self._reserved: dict[int, int] = {}
@@ -251,19 +251,17 @@ class Tiers:
 
     # -- processes and time ----------------------------------------------------------------------------------------
 
-    def begin_process(self, process_id: bytes, index: int, devices: Sequence[str] = ()) -> dict[str, str]:
-        """Prepare for a process that is about to begin; return the variables that it needs."""
+    def begin_process(self, process_id: bytes, index: int, devices: Sequence[str] = ()) -> dict[int, str]:
+        """Prepare for a process that is about to begin and is bound to devices with these UUIDs; return arena -> UUID."""
         self._processes[index] = process_id
         self._indexes[process_id] = index
         self.board.add_process(index)
         self._notes.add(index)
-        if not devices:
-            return {DEVICE_BACKEND: self.stores.backend_spec}
-        by_uuid = {device.uuid: device.index for device in self.devices.values()}
-        numbers = [by_uuid[uuid] for uuid in devices]
-        for number in numbers:
-            self.stores.ensure(1 + number)
-        return {VISIBLE_DEVICE_NUMBERS: ",".join(map(str, numbers)), DEVICE_BACKEND: self.stores.backend_spec}
+        arenas = {device.uuid: arena for arena, device in self.devices.items()}
+        bound = {arenas[uuid]: uuid for uuid in devices}
+        for arena in bound:
+            self.stores.ensure(arena)
+        return bound
 
     def process_died(self, process_id: bytes) -> None:
         """Take back what a process had leased and pinned; what its objects become is decided when nobody uses them."""

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from afield.ids import new_process_id
-from afield.runtime.process.configuration import DRIVER_INDEX, PROCESS_INDEX, VISIBLE_DEVICES
+from afield.runtime.process.configuration import DRIVER_INDEX, ProcessConfig
 from afield.runtime.wire import messages as m
 from afield.scheduler.leases import Grant
 from afield.transport.channel import Channel
@@ -86,7 +86,7 @@ class WorkerPool:
         #: The same for workers that any task can use: many are forked while tasks wait inside for other tasks.
         self._spare_plain: OrderedDict[bytes, Worker] = OrderedDict()
         self._max_spare = max(1, int(daemon.config.num_cpus))
-        self._default_environment = bytes.fromhex(daemon.config.environment)
+        self._default_environment = daemon.config.environment
         self._stores_starting: dict[bytes, tuple[Callable[[int], None], Callable[[str], None]]] = {}
         self._store_exits: dict[int, Callable[[str], None]] = {}
         self._failed_starts: dict[int, int] = {}  # lease -> workers that ended before they connected
@@ -119,15 +119,9 @@ class WorkerPool:
         self._last_index += 1
         worker = Worker(new_process_id(), pool, self._last_index)
         self.by_id[worker.id] = worker
-        # An empty list hides the devices: a worker without a lease of a device must not use one by accident.
-        devices = ",".join(worker.devices)
-        variables = {
-            "CUDA_VISIBLE_DEVICES": devices,
-            VISIBLE_DEVICES: devices,
-            PROCESS_INDEX: str(worker.index),
-            **self._daemon.tiers.begin_process(worker.id, worker.index, worker.devices),
-        }
-        self._ask_for("worker", worker.id, variables, worker.environment)
+        bound = self._daemon.tiers.begin_process(worker.id, worker.index, worker.devices)
+        own = ProcessConfig("worker", worker.index, bound, self._daemon.tiers.stores.backend_spec)
+        self._ask_for("worker", worker.id, own.variables(), worker.environment)
         return worker
 
     def fork_store(

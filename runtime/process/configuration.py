@@ -1,16 +1,37 @@
-"""What the processes of a session are told when they begin: the session's configuration, and the variables of a fork."""
+"""What the processes of a session are told when they begin.
+
+Theory of operation. There are two kinds of knowledge. What *every* process of a session knows is a `SessionConfig`. What *one*
+process was told at its fork is a `ProcessConfig` (drivers and workers) or a `StoreConfig` (store processes): it travels as
+variables of the environment, since tasks may read some of them, and is written and parsed here alone.
+
+The driver writes a `ForkServerConfig` to the fork server, which is a new interpreter that looks for afield by itself: when the
+package is upgraded in this moment, or another one is found first, the two are of different versions. So each such message
+begins with a `Header`, which every version can read, and is decoded strictly after that. Paths and arguments are bytes: the
+system has names that are no text.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass, field
 
 import msgspec
+
+from afield.errors import VersionMismatchError
+from afield.scheduler.devices import Device
+from afield.version import PACKAGE, VERSION
 
 #: A producer waits this long for room in the host store unless told otherwise.
 STORE_WAIT_S = 10.0
 #: The rows of the pin board: the node daemon's is 0, workers have those after the driver's.
 DRIVER_INDEX = 1
+
+#: The form of `ForkServerConfig`: raised when its fields, or those of what it holds, change.
+FORM = 1
+#: What a fork server and its driver must have in common.
+STAMP = f"{VERSION}/{FORM}"
+#: The fork server's exit status when its driver is of another version: EX_PROTOCOL of sysexits.h.
+VERSION_MISMATCH_STATUS = 76
 
 #: What a worker is told at its fork, in variables of its environment: its row of the pin board; the devices that it is bound to
 #: (UUIDs, which its tasks may read too, and their numbers on the node); and what `open_backend` needs.
@@ -19,85 +40,141 @@ VISIBLE_DEVICES, VISIBLE_DEVICE_NUMBERS = "AFIELD_VISIBLE_DEVICES", "AFIELD_VISI
 DEVICE_BACKEND = "AFIELD_DEVICE_BACKEND"
 #: What a store process is told at its fork, beside `DEVICE_BACKEND`: variables of its environment.
 ARENA, LIFE, DEVICE = "AFIELD_STORE_ARENA", "AFIELD_STORE_LIFE", "AFIELD_STORE_DEVICE"
+#: What CUDA goes by in both.
+CUDA_VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
 
 
-class SessionConfig:
-    """What every process of a session must know."""
+class SessionConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What every process of a session knows: its name and secret, the shared memory, and two settings of the user's."""
 
-    __slots__ = (
-        "bound",
-        "capacity",
-        "device_backend",
-        "in_worker",
-        "pins_fd",
-        "process_index",
-        "record_call_sites",
-        "session",
-        "slab_fd",
-        "store_wait_s",
-        "token",
-    )
-
-    def __init__(
-        self, session: str, token: bytes, slab_fd: int, capacity: int, pins_fd: int, store_wait_s: float
-    ) -> None:
-        self.session = session
-        self.token = token
-        self.slab_fd = slab_fd
-        self.capacity = capacity
-        self.pins_fd = pins_fd
-        self.store_wait_s = store_wait_s
-        self.record_call_sites = False
-        #: This process's row of the pin board.
-        self.process_index = DRIVER_INDEX
-        self.in_worker = False
-        #: Of a worker: arena number -> UUID of the devices that it is bound to for life, and the session's device backend.
-        self.bound: dict[int, str] = {}
-        self.device_backend = ""
-
-    def become_worker(self, variables: Mapping[str, str]) -> None:
-        """Take in what the daemon tells a worker that is forked."""
-        uuids = filter(None, variables[VISIBLE_DEVICES].split(","))
-        numbers = filter(None, variables.get(VISIBLE_DEVICE_NUMBERS, "").split(","))
-        self.in_worker = True
-        self.process_index = int(variables[PROCESS_INDEX])
-        self.bound = {1 + int(number): uuid for number, uuid in zip(numbers, uuids, strict=True)}
-        self.device_backend = variables[DEVICE_BACKEND]
-
-    def address(self, process_id: bytes) -> str:
-        """Return the socket name of a process; the daemon's id is empty."""
-        return f"afield-{self.session}-{process_id.hex() or 'node'}"
-
-
-class ForkServerConfig(msgspec.Struct):
-    """What the driver writes to the fork server's standard input, as JSON."""
-
-    session: str
-    directory: str
-    token: str
+    name: str
+    token: bytes
     slab_fd: int
     capacity: int
     pins_fd: int
-    lifeline_fd: int
-    store_wait_s: float
-    sys_path: list[str]
-    working_directory: str
-    arguments: list[str]
-    num_cpus: float
-    devices: list[dict[str, Any]]
-    emulated_link: str  # the speed of emulated devices' links
-    resources: dict[str, float]
-    memory: int
-    namespace: str
-    node_id: str
-    environment: str  # the job's, in hexadecimal
-    driver: str
-    lock_fd: int
-    record_call_sites: bool
+    store_wait_s: float = STORE_WAIT_S
+    record_call_sites: bool = False
 
-    def session_config(self) -> SessionConfig:
-        """Return the part that every process needs."""
-        token = bytes.fromhex(self.token)
-        config = SessionConfig(self.session, token, self.slab_fd, self.capacity, self.pins_fd, self.store_wait_s)
-        config.record_call_sites = self.record_call_sites
-        return config
+    def address(self, process_id: bytes) -> str:
+        """Return the socket name of a process; the daemon's id is empty."""
+        return address_of(self.name, process_id)
+
+
+def address_of(session: str, process_id: bytes = b"") -> str:
+    """Return the socket name of a process in the session of this name; the daemon's id is empty."""
+    return f"afield-{session}-{process_id.hex() or 'node'}"
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessConfig:
+    """What a driver or a worker was told for itself."""
+
+    kind: str = "driver"
+    #: Its row of the pin board.
+    index: int = DRIVER_INDEX
+    #: Of a worker: arena number -> UUID of the devices that it is bound to for life, and what `open_backend` needs for them.
+    bound: Mapping[int, str] = field(default_factory=dict)
+    device_backend: str = ""
+
+    def variables(self) -> dict[str, str]:
+        """Return what a worker finds in its environment. Empty lists hide devices, so that none is used by accident."""
+        uuids = ",".join(self.bound.values())
+        return {
+            CUDA_VISIBLE_DEVICES: uuids,
+            VISIBLE_DEVICES: uuids,
+            VISIBLE_DEVICE_NUMBERS: ",".join(str(arena - 1) for arena in self.bound),
+            PROCESS_INDEX: str(self.index),
+            DEVICE_BACKEND: self.device_backend,
+        }
+
+    @classmethod
+    def of_worker(cls, variables: Mapping[str, str]) -> ProcessConfig:
+        """Parse a worker's variables."""
+        uuids = filter(None, variables[VISIBLE_DEVICES].split(","))
+        numbers = filter(None, variables[VISIBLE_DEVICE_NUMBERS].split(","))
+        bound = {1 + int(number): uuid for number, uuid in zip(numbers, uuids, strict=True)}
+        return cls("worker", int(variables[PROCESS_INDEX]), bound, variables[DEVICE_BACKEND])
+
+
+@dataclass(frozen=True, slots=True)
+class StoreConfig:
+    """What a store process was told for itself: which arena in which of its lives, and the device, if it is not the disk."""
+
+    arena: int
+    life: int
+    device: str = ""
+    device_backend: str = ""
+    #: UUIDs of all devices of the node: a store copies from the slabs of the others.
+    visible: tuple[str, ...] = ()
+
+    def variables(self) -> dict[str, str]:
+        """Return what the process finds in its environment."""
+        return {
+            ARENA: str(self.arena),
+            LIFE: str(self.life),
+            DEVICE: self.device,
+            DEVICE_BACKEND: self.device_backend,
+            CUDA_VISIBLE_DEVICES: ",".join(self.visible),
+        }
+
+    @classmethod
+    def of_store(cls, variables: Mapping[str, str]) -> StoreConfig:
+        """Parse a store's variables."""
+        visible = tuple(filter(None, variables[CUDA_VISIBLE_DEVICES].split(",")))
+        return cls(int(variables[ARENA]), int(variables[LIFE]), variables[DEVICE], variables[DEVICE_BACKEND], visible)
+
+
+class Header(msgspec.Struct, frozen=True):
+    """What stays readable in every version: who has written this."""
+
+    version: str = "that has no number"
+    package: str = "an unknown place"
+
+
+class ForkServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What the driver writes to the fork server's standard input, in msgpack."""
+
+    version: str = STAMP
+    package: str = PACKAGE
+    session: SessionConfig
+    #: The session's.
+    directory: bytes
+    lifeline_fd: int
+    lock_fd: int
+    #: Where workers begin, and `sys.argv` there.
+    working_directory: bytes
+    arguments: list[bytes]
+    #: The node's id and what it has; the speed of emulated devices' links as `devices=` says it.
+    node_id: bytes
+    num_cpus: float
+    memory: int
+    resources: dict[str, float]
+    devices: list[Device]
+    emulated_link: str
+    #: The job: its driver's id, the namespace of its actors, its environment as `Environment` encodes it.
+    driver: bytes
+    namespace: str
+    environment: bytes
+
+    def encode(self) -> bytes:
+        """Return this as bytes."""
+        return msgspec.msgpack.encode(self)
+
+    @classmethod
+    def decode(cls, raw: bytes) -> ForkServerConfig:
+        """Decode what a driver has written.
+
+        Raises:
+            VersionMismatchError: the driver's afield is another version than this one.
+        """
+        try:
+            header = msgspec.msgpack.decode(raw, type=Header)
+        except msgspec.DecodeError:
+            header = Header()  # from before there were headers
+        if header.version != STAMP:
+            raise VersionMismatchError(
+                f"two versions of afield are mixed: the program runs {header.version} from {header.package}, and its "
+                f"session's processes found {STAMP} in {PACKAGE}. If the package was upgraded while the program ran, "
+                f"start the program again; otherwise remove one of the two from sys.path (PYTHONPATH, site-packages)"
+            )
+        return msgspec.msgpack.decode(raw, type=cls)

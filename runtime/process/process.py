@@ -24,7 +24,7 @@ from afield.errors import (
 from afield.runtime.cores.objects import FAILED, PENDING, FreeStored, LifeEnded, Recompute, Send, Settled
 from afield.runtime.cores.ownership import OwnershipTable
 from afield.runtime.process.call_sites import RecordingTable
-from afield.runtime.process.configuration import SessionConfig
+from afield.runtime.process.configuration import ProcessConfig, SessionConfig
 from afield.runtime.process.serialization import serialize_error
 from afield.runtime.wire import messages as m
 from afield.transport.auth import Handshake
@@ -46,13 +46,16 @@ class Process:
 
     Args:
         config: the session.
+        own: what this process alone was told.
         process_id: who we are.
-        kind: "driver" or "worker".
         log_to_driver: whether the daemon sends us what workers print.
     """
 
-    def __init__(self, config: SessionConfig, process_id: bytes, kind: str, *, log_to_driver: bool = False) -> None:
+    def __init__(
+        self, config: SessionConfig, own: ProcessConfig, process_id: bytes, *, log_to_driver: bool = False
+    ) -> None:
         self.config = config
+        self.own = own
         self.process_id = process_id
         self.loop = Loop()
         self.pump = Pump(self.loop, self.after_events, self._due_in, lambda: self.expecting())
@@ -93,7 +96,7 @@ class Process:
         self.daemon = self._open(connect(config.address(b"")), server=False)
         self.daemon.on_closed = self._daemon_lost
         self.loop.first = self.daemon
-        self.daemon.send(m.Register(kind, os.getpid(), log_to_driver))
+        self.daemon.send(m.Register(own.kind, os.getpid(), log_to_driver))
 
     def start(self) -> None:
         """Begin to serve others also while no thread of ours waits."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import secrets
 import shutil
@@ -16,15 +15,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import psutil
 
-from afield.errors import InvalidOptionError, RuntimeDiedError
+from afield.errors import InvalidOptionError, RuntimeDiedError, VersionMismatchError
 from afield.gpu_store.rings import SHARED_BYTES
 from afield.runtime.calls.participant import Participant
-from afield.runtime.process.configuration import STORE_WAIT_S, SessionConfig
+from afield.runtime.process.configuration import (
+    STORE_WAIT_S,
+    VERSION_MISMATCH_STATUS,
+    ForkServerConfig,
+    ProcessConfig,
+    SessionConfig,
+)
 from afield.runtime.process.environment import Environment
 from afield.runtime.session import sessions
 from afield.scheduler.devices import Device
@@ -36,10 +40,11 @@ START_TIMEOUT_S = 30.0
 #: So much of its end is shown when the runtime fails.
 LOG_BYTES = 4000
 
+#: What the fork server's interpreter runs. Where afield is must come first, and apart from what only afield can read.
 _FORK_SERVER = """
-import sys, json
-raw = sys.stdin.buffer.read()
-sys.path[:] = json.loads(raw)["sys_path"]
+import os, sys
+paths, _, raw = sys.stdin.buffer.read().partition(b"\\0\\0")
+sys.path[:] = os.fsdecode(paths).split("\\0")
 from afield.runtime.main import main
 main(raw)
 """
@@ -92,11 +97,15 @@ class Session:
         lifeline_read, self._lifeline = os.pipe()
         opened.callback(os.close, lifeline_read)
         failed.callback(os.close, self._lifeline)
-        config = SessionConfig(self.name, token, slab_fd, options.store_bytes, pins_fd, STORE_WAIT_S)
-        wait = os.environ.get("AFIELD_STORE_WAIT_S")
-        if wait:
-            config.store_wait_s = float(wait)
-        config.record_call_sites = os.environ.get("AFIELD_RECORD_CALL_SITES") == "1"
+        config = SessionConfig(
+            self.name,
+            token,
+            slab_fd,
+            options.store_bytes,
+            pins_fd,
+            store_wait_s=float(os.environ.get("AFIELD_STORE_WAIT_S") or STORE_WAIT_S),
+            record_call_sites=os.environ.get("AFIELD_RECORD_CALL_SITES") == "1",
+        )
         _write_token(self.directory, token)
         sessions.write_info(sessions.SessionInfo(self.name, self.directory, os.getpid(), time.time()))
         # Open until the end: the directory goes with the fork server, and what was printed last says why.
@@ -109,30 +118,24 @@ class Session:
     def _start(self, config: SessionConfig, lifeline: int, lock: int, driver_id: bytes) -> subprocess.Popen[bytes]:
         options = self.options
         directory = _working_directory()
-        message: dict[str, Any] = {
-            "session": self.name,
-            "directory": self.directory,
-            "token": config.token.hex(),
-            "slab_fd": config.slab_fd,
-            "capacity": config.capacity,
-            "pins_fd": config.pins_fd,
-            "lifeline_fd": lifeline,
-            "store_wait_s": config.store_wait_s,
-            "sys_path": [path or directory for path in sys.path if path or directory],
-            "working_directory": directory,
-            "arguments": list(sys.argv) or [""],
-            "num_cpus": options.num_cpus,
-            "devices": [asdict(device) for device in options.devices],
-            "emulated_link": options.emulated_link,
-            "resources": options.resources,
-            "memory": psutil.virtual_memory().total,
-            "namespace": options.namespace,
-            "node_id": self.node_id,
-            "environment": options.environment.encode().hex(),
-            "driver": driver_id.hex(),
-            "lock_fd": lock,
-            "record_call_sites": config.record_call_sites,
-        }
+        paths = [path or directory for path in sys.path if path or directory]
+        message = ForkServerConfig(
+            session=config,
+            directory=os.fsencode(self.directory),
+            lifeline_fd=lifeline,
+            lock_fd=lock,
+            working_directory=os.fsencode(directory),
+            arguments=list(map(os.fsencode, sys.argv or [""])),
+            node_id=bytes.fromhex(self.node_id),
+            num_cpus=options.num_cpus,
+            memory=psutil.virtual_memory().total,
+            resources=options.resources,
+            devices=options.devices,
+            emulated_link=options.emulated_link,
+            driver=driver_id,
+            namespace=options.namespace,
+            environment=options.environment.encode(),
+        )
         process = subprocess.Popen(
             [sys.executable, "-c", _FORK_SERVER],
             env=_environment(),
@@ -144,7 +147,7 @@ class Session:
         )
         assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it could not start; `_join` says why
-            process.stdin.write(json.dumps(message).encode())
+            process.stdin.write(b"\0".join(map(os.fsencode, paths)) + b"\0\0" + message.encode())
             process.stdin.close()
         return process
 
@@ -158,10 +161,12 @@ class Session:
             except ConnectionRefusedError:
                 if self._process.poll() is not None or time.monotonic() > deadline:
                     self._stop()
+                    if self._process.returncode == VERSION_MISMATCH_STATUS:
+                        raise VersionMismatchError(self._log().strip()) from None
                     words = self._log() or f"its fork server ended with status {self._process.returncode}"
                     raise RuntimeDiedError(f"the runtime did not start:\n{words}") from None
                 time.sleep(0.003)
-        participant = Participant(config, driver_id, "driver", log_to_driver=self.options.log_to_driver)
+        participant = Participant(config, ProcessConfig(), driver_id, log_to_driver=self.options.log_to_driver)
         participant.process.last_words = self._log
         participant.process.start()
         return participant

@@ -28,7 +28,8 @@ from dataclasses import dataclass
 
 import msgspec
 
-from afield.runtime.process.configuration import ForkServerConfig, SessionConfig
+from afield.errors import VersionMismatchError
+from afield.runtime.process.configuration import VERSION_MISMATCH_STATUS, ForkServerConfig, SessionConfig
 
 _PR_SET_NAME = 15
 _PR_SET_PDEATHSIG = 1
@@ -187,7 +188,7 @@ class ForkServer:
     def _run_store(self, store_id: bytes, variables: dict[str, str]) -> None:
         self._daemon_sock.close()
         name_process("afield-store")
-        self.roles.store(self.config.session_config(), self.config.directory, store_id, variables)
+        self.roles.store(self.config.session, os.fsdecode(self.config.directory), store_id, variables)
 
     def _relatives(self) -> set[int]:
         """Return what tasks have started and what is still in our process session: their copies would keep the memory."""
@@ -223,17 +224,20 @@ def _raise_file_limit() -> None:
 
 
 def serve(raw: bytes, roles: Roles) -> None:
-    """Run the fork server; `raw` is its configuration as JSON."""
-    config = msgspec.json.decode(raw, type=ForkServerConfig)
+    """Run the fork server; `raw` is its configuration."""
     name_process("afield-fork")
+    try:
+        config = ForkServerConfig.decode(raw)
+    except VersionMismatchError as error:
+        print(error, file=sys.stderr)
+        sys.exit(VERSION_MISMATCH_STATUS)
     _raise_file_limit()
-    os.set_inheritable(
-        config.lock_fd, False
-    )  # held as long as a process of the session lives, and no program it starts
+    # Held as long as a process of the session lives, and no program it starts.
+    os.set_inheritable(config.lock_fd, False)
     with contextlib.suppress(OSError):
         os.chdir(config.working_directory)
-    sys.argv = config.arguments
-    if any(device["kind"] == "emulated" for device in config.devices):
+    sys.argv = list(map(os.fsdecode, config.arguments))
+    if any(device.kind == "emulated" for device in config.devices):
         importlib.import_module("afield.gpu_store.interop.emulated")
     # Everything imported so far is shared by all children: keep the collector from touching (and so copying) its pages.
     gc.collect()

@@ -22,7 +22,7 @@ from afield.gpu_store.backends.select import open_backend
 from afield.gpu_store.mover import Completions, DeviceMover, DiskMover, describe
 from afield.gpu_store.spill_files import SpillFiles
 from afield.gpu_store.tiers import DISK, HOST
-from afield.runtime.process.configuration import ARENA, DEVICE, DEVICE_BACKEND, LIFE, SessionConfig
+from afield.runtime.process.configuration import SessionConfig, StoreConfig
 from afield.runtime.wire import messages as m
 from afield.runtime.wire import store_messages as s
 from afield.transport.auth import Handshake
@@ -40,11 +40,9 @@ HEALTH_POLL_S = {"emulated": 0.05, "cuda": 0.25}
 class StoreProcess:
     """One store in its process."""
 
-    def __init__(self, config: SessionConfig, directory: str, store_id: bytes, variables: dict[str, str]) -> None:
-        """Connect to the daemon; `directory` is the session's, `variables` says which arena this is."""
-        self.arena = int(variables[ARENA])
-        self._life = int(variables[LIFE])
-        self._variables = variables
+    def __init__(self, config: SessionConfig, directory: str, store_id: bytes, own: StoreConfig) -> None:
+        """Connect to the daemon; `directory` is the session's, `own` says which arena this is."""
+        self._own = own
         self._directory = os.path.join(directory, "spill")
         self._host = memoryview(mmap.mmap(config.slab_fd, config.capacity))
         self._loop = Loop()
@@ -62,16 +60,16 @@ class StoreProcess:
     def run(self) -> None:
         """Serve until the daemon is gone."""
         try:
-            ready = self._open_disk() if self.arena == DISK else self._open_device()
+            ready = self._open_disk() if self._own.arena == DISK else self._open_device()
         except AfieldError as error:
             kind, text = describe(error)
             kind = "full" if isinstance(error, OutOfDeviceMemoryError) else kind
-            self._daemon.send(s.StoreFailed(self.arena, self._life, kind, text))
+            self._daemon.send(s.StoreFailed(self._own.arena, self._own.life, kind, text))
             while not (self._ended or (self._daemon.ready and self._daemon.drained)):
                 self._loop.step(None)
             return
         self._daemon.send(ready)
-        poll_s = HEALTH_POLL_S[self._variables[DEVICE_BACKEND].partition(":")[0]] if self._backend is not None else None
+        poll_s = HEALTH_POLL_S[self._own.device_backend.partition(":")[0]] if self._backend is not None else None
         due = 0.0
         while not self._ended:
             now = time.monotonic()
@@ -89,15 +87,15 @@ class StoreProcess:
             s.ReadFile: lambda x: mover.read(x.job, x.file, x.file_offset, x.size, x.host_offset),
             s.DeleteFile: lambda x: mover.delete(x.file),
         }
-        return s.StoreReady(DISK, self._life, files.free_bytes(), None)
+        return s.StoreReady(DISK, self._own.life, files.free_bytes(), None)
 
     def _open_device(self) -> s.StoreReady:
-        spec = self._variables[DEVICE_BACKEND]
+        spec = self._own.device_backend
         self._backend = open_backend(spec)
         share = _share() if spec.startswith("cuda:") else 1.0
-        self._mover = DeviceMover(self._backend, self._variables[DEVICE], self._host, self._done, share=share)
+        self._mover = DeviceMover(self._backend, self._own.device, self._host, self._done, share=share)
         self._handlers = {s.Move: self._on_move}
-        return s.StoreReady(self.arena, self._life, self._mover.capacity, self._mover.export)
+        return s.StoreReady(self._own.arena, self._own.life, self._mover.capacity, self._mover.export)
 
     def _on_move(self, x: s.Move) -> None:
         if x.target_arena == HOST:
@@ -125,7 +123,7 @@ class StoreProcess:
     def _poll_health(self) -> None:
         """Tell what happened to our device; those of the others are for their stores to tell."""
         assert self._backend is not None
-        uuid = self._variables[DEVICE]
+        uuid = self._own.device
         for event in self._backend.poll_health():
             if event.device_uuid == uuid:
                 self._daemon.send(s.DeviceNews(uuid, event.epoch, event.kind, event.code, event.fatal, event.text))
@@ -135,7 +133,7 @@ def run_store(config: SessionConfig, directory: str, store_id: bytes, variables:
     """Serve one arena until the daemon goes away, with these variables in the environment."""
     os.environ.update(variables)
     faulthandler.enable(2)
-    StoreProcess(config, directory, store_id, variables).run()
+    StoreProcess(config, directory, store_id, StoreConfig.of_store(variables)).run()
 
 
 def _share() -> float:

@@ -12,7 +12,7 @@ from typing import Any
 
 from afield.errors import AfieldError, GetTimeoutError, RuntimeDiedError
 from afield.ids import new_process_id
-from afield.runtime.process.configuration import SessionConfig
+from afield.runtime.process.configuration import address_of
 from afield.runtime.session.sessions import SessionInfo
 from afield.runtime.wire import messages as m
 from afield.transport.auth import Handshake
@@ -37,7 +37,7 @@ class Client:
         self._answers: list[m.Answer] = []
         try:
             token = session.token()
-            sock = connect(SessionConfig(session.name, token, -1, 0, -1, 0.0).address(b""))
+            sock = connect(address_of(session.name))
         except (OSError, ValueError):
             raise self._gone() from None
         self._loop = Loop()

@@ -15,7 +15,7 @@ import importlib.util
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from typing import Any
@@ -81,9 +81,9 @@ class Devices:
         #: Of a worker: why its device could not be used when it was asked for.
         self.unusable = ""
         #: Arena number -> UUID of the devices that values are read into; of a worker.
-        self.bound = process.config.bound
-        self._in_worker = process.config.in_worker
-        self._spec = process.config.device_backend
+        self.bound = process.own.bound
+        self._in_worker = process.own.kind == "worker"
+        self._spec = process.own.device_backend
         self._known: dict[int, str] | None = None  # the same of the node's devices, in the driver
 
     # -- which devices ---------------------------------------------------------------------------------------------
@@ -111,7 +111,7 @@ class Devices:
             f'device={device!r}: this process can use "host" and these devices: {there}; ask for more with num_gpus='
         )
 
-    def _mine(self) -> dict[int, str]:
+    def _mine(self) -> Mapping[int, str]:
         """Return arena number -> UUID of the devices that this process may use: those of its lease, or the driver's."""
         if self._in_worker:
             return self.bound

@@ -86,9 +86,9 @@ class Parts:
         self._wait = wait
         config = process.config
         self.store = HostStoreClient(config.slab_fd, config.capacity, self._lease_host, self._give_back_host)
-        self.pinner = Pinner(config.pins_fd, config.process_index)
+        self.pinner = Pinner(config.pins_fd, process.own.index)
         #: What we seal is noted for the daemon here; it reads before it handles any message.
-        self._notes = RingWriter(config.pins_fd, config.process_index)
+        self._notes = RingWriter(config.pins_fd, process.own.index)
         self.devices = Devices(process, self.lease, self.give_back, self.lease_ahead)
         self._slots: deque[int] = deque()
         self._slots_asked = 16

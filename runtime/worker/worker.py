@@ -11,7 +11,7 @@ import numpy as np
 
 from afield.runtime.calls import participation
 from afield.runtime.calls.participant import Participant
-from afield.runtime.process.configuration import ForkServerConfig
+from afield.runtime.process.configuration import ForkServerConfig, ProcessConfig
 from afield.runtime.process.context import reset_root, running
 from afield.runtime.process.environment import Environment
 from afield.runtime.process.facts import Facts, install
@@ -32,15 +32,12 @@ def run_worker(config: ForkServerConfig, worker_id: bytes, variables: dict[str, 
     reset_root()
     random.seed()
     np.random.seed()
-    session = config.session_config()
-    session.become_worker(variables)
-    participant = Participant(session, worker_id, "worker")
+    own = ProcessConfig.of_worker(variables)
+    participant = Participant(config.session, own, worker_id)
     answer_questions(participant)
     executor = Executor(participant)
-    namespace = config.namespace
-    install(
-        Facts(config.session, config.node_id, namespace, environment, lambda: executor.assignment, executor.own_actor)
-    )
+    session, node_id, namespace = config.session.name, config.node_id.hex(), config.namespace
+    install(Facts(session, node_id, namespace, environment, lambda: executor.assignment, executor.own_actor))
     participant.process.handlers[m.Retire] = lambda channel, message: _retire(executor, channel)
 
     def speaker() -> tuple[str, bytes]:
@@ -59,7 +56,7 @@ def run_worker(config: ForkServerConfig, worker_id: bytes, variables: dict[str, 
     faulthandler.enable(2)  # a crash in C code says where
     participation.install(participant)
     participant.values.parts.devices.prepare()
-    accelerators.prepare(tuple(participant.values.parts.devices.bound.values()), session.device_backend)
+    accelerators.prepare(tuple(own.bound.values()), own.device_backend)
     participant.process.start()
     try:
         executor.run()
