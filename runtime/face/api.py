@@ -180,11 +180,11 @@ def _distinct(refs: object) -> list[bytes]:
 
 
 def kill(actor: ActorHandle, *, no_restart: bool = True) -> None:
-    """End an actor's process at once; its pending calls fail with `ActorDiedError`."""
+    """End an actor's process at once; its pending calls, and later ones of this process, fail with `ActorDiedError`."""
     if not isinstance(actor, ActorHandle):
         raise TypeError(f"kill() takes an actor's handle, not a {type(actor).__name__}")
-    process = _require().process
-    process.locked(process.daemon.send, m.KillActor(actor._actor_id, no_restart, "it was ended by kill()"))
+    participant = _require()
+    participant.process.locked(participant.actors.kill, actor._actor_id, no_restart)
 
 
 def cancel(ref: ObjectRef | ObjectRefGenerator, *, force: bool = False, recursive: bool = True) -> None:
