@@ -2,7 +2,8 @@
 
 Theory of operation. What a core decides about one thing (a task at a worker, an actor, a lease) is a small machine: a
 `Table` from (state, event) to the next state. Whatever the table does not name is illegal and raises `InternalError`, with the
-thing's key, its state, the event, what would have been legal, and the core's last transitions. The diagrams in
+thing's key, its state, the event, what would have been legal, and the core's last transitions. An event that may arrive after
+what it is about is over (two messages that crossed) is named as *late*: it is legal and changes nothing. The diagrams in
 `docs/state-machines.md` are drawn from the tables (`Table.diagram`), so that they cannot drift.
 
 A `FlightRecorder` keeps the last transitions of one core, in memory that is bounded. It has no clock: order is what counts.
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from afield.errors import InternalError
 
@@ -31,9 +32,24 @@ class FlightRecorder:
         #: Remembers one transition, a tuple of what happened to whom; ids may be bytes. Takes 30 ns.
         self.note = self._notes.append
 
+    def notes(self) -> list[tuple[Any, ...]]:
+        """Return what is remembered as it was noted."""
+        return list(self._notes)
+
     def story(self) -> list[str]:
         """Return what is remembered as lines."""
-        return [" ".join(map(_shown, note)) for note in list(self._notes)]
+        return [" ".join(map(_shown, note)) for note in self.notes()]
+
+
+class Core(Protocol):
+    """What every core has for those who look into a process (`afield stack`, the tests)."""
+
+    @property
+    def recorder(self) -> FlightRecorder:
+        """Its last transitions."""
+
+    def validate(self) -> list[str]:
+        """Return complaints about its own state, none if all is well; the work is bounded."""
 
 
 def _shown(part: Any) -> str:
@@ -48,17 +64,27 @@ class Table:
         initial: the state that it begins in.
         transitions: (state, event) -> next state.
         states: state -> one line that says what it means.
+        late: (state, event) that may happen in spite of the state, and change nothing.
     """
 
-    __slots__ = ("_next", "initial", "name", "states")
+    __slots__ = ("_late", "_next", "initial", "name", "states")
 
     def __init__(
-        self, name: str, initial: str, transitions: Mapping[tuple[str, str], str], states: Mapping[str, str]
+        self,
+        name: str,
+        initial: str,
+        transitions: Mapping[tuple[str, str], str],
+        states: Mapping[str, str],
+        late: Iterable[tuple[str, str]] = (),
     ) -> None:
         self.name = name
         self.initial = initial
         self.states = dict(states)
         self._next = dict(transitions)
+        in_order = tuple(late)
+        self._late = frozenset(in_order)
+        assert not self._late & set(self._next), f"{name}: both late and not: {self._late & set(self._next)}"
+        self._next |= {(state, event): state for state, event in in_order}
         named = {initial, *self._next.values(), *(state for state, _ in self._next)}
         assert named == set(self.states), f"{name}: states without a meaning, or never reached: {named ^ set(states)}"
 
@@ -79,20 +105,30 @@ class Table:
         """Tell whether the event is legal in a state."""
         return (state, event) in self._next
 
+    def is_late(self, state: str, event: str) -> bool:
+        """Tell whether the event is one that changes nothing, as what it is about is over."""
+        return (state, event) in self._late
+
     def events(self, state: str) -> list[str]:
         """Return the events that are legal in a state."""
         return [event for known, event in self._next if known == state]
 
     def final(self) -> list[str]:
         """Return the states that nothing leads out of."""
-        return [state for state in self.states if not self.events(state)]
+        going_on = {state for state, event in self._next if (state, event) not in self._late}
+        return [state for state in self.states if state not in going_on]
+
+    def transitions(self) -> dict[tuple[str, str], str]:
+        """Return (state, event) -> next state, the late ones included."""
+        return dict(self._next)
 
     def diagram(self) -> str:
-        """Return the table as a Mermaid state diagram."""
+        """Return the table as a Mermaid state diagram; what may come late and changes nothing stands in parentheses."""
         lines = ["stateDiagram-v2", f"    [*] --> {self.initial}"]
         joined: dict[tuple[str, str], list[str]] = {}
         for (state, event), target in self._next.items():
-            joined.setdefault((state, target), []).append(event)
+            late = (state, event) in self._late
+            joined.setdefault((state, target), []).append(f"({event})" if late else event)
         lines += [f"    {state} --> {target}: {', '.join(events)}" for (state, target), events in joined.items()]
         lines += [f"    {state} --> [*]" for state in self.final()]
         return "\n".join(lines)

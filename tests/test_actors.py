@@ -308,3 +308,71 @@ def test_a_restarted_actor_serves_again(runtime: afield.ClusterInfo) -> None:
     os.kill(second, 9)
     with pytest.raises(afield.ActorDiedError, match="killed by signal 9"):
         afield.get(actor.add.remote(), timeout=PATIENCE_S)
+
+
+def test_what_waits_for_a_call_that_a_restart_cuts_short_fails_and_what_comes_after_runs(
+    runtime: afield.ClusterInfo, tmp_path: Path
+) -> None:
+    class Stuck:
+        def run(self, path: Path) -> None:
+            path.touch()
+            time.sleep(60)
+
+        def take(self, value: Any) -> Any:
+            return value
+
+        def pid(self) -> int:
+            return os.getpid()
+
+    actor = afield.remote(max_restarts=1)(Stuck).remote()
+    pid = afield.get(actor.pid.remote(), timeout=PATIENCE_S)
+    running = actor.run.remote(tmp_path / "started")
+    waiting = actor.take.remote(running)
+    after = [actor.take.remote(i) for i in range(3)]
+    assert poll((tmp_path / "started").exists)
+    os.kill(pid, signal.SIGKILL)
+    for ref in (running, waiting):
+        with pytest.raises(afield.ActorUnavailableError, match=r"run\(\) was on its way"):
+            afield.get(ref, timeout=PATIENCE_S)
+    assert afield.get(after, timeout=PATIENCE_S) == [0, 1, 2]
+
+
+# -- calls that never leave ---------------------------------------------------------------------------------------
+
+
+def test_a_call_that_is_cancelled_while_it_waits_never_runs_and_holds_up_nothing(
+    runtime: afield.ClusterInfo, tmp_path: Path
+) -> None:
+    gate = tmp_path / "gate"
+    late = afield.remote(lambda: poll(gate.exists)).remote()
+    counter = afield.remote(make_counter()).remote()
+    waiting = counter.note.remote(late)
+    after = counter.note.remote("after")
+    afield.cancel(waiting)
+    with pytest.raises(afield.TaskCancelledError, match="before it started"):
+        afield.get(waiting, timeout=PATIENCE_S)
+    assert afield.get(after, timeout=PATIENCE_S) is None
+    gate.touch()
+    assert afield.get(late, timeout=PATIENCE_S)
+    assert afield.get(counter.read.remote(), timeout=PATIENCE_S) == ["after"]
+
+
+@pytest.mark.parametrize("how", ["cancelled", "failed"])
+def test_an_actor_ends_with_its_handle_although_its_last_call_never_left(
+    runtime: afield.ClusterInfo, tmp_path: Path, how: str
+) -> None:
+    def argument() -> None:
+        poll((tmp_path / "gate").exists)
+        raise ValueError("no argument")
+
+    counter = afield.remote(num_cpus=1)(make_counter()).remote()
+    afield.get(counter.add.remote(), timeout=PATIENCE_S)
+    given = afield.remote(num_cpus=0)(argument).remote()
+    call = counter.note.remote(given)
+    if how == "cancelled":
+        afield.cancel(call)
+    (tmp_path / "gate").touch()
+    with pytest.raises(afield.TaskCancelledError if how == "cancelled" else ValueError):
+        afield.get(call, timeout=PATIENCE_S)
+    del counter
+    assert poll(lambda: afield.available_resources()["CPU"] == 2, PATIENCE_S)

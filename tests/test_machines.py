@@ -58,3 +58,22 @@ def test_the_diagram_shows_every_transition() -> None:
         "    open --> locked: lock",
         "    locked --> [*]",
     ]
+
+
+def test_what_may_come_late_changes_nothing() -> None:
+    door = Table(
+        "door",
+        "open",
+        {("open", "lock"): "locked"},
+        {"open": "can be gone through", "locked": "stays so"},
+        late=iter([("locked", "lock")]),
+    )
+    assert door.after("locked", "lock") == "locked"
+    assert door.final() == ["locked"]
+    assert door.diagram().splitlines()[2:] == [
+        "    open --> locked: lock",
+        "    locked --> locked: (lock)",
+        "    locked --> [*]",
+    ]
+    with pytest.raises(AssertionError, match="both late and not"):
+        Table("door", "open", {("open", "lock"): "open"}, {"open": ""}, late=[("open", "lock")])

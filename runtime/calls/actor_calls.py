@@ -1,18 +1,15 @@
-"""Calling actors: each caller keeps its calls to one actor in order and sends them straight to the actor's worker.
+"""Calling actors: the shell around the core `caller`, which sends calls straight to the actor's worker and records their ends.
 
-Theory of operation. A `Caller` stands for one actor in one process. Calls enter its queue in the order in which they were
-made; the head leaves as soon as its arguments are there and the actor is alive, so the order of one caller is kept end to
-end. The daemon tells where the actor lives and when it dies or restarts (`ActorState`). What was on its way when the
-actor died is sent again if the call may be retried, else it fails with `ActorDiedError` and the cause.
+Theory of operation. The core keeps the calls of this process to each actor in order and says which may leave (`cores.caller`).
+Here they are sent, and their outcomes entered into the table. The daemon tells where an actor lives and when it dies or
+restarts (`ActorState`); what the actor answered before that, and has arrived, is read first and counts.
 
-A call that could not read an argument, because its stored value is lost, waits at the head of the queue until the value has
-been made again. If calls behind it were on their way already they have run or will: it cannot take its place any more, and
-fails with `ObjectLostError`.
+Answers come by the channel of the worker, whose `PeerState` shares the core's `on_way` for just this incarnation.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections.abc import Iterable
 from typing import Any
 
 from afield.errors import (
@@ -21,8 +18,20 @@ from afield.errors import (
     PendingCallsLimitExceededError,
     TaskCancelledError,
 )
-from afield.ids import FIRST_RETURN, TASK_ID_BYTES
+from afield.ids import TASK_ID_BYTES
 from afield.runtime.calls.submission import Function, PeerState, Submitter
+from afield.runtime.cores.caller import (
+    CANCELLED,
+    DIED,
+    Again,
+    Caller,
+    Callers,
+    Effect,
+    Ended,
+    ForgetCreation,
+    Interrupt,
+    LetGo,
+)
 from afield.runtime.cores.dispatch import Task
 from afield.runtime.process.process import Process
 from afield.runtime.process.serialization import deserialize, serialize_error
@@ -34,39 +43,14 @@ from afield.transport.pump import uninterruptible
 BATCH = 64
 
 
-def actor_ref_id(actor_id: bytes) -> bytes:
-    """Return the id of the object that stands for an actor's life."""
-    return actor_id + FIRST_RETURN
-
-
-class Caller:
-    """One actor, as seen from one process."""
-
-    __slots__ = ("actor_id", "channel", "creation", "error", "held", "killed", "life", "queue", "state", "worker")
-
-    def __init__(self, actor_id: bytes) -> None:
-        self.actor_id = actor_id
-        self.state = "pending"
-        self.worker = b""
-        self.channel: Channel | None = None
-        self.queue: deque[Task] = deque()
-        self.error = b""
-        #: The object that stands for the actor; pinned while a call is pending (`held`).
-        self.life = actor_ref_id(actor_id)
-        self.held = False
-        #: This process has ended it for good: nothing is sent to it any more, also before the daemon says that it is dead.
-        self.killed = False
-        #: In the creator: keeps the constructor's arguments pinned as long as the actor may be constructed again.
-        self.creation: Task | None = None
-
-
 class ActorCalls:
     """All actors that this process calls."""
 
     def __init__(self, process: Process, submitter: Submitter) -> None:
         self.process = process
         self.submitter = submitter
-        self.callers: dict[bytes, Caller] = {}
+        self.core = Callers()
+        self.callers = self.core.by_id
         process.handlers[m.ActorState] = self._on_state
         process.handlers[m.WatchActor] = self._on_asked
         submitter.recovery.call_again = self._call_again
@@ -84,8 +68,7 @@ class ActorCalls:
             spec.dependencies = self.submitter.arguments.describe(ready)
             self.process.daemon.send(spec)
 
-        caller = self.callers[spec.actor_id] = Caller(spec.actor_id)
-        caller.creation = task
+        caller = self.core.add(spec.actor_id, task)
 
         def enter() -> None:
             if not detached:
@@ -106,7 +89,7 @@ class ActorCalls:
         """Return the caller of an actor, asking the daemon where it is on first use; the caller holds the lock."""
         caller = self.callers.get(actor_id)
         if caller is None:
-            caller = self.callers[actor_id] = Caller(actor_id)
+            caller = self.core.add(actor_id)
             life = self.process.table.entries.get(caller.life)
             self.process.daemon.send(m.WatchActor(actor_id, life.owner if life is not None else b""))
         return caller
@@ -143,7 +126,7 @@ class ActorCalls:
         caller = self.callers.get(actor_id)
         if caller is None:
             return
-        pending = len(caller.queue) + (len(caller.channel.context.inflight) if caller.channel is not None else 0)
+        pending = caller.pending
         if pending >= limit:
             raise PendingCallsLimitExceededError(
                 f"{pending} calls to the actor are pending and max_pending_calls={limit}; wait for some of them first"
@@ -159,19 +142,32 @@ class ActorCalls:
             caller = self.callers.get(actor_id) or self.caller(actor_id)
             if not caller.held:
                 self._hold_life(caller)
-            caller.queue.append(task)
-            if task.dependencies is not None:
-                self.submitter.arguments.when_resolved(task, lambda ready: self._advance(caller))
+            if caller.leaves_at_once(task):
+                self._send(caller, task)
+            else:
+                self._wait(caller, task)
                 if process.table.effects:
                     process.run_effects()
-            else:
-                self._advance(caller)
             if process.loop.dirty:
                 self._flush(caller)
 
+    def _send(self, caller: Caller, task: Task) -> None:
+        channel: Channel = caller.channel
+        caller.on_way[self.submitter.send_push(channel, channel.context, task)] = task
+
+    def _wait(self, caller: Caller, task: Task) -> None:
+        """Enter a call that does not leave at once: see whether it, or those before it, can."""
+        effects = caller.enter(task)
+        if effects:
+            self._execute(caller, effects)
+        elif task.dependencies is not None:
+            self.submitter.arguments.when_resolved(task, lambda ready: self._advance(caller))
+        else:
+            self._advance(caller)
+
     def _flush(self, caller: Caller) -> None:
-        channel = caller.channel
-        if channel is not None and channel.outbox and len(channel.context.inflight) > 1 and len(channel.outbox) < BATCH:
+        channel: Channel | None = caller.channel
+        if channel is not None and channel.outbox and len(caller.on_way) > 1 and len(channel.outbox) < BATCH:
             # The actor is busy: let a batch gather. Whoever drives the loop next sends it.
             if len(channel.outbox) == 1:
                 self.process.pump.wake_standby()
@@ -179,141 +175,141 @@ class ActorCalls:
         self.process.loop.flush()
 
     def _advance(self, caller: Caller) -> None:
-        queue = caller.queue
-        while queue:
-            if caller.state == "dead":
-                self.submitter.fail(queue.popleft(), caller.error)
-                continue
-            if caller.channel is None or caller.killed or queue[0].unresolved:
-                return
-            task = queue.popleft()
-            error = self.submitter.arguments.failure(task) if task.dependencies or task.location is not None else None
+        """Send what can leave; a call whose argument failed, or was lost since it was there, does not."""
+        arguments = self.submitter.arguments
+        while (task := caller.take()) is not None:
+            error = arguments.failure(task) if task.dependencies or task.location is not None else None
             if error is not None:
                 self.submitter.fail(task, error)
-            elif task.dependencies is not None and self.submitter.arguments.lost_again(task):
-                self._wait_again(caller, task)
+                self._let_go_if_idle(caller)
+            elif task.dependencies is not None and arguments.lost_again(task):
+                caller.put_back(task)
+                arguments.when_resolved(task, lambda ready: self._advance(caller))
                 return
             else:
-                state: PeerState = caller.channel.context
-                state.inflight[self.submitter.send_push(caller.channel, state, task)] = task
+                self._send(caller, task)
+
+    # -- what the core decides -----------------------------------------------------------------------------------
+
+    def _execute(self, caller: Caller, effects: Iterable[Effect]) -> None:
+        for effect in effects:
+            if isinstance(effect, Ended):
+                self._ended(caller, effect)
+            elif isinstance(effect, Again):
+                self.submitter.cut_short(effect.worker, effect.task)
+                self.submitter.use_retry(effect.task)
+            elif isinstance(effect, Interrupt):
+                if caller.channel is not None:  # else its process is gone, and the call with it
+                    caller.channel.send(m.Cancel(effect.sequence, effect.recursive))
+            elif isinstance(effect, ForgetCreation):
+                self.submitter.arguments.unpin(effect.task)
+            elif isinstance(effect, LetGo):
+                self.process.table.unpin(caller.life)
+
+    def _ended(self, caller: Caller, effect: Ended) -> None:
+        task, name = effect.task, effect.task.function.name
+        if effect.worker:
+            self.submitter.cut_short(effect.worker, task)
+        if effect.why == DIED:
+            self.submitter.fail(task, caller.error)
+        elif effect.why == CANCELLED:
+            when = "" if effect.worker else " before it started"
+            self.submitter.fail_with(task, TaskCancelledError(f"{name}() was cancelled{when}"))
+        else:
+            self.submitter.fail_with(
+                task,
+                ActorUnavailableError(
+                    f"{name}() was on its way when the actor died and restarted; it may have run. "
+                    "Set max_task_retries if it is safe to run it twice"
+                ),
+            )
 
     # -- life and death of actors --------------------------------------------------------------------------------
 
     def kill(self, actor_id: bytes, no_restart: bool) -> None:
         """End an actor's process; the caller holds the lock."""
         self.process.daemon.send(m.KillActor(actor_id, no_restart, "it was ended by kill()"))
-        # The worker may go on until the daemon has read this: a call that is made now must not run there. It waits in the
-        # queue, and fails with the actor. Without a caller the next call asks the daemon first, which knows by then.
+        # The worker may go on until the daemon has read this: a call that is made now must not run there. Without a caller
+        # the next call asks the daemon first, which knows by then.
         caller = self.callers.get(actor_id)
         if caller is not None and no_restart:
-            caller.killed = True
+            caller.ends()
+
+    def cancel(self, task: Task, recursive: bool) -> None:
+        """Cancel a call, whichever actor it is to; does nothing if it is over. The caller holds the lock."""
+        for caller in self.callers.values():
+            effects = caller.cancel(task, recursive)
+            if effects is not None:
+                self._execute(caller, effects)
+                self._advance(caller)  # it may have been the first of those that wait
+                return
 
     def _on_state(self, channel: Channel, message: m.ActorState) -> None:
         caller = self.callers.get(message.actor_id)
-        if caller is None or caller.state == "dead":
+        if caller is None:
             return
-        if message.state != "alive" and caller.channel is not None:
-            caller.channel.drain()  # what it answered before counts
-        if message.state == "alive":
+        if message.state == "pending":
+            caller.waits()
+        elif message.state == "alive":
             self._alive(caller, message.worker)
-        elif message.state == "restarting":
-            self._interrupted(caller, message.error)
-            caller.state, caller.channel = "restarting", None
-        elif message.state == "dead":
-            self._die(caller, message.error)
+        else:
+            if caller.channel is not None:
+                caller.gone()
+                caller.channel.drain()  # what it answered before counts
+                caller.channel = None
+            if message.state == "restarting":
+                self._execute(caller, caller.restarts())
+            else:
+                self._die(caller, message.error)
 
     def _alive(self, caller: Caller, worker: bytes) -> None:
         channel = self.process.channel_to(worker)
         if channel is None:
             return  # it died again; the daemon will say so
+        effects = caller.lives(worker)
+        if not caller.open:
+            return  # it was ended meanwhile
+        caller.channel = channel
         if channel.context is None:
             channel.context = PeerState()
-        caller.state, caller.worker, caller.channel = "alive", worker, channel
-        channel.context.on_batch = lambda replies: self._maybe_let_go(caller)
-        channel.context.retry = lambda task: self._again(caller, task)
-        channel.context.argument_lost = lambda task: self._argument_lost(caller, task)
-        if caller.creation is not None and not caller.creation.retries_left:
-            self._forget_creation(caller)
+        state: PeerState = channel.context
+        state.inflight = caller.on_way
+        state.on_batch = lambda replies: self._let_go_if_idle(caller)
+        state.retry = lambda task: self._again(caller, task)
+        state.argument_lost = lambda task: self._argument_lost(caller, task)
+        self._execute(caller, effects)
         self._advance(caller)
-
-    def _interrupted(self, caller: Caller, error: bytes) -> None:
-        """Put calls that were on their way back into the queue, if they may run twice; fail the others."""
-        if caller.channel is None:
-            return
-        inflight: dict[int, Task] = caller.channel.context.inflight
-        again = []
-        for task in inflight.values():
-            self.submitter.cut_short(caller.worker, task)
-            if task.cancelled:
-                self.submitter.fail_with(task, TaskCancelledError(f"{task.function.name}() was cancelled"))
-            elif task.retries_left:
-                self.submitter.use_retry(task)
-                again.append(task)
-            else:
-                self.submitter.fail_with(
-                    task,
-                    ActorUnavailableError(
-                        f"{task.function.name}() was on its way when the actor died and restarted; it may have run. "
-                        "Set max_task_retries if it is safe to run it twice"
-                    ),
-                )
-        inflight.clear()
-        caller.queue.extendleft(reversed(again))
 
     def _die(self, caller: Caller, error: bytes) -> None:
-        caller.state, caller.error = "dead", error
-        self._forget_creation(caller)
-        if caller.channel is not None:
-            inflight: dict[int, Task] = caller.channel.context.inflight
-            for task in list(inflight.values()):
-                self.submitter.cut_short(caller.worker, task)
-                self.submitter.fail(task, error)
-            inflight.clear()
-            caller.channel = None
-        self._advance(caller)
-        self._let_go(caller)
+        self._execute(caller, caller.dies(error))
         if caller.life not in self.process.table.entries:
             self.callers.pop(caller.actor_id, None)
 
     def _again(self, caller: Caller, task: Task) -> None:
-        caller.queue.appendleft(task)
+        caller.run_again(task)
         self._advance(caller)
-
-    def _wait_again(self, caller: Caller, task: Task) -> None:
-        """Put a call back at the head of the queue until its arguments, which were lost, are there again."""
-        caller.queue.appendleft(task)
-        self.submitter.arguments.when_resolved(task, lambda ready: self._advance(caller))
 
     def _argument_lost(self, caller: Caller, task: Task) -> bool:
         """A call has not run as an argument was lost: do it again, if no later one has overtaken it on its way."""
-        if caller.channel is None or caller.channel.context.inflight:
+        if not caller.argument_lost(task):
             return False
-        self._wait_again(caller, task)
+        self.submitter.arguments.when_resolved(task, lambda ready: self._advance(caller))
         return True
 
     def _call_again(self, task: Task) -> None:
         """Call a method again whose stored result was lost; the call comes after those that wait."""
         caller = self.callers.get(task.actor) or self.caller(task.actor)
         self._hold_life(caller)
-        caller.queue.append(task)
-        if task.dependencies is not None:
-            self.submitter.arguments.when_resolved(task, lambda ready: self._advance(caller))
-        else:
-            self._advance(caller)
+        self._wait(caller, task)
 
     def _hold_life(self, caller: Caller) -> None:
         if not caller.held and caller.life in self.process.table.entries:
             caller.held = True
             self.process.table.pin(caller.life)
 
-    def _maybe_let_go(self, caller: Caller) -> None:
+    def _let_go_if_idle(self, caller: Caller) -> None:
         """The actor need not live for our sake once nothing of ours is pending."""
-        if caller.held and not caller.queue and caller.channel is not None and not caller.channel.context.inflight:
-            self._let_go(caller)
-
-    def _let_go(self, caller: Caller) -> None:
-        if caller.held:
-            caller.held = False
+        if caller.lets_go():
             self.process.table.unpin(caller.life)
 
     def end(self, life: bytes) -> None:
@@ -322,10 +318,7 @@ class ActorCalls:
         if not self.process.dead:
             self.process.daemon.send(m.KillActor(actor_id, True, "all handles to it are gone", True))
         caller = self.callers.get(actor_id)
-        if caller is not None and caller.state == "dead":
-            del self.callers[actor_id]
-
-    def _forget_creation(self, caller: Caller) -> None:
-        if caller.creation is not None:
-            self.submitter.arguments.unpin(caller.creation)
-            caller.creation = None
+        if caller is not None:
+            caller.ends()
+            if caller.state == "dead":
+                del self.callers[actor_id]

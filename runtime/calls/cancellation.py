@@ -52,10 +52,10 @@ class Cancellation:
         if task.cancelled and not force:
             return
         task.cancelled = True
-        if task.unresolved:
+        if task.lane is None:
+            self.actors.cancel(task, recursive)
+        elif task.unresolved:
             self._end(task)
-        elif task.lane is None:
-            self._cancel_call(task, recursive)
         elif task in task.lane.ready:
             task.lane.ready.remove(task)
             self._end(task)
@@ -74,18 +74,6 @@ class Cancellation:
                     else:
                         lease.channel.send(m.Cancel(sequence, recursive))
                     return
-
-    def _cancel_call(self, task: Task, recursive: bool) -> None:
-        for caller in self.actors.callers.values():
-            if task in caller.queue:
-                caller.queue.remove(task)
-                self._end(task)
-                return
-            if caller.channel is not None:
-                for sequence, other in caller.channel.context.inflight.items():
-                    if other is task:
-                        caller.channel.send(m.Cancel(sequence, recursive))
-                        return
 
     def cancel_children(self, task_id: bytes) -> None:
         """Cancel what a task has submitted from this process and what is not finished; the caller holds the lock."""

@@ -76,7 +76,6 @@ class Participant:
         """Tell whether the answer to a task or a call is on its way."""
         if any(lease.inflight for lease in list(self.submitter.leases.values())):
             return True
-        return any(
-            caller.queue or (caller.channel is not None and caller.channel.context.inflight)
-            for caller in list(self.actors.callers.values())
-        ) or any(lane.ready for lane in list(self.submitter.lanes.values()))
+        if any(caller.pending for caller in list(self.actors.callers.values())):
+            return True
+        return any(lane.ready for lane in list(self.submitter.lanes.values()))

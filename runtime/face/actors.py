@@ -7,8 +7,8 @@ from typing import Any
 
 from afield.errors import InvalidOptionError
 from afield.runtime.calls import participation
-from afield.runtime.calls.actor_calls import actor_ref_id
 from afield.runtime.calls.participant import Participant
+from afield.runtime.cores.caller import life_of
 from afield.runtime.cores.dispatch import Task
 from afield.runtime.face.handles import OWN_HANDLE_OPTIONS, ActorHandle, check_group, describe_actor, methods_of
 from afield.runtime.face.options import ACTOR_OPTIONS, shape_of, validate
@@ -89,7 +89,7 @@ class ActorClass:
             actor_id, self.__name__, self._blob, dict(self._shape), b"", None, None, options, placement
         )
         participant.actors.create(spec, task, detached)
-        return ActorHandle(description, None if detached else ObjectRef(actor_ref_id(actor_id)))
+        return ActorHandle(description, None if detached else ObjectRef(life_of(actor_id)))
 
     def _describe(self, actor_id: bytes, creator: bytes) -> dict[str, Any]:
         """Return what a handle must know, in a form that travels."""

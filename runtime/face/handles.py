@@ -9,8 +9,8 @@ from typing import Any
 
 from afield.errors import InvalidOptionError, NotInitializedError
 from afield.runtime.calls import participation
-from afield.runtime.calls.actor_calls import actor_ref_id
 from afield.runtime.calls.submission import Function, RetryOn
+from afield.runtime.cores.caller import life_of
 from afield.runtime.face.options import METHOD_OPTIONS, retry_on, returns_of, validate
 from afield.runtime.face.parameters import Parameters, describe
 from afield.runtime.process.refs import ObjectRef, rebuild_ref
@@ -105,7 +105,7 @@ class ActorHandle:
     def from_description(cls, description: dict[str, Any]) -> ActorHandle:
         """Make a handle of what the actor directory told."""
         owner = description["owner"]
-        return cls(description, rebuild_ref(actor_ref_id(description["actor_id"]), owner) if owner else None)
+        return cls(description, rebuild_ref(life_of(description["actor_id"]), owner) if owner else None)
 
     def __getattr__(self, name: str) -> ActorMethod:
         methods = self.__dict__["_description"]["methods"]

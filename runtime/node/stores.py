@@ -213,6 +213,10 @@ class StoreProcesses:
             raise LookupError(f"arena {arena} has no slab now: ask `ready` first")
         return export
 
+    def life(self, arena: int) -> int:
+        """Return the number of an arena's present life; what is said of an earlier one is of no use."""
+        return self._stores[arena].life
+
     def execute(self, effect: Move | WriteFile | ReadFile | DeleteFile) -> None:
         """Have a job done by the store that it is for; it waits for one that is starting."""
         disk = self._stores[DISK]
