@@ -17,9 +17,27 @@ from __future__ import annotations
 import pickle
 from typing import Any
 
+from afield.tracebacks import (
+    Frame,
+    Report,
+    UnknownError,
+    continued,
+    describe,
+    formatted,
+    frames_of,
+    is_shown_by_files,
+    put_back,
+    stand_in,
+    text_of,
+    traceback_of,
+)
+
 
 class AfieldError(Exception):
     """Base of all errors that afield raises: `str` is one line, `repr` also tells the cause; both survive pickle."""
+
+    #: It says all that there is to say; of other errors, those frames of ours are shown that they were raised in.
+    _foreseen = True
 
     def __repr__(self) -> str:
         shown = f"{type(self).__name__}({', '.join(map(repr, self.args))})"
@@ -96,6 +114,8 @@ class TaskCancelledError(AfieldError):
 class InternalError(AfieldError):
     """A bug in afield: something happened that its own rules exclude. The text has what led to it; please report it."""
 
+    _foreseen = False
+
 
 class LossError(AfieldError):
     """A process, device or node went away and took something with it."""
@@ -167,31 +187,45 @@ class TaskError(AfieldError):
     """The user's code raised in a task or an actor call.
 
     `get` raises a subclass that is also an instance of the exception type that was raised, so that
-    ``except ValueError`` works across processes.
+    ``except ValueError`` works across processes. It is raised from the exception itself (`__cause__`), which has the traceback
+    of where it ran; for one that could not be pickled another of the same name stands in there.
 
     Attributes:
         cause: the exception itself, or None where it could not be pickled.
-        remote_traceback: the formatted traceback from the process where it was raised.
         function_name: the task or method that raised.
+        summary: the type and the text of the exception.
     """
 
     cause: BaseException | None
-    remote_traceback: str
     function_name: str
+    summary: str
+    _foreseen = True
     #: What the class was derived from when the user's exception type was mixed in.
     _base: type[TaskError]
+    #: What is known of the exception, and where else this error was raised on its way here; or a text, if that is all.
+    _remote: Report | str
+    _passed: tuple[Frame, ...] = ()
 
-    def __init__(self, function_name: str, cause: BaseException | None, summary: str, remote_traceback: str) -> None:
+    def __init__(
+        self, function_name: str, cause: BaseException | None, summary: str, remote_traceback: Report | str = ""
+    ) -> None:
         # Not super().__init__: in the derived class the next base is the user's type, whose signature is unknown.
         Exception.__init__(self, function_name, summary)
         self.function_name = function_name
         self.cause = cause
         self.summary = summary
-        self.remote_traceback = remote_traceback
+        self._remote = remote_traceback
         self.__cause__ = cause
-        if remote_traceback:
-            # So that it is shown where the error is not caught; `str` stays one line.
+        if remote_traceback and isinstance(remote_traceback, str):
             self.add_note(f"Where {function_name}() ran:\n{remote_traceback}")
+
+    @property
+    def remote_traceback(self) -> str:
+        """What Python prints of the exception where it was raised; with source lines that are known here."""
+        if isinstance(self._remote, str):
+            return self._remote
+        text = formatted(self._remote)
+        return continued(text, self, self._passed) if self._passed else text
 
     def __str__(self) -> str:
         return f"{self.function_name}() raised {self.summary}"
@@ -203,16 +237,26 @@ class TaskError(AfieldError):
         cause: Any = self.cause
         if cause is not None and not _survives(cause):
             cause = _Parts(cause)
-        return _rebuild_task_error, (self._base, self.function_name, cause, self.summary, self.remote_traceback)
+        return _rebuild_task_error, (
+            self._base,
+            self.function_name,
+            cause,
+            self.summary,
+            self._remote,
+            self._passed,
+        )
 
     @classmethod
-    def from_exception(cls, function_name: str, error: BaseException, remote_traceback: str) -> TaskError:
+    def from_exception(
+        cls, function_name: str, error: BaseException, remote_traceback: Report | str | None = None
+    ) -> TaskError:
         """Wrap what a task raised; an exception that cannot make the round trip through pickle is described instead."""
-        if isinstance(error, TaskError):
-            return error  # An argument had failed already: its error goes on unchanged.
-        summary = _summary(error)
+        if isinstance(error, TaskError):  # of a task that this one called: it goes on, and tells that it passed here
+            error._passed = frames_of(error)
+            return error
+        remote = describe(error) if remote_traceback is None else remote_traceback
         cause = error if _survives(error) or _survives(_Parts(error)) else None
-        return _rebuild_task_error(cls, function_name, cause, summary, remote_traceback)
+        return _new_task_error(cls, function_name, cause, summary_of(error), remote)
 
 
 TaskError._base = TaskError
@@ -225,11 +269,9 @@ class ActorConstructionError(TaskError, ActorDiedError):
 ActorConstructionError._base = ActorConstructionError
 
 
-def _summary(error: BaseException) -> str:
-    try:
-        text = str(error)
-    except Exception:
-        text = "(its text cannot be shown)"
+def summary_of(error: BaseException) -> str:
+    """Return the type and the text of an exception in a line."""
+    text = text_of(error)
     name = type(error).__name__
     return f"{name}: {text}" if text else name
 
@@ -270,12 +312,38 @@ _derived: dict[tuple[type, type], type[TaskError]] = {}
 
 
 def _rebuild_task_error(
-    base: type[TaskError], function_name: str, cause: BaseException | None, summary: str, text: str
+    base: type[TaskError],
+    function_name: str,
+    cause: BaseException | None,
+    summary: str,
+    remote: Report | str,
+    passed: tuple[Frame, ...],
 ) -> TaskError:
-    error = _task_error_class(base, cause)(function_name, cause, summary, text)
+    """Make the error that has arrived, with the traceback and the chain of what was raised."""
+    if isinstance(cause, UnknownError):
+        cause = None
+    error = _new_task_error(base, function_name, cause, summary, remote)
+    error._passed = passed
+    if isinstance(remote, str):
+        return error
+    if cause is None:
+        error.__cause__, lent = stand_in(remote)
+    else:
+        lent = put_back(cause, remote)
+    error.__traceback__, more = traceback_of(passed)
+    if (lent or more) and is_shown_by_files():
+        error.add_note(f"Where {function_name}() ran, with the lines that it had then:\n{error.remote_traceback}")
+    return error
+
+
+def _new_task_error(
+    base: type[TaskError], function_name: str, cause: BaseException | None, summary: str, remote: Report | str
+) -> TaskError:
+    error = _task_error_class(base, cause)(function_name, cause, summary, remote)
     if cause is not None:
         for name, value in vars(cause).items():  # so that `error.code` works where the user's type has it
-            vars(error).setdefault(name, value)
+            if name != "__notes__":  # they are shown with the cause
+                vars(error).setdefault(name, value)
     return error
 
 

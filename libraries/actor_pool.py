@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import afield
+from afield.tracebacks import trim, unseen
 
 #: Makes a call: `lambda actor, value: actor.method.remote(value)`.
 Call = Callable[[Any, Any], Any]
@@ -58,11 +59,16 @@ class ActorPool:
             self.submit(fn, value)
 
         def results() -> Iterator[Any]:
-            while self.has_next():
-                yield get_next()
+            try:
+                while self.has_next():
+                    yield get_next()
+            except afield.AfieldError as error:
+                trim(error)
+                raise
 
         return results()
 
+    @unseen
     def submit(self, fn: Call, value: Any) -> None:
         """Call an idle actor with the value, or remember it until one is idle.
 
@@ -76,6 +82,7 @@ class ActorPool:
         """Tell whether results are left to be fetched."""
         return bool(self._unreturned or self._waiting)
 
+    @unseen
     def get_next(self, timeout: float | None = None, ignore_if_timedout: bool = False) -> Any:
         """Return the next result in the order of submission.
 
@@ -90,6 +97,7 @@ class ActorPool:
         """
         return self._next(timeout, ignore_if_timedout, lambda: next(iter(self._unreturned)))
 
+    @unseen
     def get_next_unordered(self, timeout: float | None = None, ignore_if_timedout: bool = False) -> Any:
         """Return whichever result is ready first. See `get_next`."""
         return self._next(timeout, ignore_if_timedout, self._any_ready)
@@ -102,6 +110,7 @@ class ActorPool:
         """Take an idle actor out of the pool; None if there is none."""
         return self._idle.pop() if self.has_free() else None
 
+    @unseen
     def push(self, actor: Any) -> None:
         """Add an actor.
 

@@ -13,8 +13,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import afield
+from afield.tracebacks import unseen
 
 
+@unseen
 def dask_get(dsk: Any, keys: Any, **kwargs: Any) -> Any:
     """Compute keys of a Dask graph: ``dask.compute(x, scheduler=afield.dask_get)``.
 

@@ -15,12 +15,14 @@ import pickle
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
+from types import CodeType
 from typing import Any
 
 import cloudpickle
 import numpy as np
 
 import afield
+from afield.code_names import reduce_code
 from afield.libraries.executor import Executor
 
 #: Arrays from this size on are shared between batches; smaller ones are cheaper to send along.
@@ -123,6 +125,9 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no
             return None
         self.refs.append(self._ref_of(obj))
         return len(self.refs) - 1
+
+    def reducer_override(self, obj: Any) -> Any:
+        return reduce_code(self, obj) if type(obj) is CodeType else super().reducer_override(obj)
 
 
 class _Unpickler(pickle.Unpickler):

@@ -23,6 +23,7 @@ from typing import Any
 
 import afield
 from afield.libraries.lanes import Lanes, batched, call_each
+from afield.tracebacks import unseen
 
 #: `map` cuts its items into about so many chunks per process: few calls, but a slow chunk does not hold up everything.
 CHUNKS_PER_PROCESS = 4
@@ -87,6 +88,7 @@ class AsyncResult:
             future.add_done_callback(self._count_down)
         self._count_down()
 
+    @unseen
     def get(self, timeout: float | None = None) -> Any:
         """Return the result, or raise what the call raised.
 
@@ -158,9 +160,11 @@ class ImapIterator:
     def __iter__(self) -> ImapIterator:
         return self
 
+    @unseen
     def __next__(self) -> Any:
         return self.next()
 
+    @unseen
     def next(self, timeout: float | None = None) -> Any:
         """Return the next result.
 
@@ -235,6 +239,7 @@ class Pool:
 
     # -- calls -------------------------------------------------------------------------------------------------------
 
+    @unseen
     def apply(self, func: Callable[..., Any], args: Iterable[Any] = (), kwds: Mapping[str, Any] | None = None) -> Any:
         """Call `func` in a process and wait for its result."""
         return self.apply_async(func, args, kwds).get()
@@ -259,6 +264,7 @@ class Pool:
         future = self._lanes.submit(func, tuple(args), dict(kwds or {}))
         return AsyncResult([future], lambda results: results[0], callback, error_callback)
 
+    @unseen
     def map(self, func: Callable[[Any], Any], iterable: Iterable[Any], chunksize: int | None = None) -> list[Any]:
         """Return the results of `func` for each item, in their order."""
         results: list[Any] = self.map_async(func, iterable, chunksize).get()
@@ -275,6 +281,7 @@ class Pool:
         """Like `map`, without waiting. For the callbacks see `apply_async`."""
         return self.starmap_async(func, ((item,) for item in iterable), chunksize, callback, error_callback)
 
+    @unseen
     def starmap(
         self, func: Callable[..., Any], iterable: Iterable[Iterable[Any]], chunksize: int | None = None
     ) -> list[Any]:

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import afield
+from afield.tracebacks import unseen
 
 #: Calls that may wait in the queue at a time. When so many wait to get, nobody can put any more, so it is generous.
 MAX_WAITING = 10_000
@@ -22,9 +23,13 @@ MAX_WAITING = 10_000
 class Empty(queue.Empty):
     """There was nothing to get, or not in time."""
 
+    _foreseen = True  # see `afield.tracebacks`
+
 
 class Full(queue.Full):
     """There was no room to put, or not in time."""
+
+    _foreseen = True
 
 
 class _QueueActor:
@@ -86,6 +91,7 @@ class Queue:
         options = {"max_concurrency": MAX_WAITING} | (actor_options or {})
         self.actor = afield.remote(_QueueActor).options(**options).remote(maxsize)
 
+    @unseen
     def qsize(self) -> int:
         """Return the number of items."""
         size: int = afield.get(self.actor.qsize.remote())
@@ -104,6 +110,7 @@ class Queue:
         """Tell whether there is no room; already outdated if others use the queue."""
         return 0 < self.maxsize <= self.qsize()
 
+    @unseen
     def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:
         """Add an item, waiting for room if `block` is true.
 
@@ -118,6 +125,7 @@ class Queue:
         """
         _wait_for(self._put(item, block, timeout))
 
+    @unseen
     def get(self, block: bool = True, timeout: float | None = None) -> Any:
         """Take the oldest item, waiting for one if `block` is true.
 
@@ -135,18 +143,22 @@ class Queue:
         """Like `get`, for coroutines."""
         return await _wait_for_async(self._get(block, timeout))
 
+    @unseen
     def put_nowait(self, item: Any) -> None:
         """Add an item if there is room, else raise `Full`."""
         self.put(item, block=False)
 
+    @unseen
     def get_nowait(self) -> Any:
         """Take the oldest item if there is one, else raise `Empty`."""
         return self.get(block=False)
 
+    @unseen
     def put_nowait_batch(self, items: Iterable[Any]) -> None:
         """Add all items if there is room for all, else none and raise `Full`."""
         _wait_for(self.actor.put_nowait.remote(list(items)))
 
+    @unseen
     def get_nowait_batch(self, num_items: int) -> list[Any]:
         """Take the `num_items` oldest items if there are so many, else none and raise `Empty`.
 

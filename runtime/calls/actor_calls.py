@@ -17,6 +17,7 @@ from afield.errors import (
     ActorUnavailableError,
     PendingCallsLimitExceededError,
     TaskCancelledError,
+    TaskError,
 )
 from afield.ids import TASK_ID_BYTES
 from afield.runtime.calls.submission import Function, PeerState, Submitter
@@ -34,7 +35,7 @@ from afield.runtime.cores.caller import (
 )
 from afield.runtime.cores.dispatch import Task
 from afield.runtime.process.process import Process
-from afield.runtime.process.serialization import deserialize, serialize_error
+from afield.runtime.process.serialization import deserialize_error, serialize_error
 from afield.runtime.wire import messages as m
 from afield.transport.channel import Channel
 from afield.transport.pump import uninterruptible
@@ -80,10 +81,10 @@ class ActorCalls:
 
     def _argument_failed(self, class_name: str, data: bytes) -> bytes:
         """The constructor never runs: to every caller it is as if it had raised what its argument did."""
-        error = deserialize(data, "the error of an argument", None)
+        error = deserialize_error(data, "the error of an argument", None)
         cause = getattr(error, "cause", None) or error
-        text = getattr(error, "remote_traceback", "")
-        return serialize_error(ActorConstructionError.from_exception(f"{class_name}.__init__", cause, text))
+        remote = error._remote if isinstance(error, TaskError) else None
+        return serialize_error(ActorConstructionError.from_exception(f"{class_name}.__init__", cause, remote))
 
     def caller(self, actor_id: bytes) -> Caller:
         """Return the caller of an actor, asking the daemon where it is on first use; the caller holds the lock."""

@@ -12,6 +12,7 @@ from afield.ids import STREAM_END_INDEX, STREAM_INDEX
 from afield.runtime.calls.streams import Streams
 from afield.runtime.process import current
 from afield.runtime.process.refs import ObjectRef
+from afield.tracebacks import trim
 from afield.transport.pump import Waiter
 
 
@@ -45,7 +46,11 @@ class ObjectRefGenerator:
         return self
 
     def __next__(self) -> ObjectRef:
-        return self._next(None)
+        try:
+            return self._next(None)
+        except BaseException as error:
+            trim(error)
+            raise
 
     def _next(self, timeout_s: float | None) -> ObjectRef:
         streams = self._streams()

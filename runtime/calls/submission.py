@@ -17,7 +17,7 @@ from afield.runtime.cores.objects import FAILED, INLINE, LOCATED, PENDING
 from afield.runtime.process.context import calling_context
 from afield.runtime.process.process import Process
 from afield.runtime.process.refs import ObjectRef
-from afield.runtime.process.serialization import deserialize, serialize_error
+from afield.runtime.process.serialization import deserialize_error, serialize_error
 from afield.runtime.values.arguments import Arguments
 from afield.runtime.wire import messages as m
 from afield.transport.channel import Channel
@@ -369,7 +369,7 @@ class Submitter:
         retry_on = task.function.retry_on
         if not retry_on or not task.retries_left or task.cancelled:
             return False
-        error = deserialize(data, "the error", None)
+        error = deserialize_error(data, "the error", None)
         if not isinstance(error, TaskError):
             return False
         if isinstance(retry_on, tuple) and not isinstance(error.cause, retry_on) and not isinstance(error, retry_on):

@@ -19,6 +19,7 @@ from afield.runtime.process.facts import inherited_environment
 from afield.runtime.process.refs import ObjectRef
 from afield.runtime.process.serialization import serialize
 from afield.runtime.wire import messages as m
+from afield.tracebacks import trim
 
 
 class ActorClass:
@@ -54,6 +55,13 @@ class ActorClass:
             TypeError: the arguments do not fit the constructor.
             SerializationError: an argument or the class cannot be pickled.
         """
+        try:
+            return self._create(args, kwargs)
+        except BaseException as error:
+            trim(error)
+            raise  # without a frame of this method
+
+    def _create(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ActorHandle:
         participant = participation.participant or participation.ensure()
         _check_signature(self._cls, args, kwargs, self.__name__)
         self._check_options()

@@ -19,6 +19,7 @@ from afield.runtime.process.context import ActorExit
 from afield.runtime.process.refs import ObjectRef
 from afield.runtime.tools.memory import MemoryEntry, assemble
 from afield.runtime.wire import messages as m
+from afield.tracebacks import trim
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -90,19 +91,23 @@ def get(refs: ObjectRef | Sequence[ObjectRef], *, timeout: float | None = None, 
         LossError: the value was lost with a process or device, and could not be made again.
         ObjectStoreFullError, OutOfDeviceMemoryError: there was no room in time to bring it here.
     """
-    values = (participation.participant or participation.ensure()).values
-    deadline = None if timeout is None else time.monotonic() + timeout
-    into = None if device is None else values.parts.devices.arena_named(device)
-    if type(refs) is ObjectRef:
-        return values.get(refs, deadline, into=into)
-    if isinstance(refs, ObjectRefGenerator):
-        return refs  # what num_returns="dynamic" made: the value of its ref was a generator of refs
-    if not isinstance(refs, (list, tuple)):
-        raise TypeError(f"get() takes an ObjectRef or a list of them, not {_describe(refs)}")
-    for ref in refs:
-        if type(ref) is not ObjectRef:
-            raise TypeError(f"get() takes an ObjectRef or a list of them; the list has {_describe(ref)}")
-    return [values.get(ref, deadline, into=into) for ref in refs]
+    try:
+        values = (participation.participant or participation.ensure()).values
+        deadline = None if timeout is None else time.monotonic() + timeout
+        into = None if device is None else values.parts.devices.arena_named(device)
+        if type(refs) is ObjectRef:
+            return values.get(refs, deadline, into=into)
+        if isinstance(refs, ObjectRefGenerator):
+            return refs  # what num_returns="dynamic" made: the value of its ref was a generator of refs
+        if not isinstance(refs, (list, tuple)):
+            raise TypeError(f"get() takes an ObjectRef or a list of them, not {_describe(refs)}")
+        for ref in refs:
+            if type(ref) is not ObjectRef:
+                raise TypeError(f"get() takes an ObjectRef or a list of them; the list has {_describe(ref)}")
+        return [values.get(ref, deadline, into=into) for ref in refs]
+    except BaseException as error:
+        trim(error)
+        raise  # without a frame of this function
 
 
 def _describe(value: Any) -> str:
@@ -126,7 +131,11 @@ def put(value: Any) -> ObjectRef:
         raise TypeError(
             "put() of an ObjectRef: it is a reference already; pass it on as it is, or put [ref] to nest it"
         )
-    return (participation.participant or participation.ensure()).values.put(value)
+    try:
+        return (participation.participant or participation.ensure()).values.put(value)
+    except BaseException as error:
+        trim(error)
+        raise
 
 
 def wait(
@@ -159,9 +168,13 @@ def wait(
         raise ValueError(f"num_returns={num_returns!r} must be a whole number of at least 1")
     if num_returns > len(refs):
         raise ValueError(f"num_returns={num_returns} is more than the {len(refs)} refs given")
-    values = (participation.participant or participation.ensure()).values
-    deadline = None if timeout is None else time.monotonic() + timeout
-    return values.wait(refs, ids, num_returns, deadline)
+    try:
+        values = (participation.participant or participation.ensure()).values
+        deadline = None if timeout is None else time.monotonic() + timeout
+        return values.wait(refs, ids, num_returns, deadline)
+    except BaseException as error:
+        trim(error)
+        raise
 
 
 def _distinct(refs: object) -> list[bytes]:

@@ -13,6 +13,7 @@ from afield.runtime.face.parameters import Parameters, describe
 from afield.runtime.face.strategies import placement_of, settle
 from afield.runtime.process.facts import inherited_environment
 from afield.runtime.process.serialization import serialize
+from afield.tracebacks import trim
 
 if TYPE_CHECKING:
     from afield.runtime.calls.participant import Participant
@@ -66,12 +67,16 @@ class RemoteFunction(Generic[P, R]):
             TypeError: the arguments do not fit the function.
             SerializationError: an argument cannot be pickled.
         """
-        participant = participation.participant or participation.ensure()
-        self._parameters.check(args, kwargs)
-        bound = self._bound
-        if bound is None or bound[0] is not participant.key:
-            bound = self._bind(participant)
-        return participant.submitter.submit(bound[1], bound[2], args, kwargs, self._retries)
+        try:
+            participant = participation.participant or participation.ensure()
+            self._parameters.check(args, kwargs)
+            bound = self._bound
+            if bound is None or bound[0] is not participant.key:
+                bound = self._bind(participant)
+            return participant.submitter.submit(bound[1], bound[2], args, kwargs, self._retries)
+        except BaseException as error:
+            trim(error)
+            raise  # without a frame of this method
 
     def _bind(self, participant: Participant) -> tuple[object, Function, Lane]:
         serialized = serialize(self._function, f"the function {self._name}()", stored=False)

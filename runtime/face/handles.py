@@ -15,6 +15,7 @@ from afield.runtime.face.options import METHOD_OPTIONS, retry_on, returns_of, va
 from afield.runtime.face.parameters import Parameters, describe
 from afield.runtime.process.refs import ObjectRef, rebuild_ref
 from afield.runtime.process.serialization import deserialize, serialize
+from afield.tracebacks import trim
 
 _METHOD_OPTIONS_ATTRIBUTE = "__afield_method_options__"
 _METHOD_FIELDS = {
@@ -186,8 +187,13 @@ class ActorMethod:
             TypeError: the arguments do not fit the method.
             PendingCallsLimitExceededError: `max_pending_calls` of the actor are reached.
         """
-        self._parameters.check(args, kwargs)
-        participant = participation.participant
-        if participant is None:
-            raise NotInitializedError(f"the actor {self._owner_name} belongs to a runtime that was shut down")
-        return participant.actors.submit(self._actor_id, self._function, args, kwargs, self._retries, self._max_pending)
+        try:
+            self._parameters.check(args, kwargs)
+            participant = participation.participant
+            if participant is None:
+                raise NotInitializedError(f"the actor {self._owner_name} belongs to a runtime that was shut down")
+            actors = participant.actors
+            return actors.submit(self._actor_id, self._function, args, kwargs, self._retries, self._max_pending)
+        except BaseException as error:
+            trim(error)
+            raise  # without a frame of this method

@@ -27,14 +27,17 @@ import pickle
 import struct
 import threading
 from collections.abc import Callable, Sequence
+from types import CodeType, FunctionType
 from typing import Any
 
 import cloudpickle
 import numpy as np
 
+from afield.code_names import reduce_code, remember_source
 from afield.errors import DeserializationError, SerializationError
 from afield.gpu_store.interop import DevicePacker, adapter_of
 from afield.runtime.process import current
+from afield.tracebacks import UnknownError, trim
 
 ALIGNMENT = 64
 PACKED = 1
@@ -200,6 +203,7 @@ def serialize(value: Any, what: str, *, stored: bool = True) -> Serialized:
     except Exception as error:
         if packer is not None:
             packer.close()
+        trim(error, foreseen=True)
         raise unpicklable(value, what, error) from error
     finally:
         collector.refs = outer
@@ -207,12 +211,20 @@ def serialize(value: Any, what: str, *, stored: bool = True) -> Serialized:
 
 
 class _Pickler(cloudpickle.CloudPickler):  # type: ignore[misc]
-    """Cloudpickle's pickler, with device arrays left to a packer."""
+    """Cloudpickle's pickler, with device arrays left to a packer, and code that keeps the name of its file."""
 
     packer: DevicePacker | None
 
     def reducer_override(self, obj: Any) -> Any:
-        adapter = adapter_of(type(obj))
+        kind = type(obj)
+        if kind is CodeType:
+            return reduce_code(self, obj)
+        if kind is FunctionType:
+            reduced = super().reducer_override(obj)
+            if reduced is not NotImplemented:
+                remember_source(obj)
+            return reduced
+        adapter = adapter_of(kind)
         if adapter is not None:
             if self.packer is not None:
                 reduced = self.packer.reduce(obj)
@@ -279,11 +291,40 @@ def serialize_error(error: BaseException) -> bytes:
     return serialize(error, "the error", stored=False).pack()
 
 
+class _Lenient(pickle.Unpickler):
+    """Puts `UnknownError` in place of classes that cannot be found."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return super().find_class(module, name)
+        except (ImportError, AttributeError):
+            return UnknownError
+
+
+def deserialize_error(data: bytes, what: str, on_ref: Callable[[bytes, bytes], None] | None) -> Any:
+    """Rebuild an error; where the class of what a task raised cannot be found here, the `TaskError` describes it.
+
+    Raises:
+        DeserializationError: as `deserialize`.
+    """
+    try:
+        return deserialize(data, what, on_ref)
+    except DeserializationError as failure:
+        if not isinstance(failure.__cause__, ImportError | AttributeError):
+            raise
+        return deserialize(data, what, on_ref, load=_load_leniently)
+
+
+def _load_leniently(data: bytes | memoryview, buffers: Any = ()) -> Any:
+    return _Lenient(io.BytesIO(data), buffers=buffers).load()
+
+
 def deserialize(
     data: bytes | memoryview,
     what: str,
     on_ref: Callable[[bytes, bytes], None] | None,
     parts: Sequence[Any] = (),
+    load: Callable[..., Any] = pickle.loads,
 ) -> Any:
     """Rebuild a value from any of the three forms.
 
@@ -292,6 +333,7 @@ def deserialize(
         what: names the value in errors.
         on_ref: called for each ref inside the value.
         parts: the memory of the object's parts, of which the born buffers are memoryviews.
+        load: what unpickles.
 
     Raises:
         DeserializationError: a class cannot be found here, or its code raised.
@@ -302,7 +344,7 @@ def deserialize(
     collector.on_ref = on_ref
     try:
         if data[0] != PACKED:
-            return pickle.loads(data)
+            return load(data)
         view = memoryview(data)
         _, count, length = _HEADER.unpack_from(view, 0)
         start = _HEADER.size + _PLACE.size * count
@@ -314,8 +356,9 @@ def deserialize(
                 buffers.append(parts[(offset ^ IN_PART) >> _PART_SHIFT][start_in_part : start_in_part + size])
             else:
                 buffers.append(view[offset : offset + size])
-        return pickle.loads(view[start : start + length], buffers=buffers)
+        return load(view[start : start + length], buffers=buffers)
     except Exception as error:
+        trim(error, foreseen=True)
         raise DeserializationError(
             f"{what} cannot be rebuilt in this process: {type(error).__name__}: {error}. "
             "Its classes must be importable here: install the module that defines them, or pass it with "

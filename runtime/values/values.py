@@ -17,8 +17,9 @@ from afield.runtime.cores.objects import FAILED, INLINE, LOCATED, PENDING, Entry
 from afield.runtime.process.context import calling_context, running
 from afield.runtime.process.process import INLINE_BYTES, Process
 from afield.runtime.process.refs import ObjectRef
-from afield.runtime.process.serialization import Serialized, deserialize, dumps_plain, serialize
+from afield.runtime.process.serialization import Serialized, deserialize, deserialize_error, dumps_plain, serialize
 from afield.runtime.values.parts import Parts, PartsLostError, WouldBlockError
+from afield.tracebacks import trim
 from afield.transport.pump import Waiter, uninterruptible
 
 #: How long a wait inside a task may last before the task gives its CPUs back.
@@ -146,7 +147,8 @@ class Values:
             except WouldBlockError:
                 threading.Thread(target=finish, name="afield-fetch", daemon=True).start()
             except BaseException as error:
-                future.set_exception(error.with_traceback(None))  # its frames refer to the future
+                trim(error, always=True)  # frames of ours refer to the future
+                future.set_exception(error)
             else:
                 future.set_result(value)
 
@@ -154,7 +156,8 @@ class Values:
             try:
                 value = self.get(ref, None)
             except BaseException as error:
-                future.set_exception(error.with_traceback(None))  # its frames refer to the future
+                trim(error, always=True)  # frames of ours refer to the future
+                future.set_exception(error)
             else:
                 future.set_result(value)
 
@@ -182,9 +185,13 @@ class Values:
                 if not done.done() or done.cancelled():
                     self.process.locked(self.table.stop_waiting, ref.id, notify)
         try:
-            return self.value_of(ref, self.table.entries[ref.id], blocking=False)
-        except WouldBlockError:
-            return await loop.run_in_executor(None, self.get, ref, None)
+            try:
+                return self.value_of(ref, self.table.entries[ref.id], blocking=False)
+            except WouldBlockError:
+                return await loop.run_in_executor(None, self.get, ref, None)
+        except BaseException as error:
+            trim(error)
+            raise
 
     def value_of(
         self,
@@ -208,13 +215,13 @@ class Values:
             raise PartsLostError("the value was lost")
         on_ref = self._on_ref_in(object_id)
         if entry.state != LOCATED:
-            value = deserialize(entry.value, "the value", on_ref)
             if entry.state == FAILED:
                 try:
+                    value = deserialize_error(entry.value, "the value", on_ref)
                     raise value
                 finally:
-                    del value  # else it refers to itself, by way of this frame, and keeps what all its frames have
-            return value
+                    value = None  # else it refers to itself, by way of this frame, and keeps what all its frames have
+            return deserialize(entry.value, "the value", on_ref)
         value, location = self.parts.read(
             object_id,
             entry.value,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import traceback
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -25,6 +24,7 @@ from afield.runtime.process.serialization import (
 )
 from afield.runtime.values.parts import ARGUMENT, PartsLostError
 from afield.runtime.wire import messages as m
+from afield.tracebacks import describe
 from afield.transport.channel import Channel
 
 
@@ -216,14 +216,13 @@ class Invocations:
         """Make the reply of a task that raised; an error of the runtime's own goes on as it is."""
         if isinstance(error, PartsLostError) and not in_user_code:
             return m.Reply(sequence, m.ARGUMENT_LOST, b"")
-        text = "".join(traceback.format_exception(type(error), error, _user_frames(error)))
         wrapped: BaseException = error
         if in_user_code or not isinstance(error, AfieldError):
-            wrapped = _wrap(TaskError, definition.name, error, text)
+            wrapped = _wrap(TaskError, definition.name, error)
         try:
             serialized = serialize(wrapped, "the error", stored=False)
         except Exception:
-            plain = TaskError(definition.name, None, type(error).__name__, text)
+            plain = TaskError(definition.name, None, type(error).__name__, describe(error))
             serialized = serialize(plain, "the error", stored=False)
         data, refs = serialized.pack(), serialized.refs
         if definition.num_returns in (1, m.STREAMING):
@@ -233,8 +232,7 @@ class Invocations:
 
     def constructor_failure(self, class_name: str, error: BaseException) -> bytes:
         """Serialise what an actor's constructor raised."""
-        text = "".join(traceback.format_exception(type(error), error, _user_frames(error)))
-        return serialize_error(_wrap(ActorConstructionError, f"{class_name}.__init__", error, text))
+        return serialize_error(_wrap(ActorConstructionError, f"{class_name}.__init__", error))
 
     # -- who runs what -------------------------------------------------------------------------------------------
 
@@ -251,25 +249,10 @@ class Invocations:
         return self._task_ids.get((id(channel), sequence))
 
 
-def _wrap(kind: type[TaskError], name: str, error: BaseException, text: str) -> TaskError:
+def _wrap(kind: type[TaskError], name: str, error: BaseException) -> TaskError:
     """Wrap what the user's code raised. It is pickled on trial: the refs in it are not passed on by that."""
     outer, collector.refs = collector.refs, []
     try:
-        return kind.from_exception(name, error, text)
+        return kind.from_exception(name, error)
     finally:
         collector.refs = outer
-
-
-def _user_frames(error: BaseException) -> Any:
-    """Return the traceback without the frames of the runtime on top, which say nothing to the user."""
-    frames = error.__traceback__
-    while frames is not None and frames.tb_next is not None and _is_runtime(frames.tb_frame.f_code.co_filename):
-        frames = frames.tb_next
-    return frames
-
-
-_RUNTIME_FILES = ("executor.py", "concurrency.py", "invocation.py")
-
-
-def _is_runtime(filename: str) -> bool:
-    return filename.rpartition("/")[0] == __file__.rpartition("/")[0] and filename.endswith(_RUNTIME_FILES)
