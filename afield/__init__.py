@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from afield.version import VERSION as __version__  # noqa: F401, N811 - where packages are asked for it
+from afield.version import VERSION as _VERSION
 
 if TYPE_CHECKING:
     from afield._face import *  # noqa: F403 - type checkers read the names there
+    from afield.errors import *  # noqa: F403 - the same
 
 # Each of these needs a partner, or is a library of its own: loaded on first use.
 _LAZY = {
@@ -27,9 +28,9 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("afield." + name)
     if name.startswith("__") and name != "__all__":
         raise AttributeError(f"module 'afield' has no attribute {name!r}")
-    face = importlib.import_module("afield._face")
-    globals().update({public: getattr(face, public) for public in face.__all__})
-    globals()["__all__"] = [*_LAZY, *face.__all__]
+    modules = [importlib.import_module("afield." + module) for module in ("errors", "_face")]
+    public = {each: getattr(module, each) for module in modules for each in module.__all__}
+    globals().update(public, __all__=[*_LAZY, *public])
     if name not in globals():  # modules of the package are there by now as well
         raise AttributeError(f"module 'afield' has no attribute {name!r}")
     return globals()[name]
@@ -37,3 +38,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__getattr__("__all__")})
+
+
+__version__ = _VERSION

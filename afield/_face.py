@@ -1,4 +1,4 @@
-"""The public names and where they come from; `afield/__init__.py` hands them out.
+"""The public names and where they come from; `afield/__init__.py` hands them out, and those of `errors` with them.
 
 Theory of operation. Importing this file imports the whole runtime. It is separate from the package's own `__init__`, which
 does not, so that importing one part of the package (the pytest plugin, which pytest loads in every run; the errors; the
@@ -7,36 +7,6 @@ command line) costs no more than that part.
 
 from __future__ import annotations
 
-from afield.errors import (
-    ActorConstructionError,
-    ActorDiedError,
-    ActorUnavailableError,
-    ActorUnschedulableError,
-    AfieldError,
-    AlreadyInitializedError,
-    DeserializationError,
-    DeviceLostError,
-    GetTimeoutError,
-    InternalError,
-    InvalidOptionError,
-    LossError,
-    NoClusterError,
-    NoDeviceError,
-    NotInitializedError,
-    ObjectLostError,
-    ObjectStoreFullError,
-    OutOfDeviceMemoryError,
-    OwnerDiedError,
-    PendingCallsLimitExceededError,
-    RuntimeDiedError,
-    SerializationError,
-    TaskCancelledError,
-    TaskError,
-    TaskUnschedulableError,
-    UsageError,
-    VersionMismatchError,
-    WorkerCrashedError,
-)
 from afield.runtime.calls.generators import ObjectRefGenerator
 from afield.runtime.face.actors import ActorClass, get_actor
 from afield.runtime.face.api import (
@@ -66,40 +36,12 @@ from afield.runtime.tools.memory import MemoryEntry
 __all__ = [
     "NodeAffinitySchedulingStrategy",
     "ActorClass",
-    "ActorConstructionError",
-    "ActorDiedError",
     "ActorHandle",
-    "ActorUnavailableError",
-    "ActorUnschedulableError",
-    "AfieldError",
-    "AlreadyInitializedError",
     "ClusterInfo",
-    "DeserializationError",
-    "DeviceLostError",
-    "GetTimeoutError",
-    "InternalError",
-    "InvalidOptionError",
-    "LossError",
     "MemoryEntry",
-    "NoClusterError",
-    "NoDeviceError",
-    "NotInitializedError",
-    "ObjectLostError",
     "ObjectRef",
     "ObjectRefGenerator",
-    "ObjectStoreFullError",
-    "OutOfDeviceMemoryError",
-    "OwnerDiedError",
-    "PendingCallsLimitExceededError",
     "RemoteFunction",
-    "RuntimeDiedError",
-    "SerializationError",
-    "TaskCancelledError",
-    "TaskError",
-    "TaskUnschedulableError",
-    "UsageError",
-    "VersionMismatchError",
-    "WorkerCrashedError",
     "available_resources",
     "exit_actor",
     "cancel",

@@ -32,6 +32,42 @@ from afield.tracebacks import (
     traceback_of,
 )
 
+#: The one list of them; `afield` and `afield.exceptions` take it over.
+__all__ = [
+    "ActorConstructionError",
+    "ActorDiedError",
+    "ActorError",
+    "ActorUnavailableError",
+    "ActorUnschedulableError",
+    "AfieldError",
+    "AlreadyInitializedError",
+    "CapacityError",
+    "DeserializationError",
+    "DeviceLostError",
+    "GetTimeoutError",
+    "InternalError",
+    "InvalidOptionError",
+    "LossError",
+    "NoClusterError",
+    "NoDeviceError",
+    "NotInitializedError",
+    "ObjectLostError",
+    "ObjectStoreFullError",
+    "OutOfDeviceMemoryError",
+    "OwnerDiedError",
+    "PendingCallsLimitExceededError",
+    "RuntimeDiedError",
+    "SchedulingError",
+    "SerializationError",
+    "SpillError",
+    "TaskCancelledError",
+    "TaskError",
+    "TaskUnschedulableError",
+    "UsageError",
+    "VersionMismatchError",
+    "WorkerCrashedError",
+]
+
 
 class AfieldError(Exception):
     """Base of all errors that afield raises: `str` is one line, `repr` also tells the cause; both survive pickle."""

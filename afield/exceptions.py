@@ -52,75 +52,12 @@ raised                             when
 
 from __future__ import annotations
 
-from afield.errors import (
-    ActorConstructionError,
-    ActorDiedError,
-    ActorError,
-    ActorUnavailableError,
-    ActorUnschedulableError,
-    AfieldError,
-    AlreadyInitializedError,
-    CapacityError,
-    DeserializationError,
-    DeviceLostError,
-    GetTimeoutError,
-    InternalError,
-    InvalidOptionError,
-    LossError,
-    NoClusterError,
-    NoDeviceError,
-    NotInitializedError,
-    ObjectLostError,
-    ObjectStoreFullError,
-    OutOfDeviceMemoryError,
-    OwnerDiedError,
-    PendingCallsLimitExceededError,
-    RuntimeDiedError,
-    SchedulingError,
-    SerializationError,
-    SpillError,
-    TaskCancelledError,
-    TaskError,
-    TaskUnschedulableError,
-    UsageError,
-    VersionMismatchError,
-    WorkerCrashedError,
-)
+import afield.errors as errors
+from afield.errors import *  # noqa: F403 - the list stands there
+from afield.errors import ActorError, AfieldError, PendingCallsLimitExceededError, TaskError
 
-__all__ = [
-    "ActorConstructionError",
-    "ActorDiedError",
-    "ActorError",
-    "ActorUnavailableError",
-    "ActorUnschedulableError",
-    "AfieldError",
-    "AlreadyInitializedError",
-    "CapacityError",
-    "DeserializationError",
-    "DeviceLostError",
-    "GetTimeoutError",
-    "InternalError",
-    "InvalidOptionError",
-    "LossError",
-    "NoClusterError",
-    "NoDeviceError",
-    "NotInitializedError",
-    "ObjectLostError",
-    "ObjectStoreFullError",
-    "OutOfDeviceMemoryError",
-    "OwnerDiedError",
-    "PendingCallsLimitExceededError",
-    "RuntimeDiedError",
-    "SchedulingError",
-    "SerializationError",
-    "SpillError",
-    "TaskCancelledError",
-    "TaskError",
-    "TaskUnschedulableError",
-    "UsageError",
-    "VersionMismatchError",
-    "WorkerCrashedError",
-]
+__all__ = ["PendingCallsLimitExceeded", "RayActorError", "RayError", "RayTaskError"]
+__all__ += errors.__all__  # in the form that type checkers read
 
 # The names of Ray, so that its `except` clauses mean the same here; the other names are the same in both.
 RayError = AfieldError

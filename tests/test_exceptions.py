@@ -32,9 +32,10 @@ def round_trip(error: BaseException) -> Any:
 
 
 def test_the_documentation_names_every_exception() -> None:
-    assert {kind.__name__ for kind in KINDS} == set(exceptions.__all__)
-    for name in exceptions.__all__:
-        assert getattr(exceptions, name) is getattr(errors, name)
+    assert sorted(kind.__name__ for kind in KINDS) == errors.__all__, "afield.errors.__all__ is the one list of them"
+    assert set(errors.__all__) < set(exceptions.__all__) and set(errors.__all__) < set(afield.__all__)
+    for name in errors.__all__:
+        assert getattr(exceptions, name) is getattr(afield, name) is getattr(errors, name)
         assert f"`{name}`" in (exceptions.__doc__ or "") or name == "AfieldError"
 
 
