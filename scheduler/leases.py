@@ -3,10 +3,7 @@
 Theory of operation. An owner tells how many more leases of a shape it wants (`demand`, an absolute number per (owner,
 key)); `schedule` turns demand into grants while resources last; a lease ends with `release`. The shell starts or
 picks a worker for each grant, and calls `schedule` and then `reclaims` after anything that may have freed or asked
-for something.
-
-    demand --schedule--> granted <--block/unblock--> blocked
-                            '------release-------------'
+for something. What becomes of a lease is the table `LEASE` (`demands`).
 
 **Order.** Demands stand in one queue and are served round-robin, one lease each; who got a lease goes to its end. A
 demand that does not fit now is passed over, so that what is free does not idle.
@@ -33,82 +30,20 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
+from afield.machines import FlightRecorder
+from afield.scheduler.demands import LEASE, PATIENCE, Demand, Grant, Infeasible, Lease, Need
 from afield.scheduler.devices import Device
 from afield.scheduler.resources import CPU, GPU, GPU_MEMORY, UNIT, ResourceSet, format_amount
 from afield.scheduler.slots import DeviceSlots, Slot
 
-# Grants that may pass over a demand before it is starving. A few rounds of a small machine's workers: enough that the
-# order of arrivals within one burst does not matter, few enough that nobody waits for long.
-PATIENCE = 16
+__all__ = ["HOLD_LIMIT_S", "PATIENCE", "Grant", "Infeasible", "LeaseManager"]
 
 # Seconds for which one hold may keep resources idle. Longer than most tasks, shorter than a user's patience.
 HOLD_LIMIT_S = 5.0
 
-
-@dataclass(frozen=True, slots=True)
-class Grant:
-    """The owner may push tasks of its demand `key` to one worker that is bound to these devices."""
-
-    lease_id: int
-    owner: bytes
-    key: int
-    shape: ResourceSet
-    device_uuids: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Infeasible:
-    """This demand can never be met on this node, and was dropped."""
-
-    owner: bytes
-    key: int
-    reason: str
-
-
-class _Need:
-    """A shape, taken apart once: countable amounts, and how much of how many devices. All in units of 1e-4."""
-
-    __slots__ = ("count", "cpu", "device_count", "device_memory", "device_units", "names", "shape")
-
-    def __init__(self, shape: ResourceSet) -> None:
-        gpu = shape[GPU]
-        self.shape = shape
-        self.cpu = shape[CPU]
-        self.count = {name: amount for name, amount in shape.items() if name not in (GPU, GPU_MEMORY)}
-        self.device_memory = shape[GPU_MEMORY]
-        self.device_units = min(gpu, UNIT)
-        self.device_count = max(gpu // UNIT, 1) if gpu or self.device_memory else 0
-        # Devices are contended as a whole, whichever of their two amounts runs out.
-        self.names = frozenset((*self.count, GPU)) if self.device_count else frozenset(self.count)
-
-
-class _Demand:
-    """What one (owner, key) still wants, and how often it was passed over."""
-
-    __slots__ = ("count", "id", "lasting", "need", "passed", "patience")
-
-    def __init__(self, demand_id: tuple[bytes, int], need: _Need) -> None:
-        self.id = demand_id
-        self.need = need
-        self.count = 0
-        self.lasting = False
-        self.passed = 0
-        self.patience = PATIENCE
-
-
-class _Lease:
-    """A granted lease. `blocked`: its CPUs are given back for now."""
-
-    __slots__ = ("blocked", "demand_id", "lasting", "need", "slots")
-
-    def __init__(self, demand: _Demand, slots: Sequence[Slot]) -> None:
-        self.demand_id = demand.id
-        self.need = demand.need
-        self.lasting = demand.lasting
-        self.slots = slots
-        self.blocked = False
+# So many leases and demands are looked at when the state is checked; of more than this, sums are not made.
+CHECKED = 1000
 
 
 class LeaseManager:
@@ -119,15 +54,16 @@ class LeaseManager:
         self._slots = DeviceSlots(devices)
         self._free = {name: amount for name, amount in total.units().items() if name not in (GPU, GPU_MEMORY)}
         self._total = ResourceSet({**self._free, **self._slots.total()})
-        self._demands: OrderedDict[tuple[bytes, int], _Demand] = OrderedDict()
-        self._leases: dict[int, _Lease] = {}
+        self._demands: OrderedDict[tuple[bytes, int], Demand] = OrderedDict()
+        self._leases: dict[int, Lease] = {}
         self._by_owner: dict[bytes, dict[int, None]] = {}  # living owners only
         self._held_by: dict[tuple[bytes, int], int] = {}  # number of leases of each (owner, key)
         self._asked: set[bytes] = set()  # owners that `reclaims` reported and that did not react yet
         self._next_lease_id = 1
-        self._hold: _Demand | None = None
+        self._hold: Demand | None = None
         self._hold_since: float | None = None
         self._devices_left = False  # since `refusals` looked
+        self.recorder = FlightRecorder()
 
     # -- what owners and workers report ---------------------------------------------------------------------------
 
@@ -144,7 +80,7 @@ class LeaseManager:
                 self._drop(demand)
             return []
         if demand is None or demand.need.shape != shape:
-            need = _Need(shape)
+            need = Need(shape)
             reason = self._why_infeasible(need)
             if demand is not None and (reason or demand is self._hold):
                 self._end_hold(demand)
@@ -152,7 +88,7 @@ class LeaseManager:
                 self._demands.pop(demand_id, None)
                 return [Infeasible(owner, key, reason)]
             if demand is None:
-                demand = self._demands[demand_id] = _Demand(demand_id, need)
+                demand = self._demands[demand_id] = Demand(demand_id, need)
             demand.need = need
             self._asked.clear()
         demand.count = count
@@ -164,10 +100,12 @@ class LeaseManager:
         lease = self._leases.pop(lease_id, None)
         if lease is None:
             return False
+        was_blocked = lease.blocked
+        self._go(lease_id, lease, "release")
         free = self._free
         for name, amount in lease.need.count.items():
             free[name] += amount
-        if lease.blocked:
+        if was_blocked:
             free[CPU] -= lease.need.cpu
         for slot in lease.slots:
             slot.units += lease.need.device_units
@@ -189,9 +127,8 @@ class LeaseManager:
     def block(self, lease_id: int) -> bool:
         """The worker waits inside its task: give its CPUs back. Returns False for an ended or blocked lease."""
         lease = self._leases.get(lease_id)
-        if lease is None or lease.blocked:
+        if lease is None or not self._go(lease_id, lease, "block"):
             return False
-        lease.blocked = True
         self._asked.discard(lease.demand_id[0])
         if lease.need.cpu:
             self._free[CPU] += lease.need.cpu
@@ -200,9 +137,8 @@ class LeaseManager:
     def unblock(self, lease_id: int) -> bool:
         """The worker goes on and takes its CPUs again, even if none are free. False for a lease that is not blocked."""
         lease = self._leases.get(lease_id)
-        if lease is None or not lease.blocked:
+        if lease is None or not self._go(lease_id, lease, "unblock"):
             return False
-        lease.blocked = False
         self._asked.discard(lease.demand_id[0])
         if lease.need.cpu:
             self._free[CPU] -= lease.need.cpu
@@ -228,7 +164,7 @@ class LeaseManager:
         `coming_back`; else `refusals` tells which demands can never be met without it. The leases stay accounted
         until each is released. Raises KeyError for a device that the node never had.
         """
-        gone = self._slots.withdraw(uuid, cause, coming_back)
+        gone = self._slots.withdraw(uuid, cause, coming_back, self.recorder)
         self._total = ResourceSet({**self._total.units(), **self._slots.total()})
         self._devices_left = self._devices_left or not coming_back
         self._asked.clear()
@@ -236,7 +172,7 @@ class LeaseManager:
 
     def restore(self, uuid: str) -> None:
         """Grant leases on a device again. Raises KeyError for one that the node never had."""
-        self._slots.restore(uuid)
+        self._slots.restore(uuid, self.recorder)
         self._total = ResourceSet({**self._total.units(), **self._slots.total()})
         self._asked.clear()
 
@@ -260,6 +196,12 @@ class LeaseManager:
         """
         return self._slots.reserved_bytes(uuid)
 
+    def _go(self, lease_id: int, lease: Lease, event: str) -> bool:
+        """Move a lease on; False: the event came late, and changes nothing."""
+        before = lease.state
+        lease.state = LEASE.after(before, event, lease_id, self.recorder)
+        return lease.state != before
+
     # -- decisions ------------------------------------------------------------------------------------------------
 
     def schedule(self, now: float | None = None) -> list[Grant]:
@@ -268,8 +210,8 @@ class LeaseManager:
             return []
         self._review_hold(now)
         grants: list[Grant] = []
-        takers: list[_Need] = []
-        missed: list[tuple[_Demand, int]] = []
+        takers: list[Need] = []
+        missed: list[tuple[Demand, int]] = []
         turn = list(self._demands.values())
         while turn:
             still_wanting = []
@@ -323,7 +265,7 @@ class LeaseManager:
 
     # -- granting -------------------------------------------------------------------------------------------------
 
-    def _find(self, demand: _Demand) -> Sequence[Slot] | None:
+    def _find(self, demand: Demand) -> Sequence[Slot] | None:
         """Return the devices (possibly none) with which the demand fits now, or None when it does not fit."""
         need, free, hold = demand.need, self._free, self._hold
         mine = hold is None or hold is demand
@@ -333,7 +275,7 @@ class LeaseManager:
                 return None
         return self._slots.find(need.device_count, need.device_units, need.device_memory, with_held=mine)
 
-    def _grant(self, demand: _Demand, slots: Sequence[Slot]) -> Grant:
+    def _grant(self, demand: Demand, slots: Sequence[Slot]) -> Grant:
         need, demand_id = demand.need, demand.id
         for name, amount in need.count.items():
             self._free[name] -= amount
@@ -343,7 +285,8 @@ class LeaseManager:
         lease_id = self._next_lease_id
         self._next_lease_id += 1
         owner, key = demand_id
-        self._leases[lease_id] = _Lease(demand, slots)
+        self._leases[lease_id] = Lease(demand, slots)
+        self.recorder.note((lease_id, "granted", owner, key))
         self._by_owner.setdefault(owner, {})[lease_id] = None
         self._held_by[demand_id] = self._held_by.get(demand_id, 0) + 1
         self._asked.discard(owner)
@@ -357,11 +300,11 @@ class LeaseManager:
             self._drop(demand)
         return Grant(lease_id, owner, key, need.shape, tuple([slot.uuid for slot in slots]))
 
-    def _drop(self, demand: _Demand) -> None:
+    def _drop(self, demand: Demand) -> None:
         del self._demands[demand.id]
         self._end_hold(demand)
 
-    def _lacking(self, demand: _Demand) -> list[str]:
+    def _lacking(self, demand: Demand) -> list[str]:
         """Return the names of what keeps the demand waiting (GPU for anything about devices)."""
         need, free = demand.need, self._free
         names = [name for name, amount in need.count.items() if free[name] < amount]
@@ -373,7 +316,7 @@ class LeaseManager:
         return names
 
     @staticmethod
-    def _in_the_way(lease: _Lease, waiting_for: dict[str, set[tuple[bytes, int]]]) -> bool:
+    def _in_the_way(lease: Lease, waiting_for: dict[str, set[tuple[bytes, int]]]) -> bool:
         if lease.lasting or lease.blocked:
             return False
         for name in lease.need.names:
@@ -384,7 +327,7 @@ class LeaseManager:
 
     # -- starvation -----------------------------------------------------------------------------------------------
 
-    def _count_passes(self, missed: Iterable[tuple[_Demand, int]], takers: Sequence[_Need]) -> None:
+    def _count_passes(self, missed: Iterable[tuple[Demand, int]], takers: Sequence[Need]) -> None:
         """Count, for each demand without a lease, the grants after its turn that took something that it lacks now."""
         for demand, seen in missed:
             if seen == len(takers) or demand.id in self._held_by:
@@ -392,11 +335,12 @@ class LeaseManager:
             lacking = self._lacking(demand)
             demand.passed += sum(1 for taker in takers[seen:] if not taker.names.isdisjoint(lacking))
 
-    def _maybe_hold(self, missed: Iterable[_Demand], now: float | None) -> None:
+    def _maybe_hold(self, missed: Iterable[Demand], now: float | None) -> None:
         for demand in missed:
             if demand.passed >= demand.patience and self._hold_for(demand):
                 self._hold = demand
                 self._hold_since = now
+                self.recorder.note((*demand.id, "has the hold"))
                 return
 
     def _review_hold(self, now: float | None) -> None:
@@ -415,7 +359,7 @@ class LeaseManager:
         if not self._hold_for(demand):
             self._end_hold(demand)
 
-    def _hold_for(self, demand: _Demand) -> bool:
+    def _hold_for(self, demand: Demand) -> bool:
         """Keep devices for the demand and return True, if it would fit once all leases that will come back did."""
         need = demand.need
         back = dict.fromkeys(need.count, 0)
@@ -432,16 +376,17 @@ class LeaseManager:
             return False
         return self._slots.hold(need.device_count, need.device_units, need.device_memory, devices_back)
 
-    def _end_hold(self, demand: _Demand) -> None:
+    def _end_hold(self, demand: Demand) -> None:
         if demand is not self._hold:
             return
         self._hold = None
         self._hold_since = None
         self._slots.end_hold()
+        self.recorder.note((*demand.id, "has the hold no longer"))
 
     # -- what can never be met ------------------------------------------------------------------------------------
 
-    def _why_infeasible(self, need: _Need) -> str | None:
+    def _why_infeasible(self, need: Need) -> str | None:
         """Return why the node can never meet the need, with the remedy, or None when it can."""
         shape, total = need.shape, self._total
         problems = [
@@ -456,3 +401,43 @@ class LeaseManager:
             return None
         said = f"asked for {shape}, but this node has {total}: not enough {', '.join(problems)}."
         return f"{said} {remedy}" if remedy else said
+
+    # -- the state as a whole -------------------------------------------------------------------------------------
+
+    def validate(self) -> list[str]:
+        """Return what is wrong with the books of leases, none if all is well."""
+        found = []
+        for demand in list(self._demands.values())[:CHECKED]:
+            if demand.count <= 0 or demand.passed < 0:
+                found.append(
+                    f"demand {demand.id} wants {demand.count} leases, and was passed over {demand.passed} times"
+                )
+        if self._hold is not None and self._demands.get(self._hold.id) is not self._hold:
+            found.append(f"the hold is for {self._hold.id}, which does not wait")
+        if self._hold is None and (self._hold_since is not None or self._slots.held()):
+            found.append("devices are kept, or a time runs, for a hold that nobody has")
+        if len(self._leases) <= CHECKED:
+            found += self._wrong_sums()
+        return found
+
+    def _wrong_sums(self) -> list[str]:
+        """Add up what the leases have, and compare."""
+        free, held_by = dict(self._free), dict(self._held_by)
+        for lease_id, lease in self._leases.items():
+            if lease.state not in ("granted", "blocked"):
+                return [f"lease {lease_id} is {lease.state}, and kept"]
+            for name, amount in lease.need.count.items():
+                free[name] += 0 if name == CPU and lease.blocked else amount
+            held_by[lease.demand_id] = held_by.get(lease.demand_id, 0) - 1
+        found = [
+            f"{name}: {amount} with all that is leased, of {self._total[name]}"
+            for name, amount in free.items()
+            if amount != self._total[name]
+        ]
+        if any(held_by.values()):
+            found.append(f"leases are miscounted: {[demand_id for demand_id, rest in held_by.items() if rest]}")
+        known = {lease_id for leases in self._by_owner.values() for lease_id in leases}
+        if not known <= set(self._leases):
+            found.append(f"owners have leases that there are not: {known - set(self._leases)}")
+        taken = [(slot, lease.need) for lease in self._leases.values() for slot in lease.slots]
+        return found + self._slots.wrong_sums((slot, need.device_units, need.device_memory) for slot, need in taken)

@@ -3,26 +3,47 @@
 Theory of operation. Device amounts live on the devices, not in one sum: a device that is nine tenths full does not help
 who needs two tenths twice. A `Slot` is one device; amounts are in units of 1e-4, as everywhere in the scheduler.
 
-A device can be *withdrawn*: nothing new is placed on it, and the totals shrink. If it is coming back (its store process
-is being started anew, or it is being reset) what needs it waits; if it is gone, what can be met without it only is
-feasible. What its leases hold stays accounted until each is released, so a device that comes back is not handed out twice.
+A device can be *withdrawn* (`DEVICE`): nothing new is placed on it, and the totals shrink. What its leases hold stays
+accounted until each is released, so a device that comes back is not handed out twice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from afield.machines import FlightRecorder, Table
 from afield.scheduler.devices import Device
 from afield.scheduler.resources import GPU, GPU_MEMORY, UNIT, format_amount
 
 # Devices that one error text names; the rest is counted.
 MAX_NAMED = 4
 
+DEVICE = Table(
+    "device, as the scheduler sees it",
+    "here",
+    {
+        ("here", "suspend"): "coming_back",
+        ("here", "withdraw"): "gone",
+        ("coming_back", "restore"): "here",
+        ("coming_back", "suspend"): "coming_back",
+        ("coming_back", "withdraw"): "gone",
+        ("gone", "restore"): "here",
+        ("gone", "suspend"): "coming_back",
+        ("gone", "withdraw"): "gone",
+    },
+    {
+        "here": "leases are placed on it",
+        "coming_back": "its store process is started anew, or it is reset: what needs it waits",
+        "gone": "what cannot be met without it is infeasible, and told so",
+    },
+    late=[("here", "restore")],
+)
+
 
 class Slot:
     """What is left of one device, and how much of that is kept for the demand with the hold."""
 
-    __slots__ = ("all_memory", "away", "coming_back", "held_memory", "held_units", "index", "memory", "units", "uuid")
+    __slots__ = ("all_memory", "away", "held_memory", "held_units", "index", "memory", "state", "units", "uuid")
 
     def __init__(self, device: Device, index: int) -> None:
         self.uuid = device.uuid
@@ -31,13 +52,17 @@ class Slot:
         self.all_memory = self.memory = device.memory_bytes * UNIT
         self.held_units = 0
         self.held_memory = 0
-        #: Why it was withdrawn, None while it is here.
-        self.away: str | None = None
-        self.coming_back = False
+        self.state = DEVICE.initial
+        self.away = ""  # why it is not here, for people
 
     @property
     def here(self) -> bool:
-        return self.away is None
+        return self.state == "here"
+
+    @property
+    def expected(self) -> bool:
+        """True if it is here, or will be again."""
+        return self.state != "gone"
 
 
 class DeviceSlots:
@@ -49,19 +74,19 @@ class DeviceSlots:
 
     # -- coming and going -----------------------------------------------------------------------------------------
 
-    def withdraw(self, uuid: str, cause: str, coming_back: bool) -> Slot:
+    def withdraw(self, uuid: str, cause: str, coming_back: bool, recorder: FlightRecorder | None = None) -> Slot:
         """Place nothing more on a device; raises KeyError for one that the node never had."""
         slot = self._by_uuid[uuid]
+        slot.state = DEVICE.after(slot.state, "suspend" if coming_back else "withdraw", uuid, recorder)
         slot.away = cause
-        slot.coming_back = coming_back
         slot.held_units = slot.held_memory = 0
         return slot
 
-    def restore(self, uuid: str) -> None:
+    def restore(self, uuid: str, recorder: FlightRecorder | None = None) -> None:
         """Place things on it again; raises KeyError for a device that the node never had."""
         slot = self._by_uuid[uuid]
-        slot.away = None
-        slot.coming_back = False
+        slot.state = DEVICE.after(slot.state, "restore", uuid, recorder)
+        slot.away = ""
 
     # -- what there is --------------------------------------------------------------------------------------------
 
@@ -124,11 +149,32 @@ class DeviceSlots:
         for slot in self._slots:
             slot.held_units = slot.held_memory = 0
 
+    # -- the state as a whole -------------------------------------------------------------------------------------
+
+    def held(self) -> bool:
+        """Tell whether anything is kept for the demand with the hold."""
+        return any(slot.held_units or slot.held_memory for slot in self._slots)
+
+    def wrong_sums(self, taken: Iterable[tuple[Slot, int, int]]) -> list[str]:
+        """Return what is wrong, given all that leases have of devices: (slot, units, memory)."""
+        units = [slot.units for slot in self._slots]
+        memory = [slot.memory for slot in self._slots]
+        for slot, its_units, its_memory in taken:
+            units[slot.index] += its_units
+            memory[slot.index] += its_memory
+        found = []
+        for slot in self._slots:
+            if (units[slot.index], memory[slot.index]) != (UNIT, slot.all_memory) or slot.units < 0 or slot.memory < 0:
+                found.append(f"device {slot.uuid}: {slot.units} and {slot.memory} are left, which does not add up")
+            if (slot.held_units or slot.held_memory) and not slot.here:
+                found.append(f"device {slot.uuid} is {slot.state}, and kept for somebody")
+        return found
+
     # -- what never will ------------------------------------------------------------------------------------------
 
     def why_infeasible(self, gpu: int, count: int, memory: int) -> tuple[str, str]:
         """Return (what is not enough, remedy) if `count` devices with so much memory are more than there will be."""
-        there = [slot for slot in self._slots if slot.here or slot.coming_back]
+        there = [slot for slot in self._slots if slot.expected]
         if count > len(there):
             wanted = max(count, 2)
             remedy = self._gone() or (
@@ -144,7 +190,7 @@ class DeviceSlots:
 
     def _gone(self) -> str:
         """Say which devices were here once and why they are not any more."""
-        gone = [slot for slot in self._slots if not (slot.here or slot.coming_back)]
+        gone = [slot for slot in self._slots if not slot.expected]
         if not gone:
             return ""
         named = ", ".join(f"{slot.uuid} ({slot.away})" if slot.away else slot.uuid for slot in gone[:MAX_NAMED])

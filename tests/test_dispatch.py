@@ -10,7 +10,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from afield.runtime.cores.dispatch import IDLE_LEASE_S, MAX_WINDOW, WINDOW_S, Lane, Lease, ReadyQueue, Task
+from afield.errors import InternalError
+from afield.runtime.cores.dispatch import IDLE_LEASE_S, MAX_WINDOW, WINDOW_S, Lane, Lanes, Lease, ReadyQueue, Task
 
 
 class Shell:
@@ -252,7 +253,7 @@ def test_a_lease_with_work_or_a_blocked_one_is_kept() -> None:
     lease = grant(lane)
     assert lane.return_idle(100.0, 0.0) is None
     reply(lane, lease, 1, 100.0)
-    lease.blocked = True
+    lane.handed_back(lease, [], True, 100.0)
     assert lane.return_idle(200.0, 0.0) is None and not shell.returned
 
 
@@ -298,11 +299,13 @@ class LaneMachine(RuleBasedStateMachine):
     def hand_back(self, data: st.DataObject, blocked: bool) -> None:
         """A recall is answered, or the running task blocks; the running one stays."""
         lease = self.lease(data)
-        if not lease.inflight or lease.blocked or not (blocked or lease.recalled):
+        if not lease.inflight or not (blocked or lease.recalled):
             return
         waiting = list(lease.inflight)[1:]
-        first = 0 if blocked else data.draw(st.integers(0, len(waiting)))
-        tasks = [lease.inflight.pop(sequence) for sequence in waiting[first:]]
+        first = data.draw(st.integers(0, len(waiting)))
+        # What is older was there, and goes back; what is newer has not arrived yet. (A recall goes by the newest.)
+        going = waiting[:first] if blocked else waiting[first:]
+        tasks = [lease.inflight.pop(sequence) for sequence in going]
         self.lane.handed_back(lease, tasks, blocked, self.now)
 
     @precondition(lambda self: any(lease.blocked for lease in self.lane.leases))
@@ -321,6 +324,10 @@ class LaneMachine(RuleBasedStateMachine):
     def pass_time(self, seconds: float, all_at_once: bool) -> None:
         self.now += seconds
         self.lane.return_idle(self.now, 0.0 if all_at_once else IDLE_LEASE_S)
+
+    @invariant()
+    def it_has_no_complaints(self) -> None:
+        assert self.lane.complaints() == []
 
     @invariant()
     def every_task_is_in_one_place(self) -> None:
@@ -353,6 +360,50 @@ class LaneMachine(RuleBasedStateMachine):
         assert sorted(self.done) == sorted(self.submitted)
         self.lane.return_idle(self.now + IDLE_LEASE_S, 0.0)
         assert not self.lane.leases
+
+
+def test_what_was_on_its_way_to_a_worker_that_blocks_is_recalled() -> None:
+    """It came after the worker had handed back all that it had, and would wait behind a task that may wait for it."""
+    lane, shell = make_lane()
+    lease = grant(lane)
+    lease.window = 8
+    add(lane, (task(str(i)) for i in range(4)))
+    lane.fill(0.0)
+    there = list(lease.inflight)[1:2]
+    lane.handed_back(lease, [lease.inflight.pop(sequence) for sequence in there], True, 0.1)
+    assert shell.recalled == [(lease, 2)] and lease.state == "blocked_recalled"
+    rest = [lease.inflight.pop(sequence) for sequence in list(lease.inflight)[1:]]
+    lane.handed_back(lease, rest, False, 0.2)
+    assert lease.state == "blocked" and names(list(lane.ready)) == ["2", "3", "1"]
+    assert lane.demanded  # somebody else has to run them
+
+
+def test_a_lease_whose_story_is_impossible_says_so() -> None:
+    lane, _ = make_lane()
+    lease = grant(lane)
+    lane.lost(lease)
+    with pytest.raises(InternalError, match=r"(?s)unblock in state over.*1 granted.*1 lose open -> over"):
+        lane.unblocked(lease, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "complaint"),
+    [
+        (lambda lane, lease: setattr(lease, "blocked", True), "with the flags"),
+        (lambda lane, lease: setattr(lease, "window", 0), "in a window of 0"),
+        (lambda lane, lease: lane.ready.append(task("x")), "idles while 1 tasks wait"),
+        (lambda lane, lease: lane.ready.append(task("x")), "no lease is demanded"),
+        (lambda lane, lease: lease.inflight.update(dict.fromkeys((1, 2), task("x"))), "in two places"),
+    ],
+)
+def test_complaints(spoil: Any, complaint: str) -> None:
+    lane, _ = make_lane()
+    lease = grant(lane)
+    lanes = Lanes()
+    lanes.by_need["any"] = lane
+    assert lanes.validate() == []
+    spoil(lane, lease)
+    assert complaint in "\n".join(lanes.validate())
 
 
 LaneMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import pytest
 from hypothesis import settings
@@ -384,6 +384,10 @@ class LeasesAgainstNaiveSums(RuleBasedStateMachine):
         assert self.leases.available() == self.leases.total()
 
     @invariant()
+    def it_has_no_complaints(self) -> None:
+        assert self.leases.validate() == []
+
+    @invariant()
     def agrees(self) -> None:
         counts, devices = self.free()
         assert all(min(pair) >= 0 for pair in devices)
@@ -413,6 +417,38 @@ class LeasesAgainstNaiveSums(RuleBasedStateMachine):
         assert set(asked) <= holders
         assert not asked or self.wanted
         assert self.leases.reclaims() == []
+
+
+def test_validate_sees_what_does_not_add_up() -> None:
+    def some() -> LeaseManager:
+        leases = node(cpu=4, devices=2, disk=2)
+        leases.demand(A, shape(1, gpu=0.5, disk=1), 1, key=1)
+        leases.demand(B, shape(1, gpu=2), 1, key=1)
+        assert len(leases.schedule()) == 1
+        assert leases.validate() == []
+        return leases
+
+    spoilt: list[tuple[Callable[[LeaseManager], object], str]] = [
+        (lambda it: it._free.update(disk=0), "disk: 10000 with all that is leased, of 20000"),
+        (lambda it: setattr(it._slots._slots[0], "units", 0), "which does not add up"),
+        (lambda it: setattr(it._slots._slots[1], "held_units", 1), "for a hold that nobody has"),
+        (lambda it: setattr(it._demands[B, 1], "count", 0), "wants 0 leases"),
+        (lambda it: it._leases.pop(1), "miscounted"),
+        (lambda it: setattr(it._leases[1], "state", "released"), "lease 1 is released, and kept"),
+    ]
+    for spoil, complaint in spoilt:
+        leases = some()
+        spoil(leases)
+        assert complaint in "\n".join(leases.validate())
+
+
+def test_the_story_of_a_lease() -> None:
+    leases = node(cpu=1)
+    leases.demand(b"\xaa", ONE, 1, key=7)
+    leases.schedule()
+    leases.block(1)
+    leases.release(1)
+    assert leases.recorder.story() == ["1 granted aa 7", "1 block granted -> blocked", "1 release blocked -> released"]
 
 
 TestLeasesAgainstNaiveSums = LeasesAgainstNaiveSums.TestCase

@@ -12,7 +12,7 @@ from afield.ids import FIRST_RETURN, STREAM_END_INDEX, object_id
 from afield.runtime.calls.generators import ObjectRefGenerator
 from afield.runtime.calls.recovery import Recovery
 from afield.runtime.calls.streams import Streams
-from afield.runtime.cores.dispatch import IDLE_LEASE_S, Lane, Lease, Task
+from afield.runtime.cores.dispatch import IDLE_LEASE_S, Lane, Lanes, Lease, Task
 from afield.runtime.cores.objects import FAILED, INLINE, LOCATED, PENDING
 from afield.runtime.process.context import calling_context
 from afield.runtime.process.process import Process
@@ -82,7 +82,8 @@ class Submitter:
         self.process = process
         self.arguments = arguments
         self.streams = streams
-        self.lanes: dict[Any, Lane] = {}
+        self.core = Lanes()
+        self.lanes = self.core.by_need
         self.leases: dict[bytes, Lease] = {}
         self._lanes_by_key: dict[int, Lane] = {}
         self._next_sequence = itertools.count(1).__next__
@@ -112,7 +113,7 @@ class Submitter:
         lane = self.lanes.get((shape, placement))
         if lane is None:
             key = len(self.lanes) + 1
-            lane = Lane(key, dict(shape), self, placement)
+            lane = Lane(key, dict(shape), self, placement, self.core.recorder)
             self.lanes[shape, placement] = self._lanes_by_key[key] = lane
         return lane
 

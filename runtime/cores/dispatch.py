@@ -6,26 +6,71 @@ Theory of operation. Tasks of one resource shape wait in a `Lane`. The lane tell
 - *How many at a time*: a lease has a window of tasks in flight. It starts at one and follows the measured time per task, so
   that about `WINDOW_S` of work lies at the worker: hundreds of no-op tasks, one long task.
 - *Tasks of uneven length*: when a lease runs dry while another one still has tasks waiting behind a long one, they are
-  recalled and pushed to the idle worker. A worker that blocks inside a task hands its waiting tasks back by itself, so that
-  no task ever waits behind the one that waits for it.
+  recalled and pushed to the idle worker. A worker that blocks inside a task hands its waiting tasks back by itself, and what
+  was on its way to it meanwhile is recalled, so that no task ever waits behind the one that waits for it.
 - *Demand* is sent when it has doubled or ended, not for each task.
 
-Methods are called under the process's lock. `Actions` is what the shell does for a lane.
+`LEASE` is the life of one lease; pushes and replies do not change it. Methods are called under the process's lock. `Actions` is
+what the shell does for a lane.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any, Protocol
 
 import msgspec
+
+from afield.machines import FlightRecorder, Table
 
 #: Work that may lie in front of a worker, in seconds: long enough to hide a round trip, short enough to stay fair.
 WINDOW_S = 0.005
 MAX_WINDOW = 512
 #: A lease without work is given back after this time, or at once when the daemon asks.
 IDLE_LEASE_S = 0.25
+#: So many lanes, and tasks of a lane, are looked at when the state is checked.
+CHECKED = 1000
+
+LEASE = Table(
+    "lease, as its owner sees it",
+    "open",
+    {
+        ("open", "recall"): "recalled",
+        ("open", "block"): "blocked",
+        ("open", "give_back"): "over",
+        ("open", "lose"): "over",
+        ("recalled", "hand_back"): "open",
+        ("recalled", "block"): "blocked",
+        ("recalled", "give_back"): "over",
+        ("recalled", "lose"): "over",
+        ("blocked", "unblock"): "open",
+        ("blocked", "recall"): "blocked_recalled",
+        ("blocked", "lose"): "over",
+        ("blocked_recalled", "hand_back"): "blocked",
+        ("blocked_recalled", "unblock"): "recalled",
+        ("blocked_recalled", "lose"): "over",
+    },
+    {
+        "open": "the worker takes tasks, as many as the window allows",
+        "recalled": "it takes tasks, and was asked to hand back some that have not started",
+        "blocked": "its task waits for something: it gets no others",
+        "blocked_recalled": "the same, and it was asked to hand back what had been on its way",
+        "over": "given back, or its worker is gone",
+    },
+    late=[
+        # The answer to a recall comes after the worker has handed all back by itself, or to an earlier lease of the worker.
+        ("open", "hand_back"),
+        ("blocked", "hand_back"),
+        # A wait that was interrupted ends without a word, and the next one says the same again.
+        ("blocked", "block"),
+        ("blocked_recalled", "block"),
+        ("open", "unblock"),
+        ("recalled", "unblock"),
+        ("over", "lose"),
+    ],
+)
 
 
 class Task(msgspec.Struct, gc=False, eq=False):
@@ -48,7 +93,7 @@ class Task(msgspec.Struct, gc=False, eq=False):
 
 
 class Lease:
-    """The right to push to one worker."""
+    """The right to push to one worker. `blocked` and `recalled` say what `state` does, for those who ask often."""
 
     __slots__ = (
         "blocked",
@@ -59,6 +104,7 @@ class Lease:
         "lease_id",
         "mark",
         "recalled",
+        "state",
         "window",
         "worker",
     )
@@ -70,6 +116,7 @@ class Lease:
         self.channel = channel
         self.inflight: dict[int, Task] = {}
         self.window = 1
+        self.state = LEASE.initial
         self.blocked = False
         self.recalled = False
         self.mark = 0.0  # when the oldest task in flight can have started
@@ -155,15 +202,24 @@ class Lane:
         shape: what a lease of it takes, resource to amount.
         actions: what is done for it.
         placement: what its workers need besides resources, for whoever sends the demand; None for nothing.
+        recorder: where the transitions of its leases are noted; those of all lanes of a process stand together.
     """
 
-    def __init__(self, key: int, shape: dict[str, int], actions: Actions, placement: Any = None) -> None:
+    def __init__(
+        self,
+        key: int,
+        shape: dict[str, int],
+        actions: Actions,
+        placement: Any = None,
+        recorder: FlightRecorder | None = None,
+    ) -> None:
         self.key = key
         self.shape = shape
         self.placement = placement
         self.ready = ReadyQueue()
         self.leases: list[Lease] = []
         self.demanded = 0
+        self.recorder = recorder if recorder is not None else FlightRecorder()
         self._actions: Any = actions
 
     def close(self) -> None:
@@ -228,6 +284,7 @@ class Lane:
         """The daemon granted a lease and its worker is connected."""
         self.demanded = max(0, self.demanded - 1)
         self.leases.append(lease)
+        self.recorder.note((lease.lease_id, "granted"))
         lease.idle_since = now
         self.fill(now)
         if not lease.inflight:
@@ -257,15 +314,17 @@ class Lane:
 
     def handed_back(self, lease: Lease, tasks: list[Task], blocked: bool, now: float) -> None:
         """The worker handed back tasks that had not started."""
-        lease.recalled = False
-        lease.blocked = lease.blocked or blocked
+        self._go(lease, "block" if blocked else "hand_back")
+        if blocked and len(lease.inflight) > 1 and not lease.recalled:
+            # These came after it had handed back all that it had: the task that waits may wait for one of them.
+            self._recall(lease, len(lease.inflight) - 1)
         if tasks:
             lease.window = 1
             self.requeue(tasks, now)
 
     def unblocked(self, lease: Lease, now: float) -> None:
         """The worker takes tasks again."""
-        lease.blocked = False
+        self._go(lease, "unblock")
         self.fill(now)
 
     def _balance(self, idle: Lease) -> None:
@@ -273,13 +332,22 @@ class Lane:
         fullest = max(self.leases, key=lambda lease: len(lease.inflight))
         waiting = len(fullest.inflight) - 1
         if waiting > 0 and not fullest.recalled and not idle.blocked:
-            fullest.recalled = True
-            self._actions.recall(fullest, (waiting + 1) // 2)
+            self._recall(fullest, (waiting + 1) // 2)
+
+    def _recall(self, lease: Lease, count: int) -> None:
+        self._go(lease, "recall")
+        self._actions.recall(lease, count)
+
+    def _go(self, lease: Lease, event: str) -> None:
+        state = lease.state = LEASE.after(lease.state, event, lease.lease_id, self.recorder)
+        lease.blocked = state.startswith("blocked")
+        lease.recalled = state.endswith("recalled")
 
     def lost(self, lease: Lease) -> list[Task]:
         """The worker is gone; return what was in flight, oldest first."""
         if lease in self.leases:
             self.leases.remove(lease)
+        self._go(lease, "lose")
         tasks = list(lease.inflight.values())
         lease.inflight.clear()
         return tasks
@@ -293,7 +361,42 @@ class Lane:
             due = lease.idle_since + max_idle_s
             if due <= now and not self.ready:
                 self.leases.remove(lease)
+                self._go(lease, "give_back")
                 self._actions.return_lease(lease)
             elif soonest is None or due < soonest:
                 soonest = due
         return soonest
+
+    def complaints(self) -> list[str]:
+        """Return what is wrong here, none if all is well; to be asked between events."""
+        found = []
+        seen = {id(task) for task in islice(self.ready, CHECKED)}
+        for lease in islice(self.leases, CHECKED):
+            flags = lease.blocked, lease.recalled
+            if lease.state == "over" or flags != (lease.state.startswith("blocked"), lease.state.endswith("recalled")):
+                found.append(f"lease {lease.lease_id} is {lease.state}, with the flags {flags}")
+            if not 1 <= lease.window <= MAX_WINDOW or len(lease.inflight) > MAX_WINDOW:
+                found.append(f"lease {lease.lease_id}: {len(lease.inflight)} in flight, in a window of {lease.window}")
+            if self.ready and not (lease.inflight or lease.blocked):
+                found.append(f"lease {lease.lease_id} idles while {len(self.ready)} tasks wait")
+            for task in islice(lease.inflight.values(), CHECKED):
+                if id(task) in seen:
+                    found.append(f"task {task.task_id.hex()} is in two places")
+                seen.add(id(task))
+        if self.ready and not self.demanded:
+            found.append(f"{len(self.ready)} tasks wait, and no lease is demanded")
+        return [f"lane {self.key}: {complaint}" for complaint in found]
+
+
+class Lanes:
+    """All lanes of a process, by what their workers need: see `Submitter.lane`."""
+
+    __slots__ = ("by_need", "recorder")
+
+    def __init__(self) -> None:
+        self.by_need: dict[Any, Lane] = {}
+        self.recorder = FlightRecorder()
+
+    def validate(self) -> list[str]:
+        """Return what is wrong with the lanes, none if all is well."""
+        return [complaint for lane in islice(self.by_need.values(), CHECKED) for complaint in lane.complaints()]
