@@ -37,7 +37,6 @@ class Participant:
         """
         self.process.close()
         with self.process.pump.lock:  # other threads may be in the middle of a submission
-            self.process.table.entries.clear()
             for lane in self.submitter.lanes.values():
                 lane.close()
                 for lease in lane.leases:

@@ -135,10 +135,7 @@ class Recovery:
             rounds=0,
             cancelled=False,
         )
-        for output in record.outputs:
-            entry = self.process.table.entries[output]
-            if entry.task is old:
-                entry.task = task
+        self.process.table.run_again(record.outputs, old, task)
         self.lineage.started(record)
         self.running[task.task_id] = record
         self.tasks_recomputed += 1

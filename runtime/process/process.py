@@ -21,7 +21,7 @@ from afield.errors import (
     OwnerDiedError,
     RuntimeDiedError,
 )
-from afield.runtime.cores.objects import FAILED, PENDING, FreeStored, LifeEnded, Recompute, Send, Settled
+from afield.runtime.cores.objects import FreeStored, LifeEnded, Recompute, Send, Settled
 from afield.runtime.cores.ownership import OwnershipTable
 from afield.runtime.process.call_sites import RecordingTable
 from afield.runtime.process.configuration import SessionConfig
@@ -171,11 +171,7 @@ class Process:
             return
         self.dead = reason
         error = serialize_error(RuntimeDiedError(reason))
-        for object_id, entry in list(self.table.entries.items()):
-            if entry.state == PENDING:
-                if entry.owner:
-                    entry.owner, entry.registration = b"", 0
-                self.table.fulfil(object_id, FAILED, error)
+        self.table.fail_all(error)
         for tell in self.on_dead:
             tell(error)
         self.table.effects.clear()
@@ -415,7 +411,5 @@ class Process:
         self.loop.unregister(self._listener.fileno())
         self._listener.close()
         self.loop.close()
-        for (
-            entry
-        ) in self.table.entries.values():  # the collector does not look into entries: nothing may lead back to us
-            entry.task = entry.waiters = None
+        with self.pump.lock:  # other threads may be in the middle of a submission
+            self.table.clear()
