@@ -65,8 +65,8 @@ class ActorCalls:
         self.process = process
         self.submitter = submitter
         self.callers: dict[bytes, Caller] = {}
-        process.handlers[m.ActorState] = self._on_state
-        process.handlers[m.WatchActor] = self._on_asked
+        process.register(m.ActorState, self._on_state)
+        process.register(m.WatchActor, self._on_asked)
         submitter.recovery.call_again = self._call_again
 
     def create(self, spec: m.CreateActor, task: Task, detached: bool) -> None:

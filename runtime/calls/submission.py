@@ -15,6 +15,7 @@ from afield.runtime.calls.streams import Streams
 from afield.runtime.cores.dispatch import IDLE_LEASE_S, Lane, Lease, Task
 from afield.runtime.cores.objects import FAILED, LOCATED
 from afield.runtime.process.context import calling_context
+from afield.runtime.process.events import PROCESS_DIED, TICK
 from afield.runtime.process.process import Process
 from afield.runtime.process.refs import ObjectRef
 from afield.runtime.process.serialization import deserialize, serialize_error
@@ -91,19 +92,17 @@ class Submitter:
         self._next_look = 0.0  # when to look for idle leases again
         self.tasks_submitted = 0
         self.tasks_retried = 0
-        process.handlers |= {
-            m.ReplyMany: self._on_reply_many,
-            m.Item: self._on_item,
-            m.HandBack: self._on_hand_back,
-            m.Unblocked: self._on_unblocked,
-            m.Grant: self._on_grant,
-            m.Infeasible: self._on_infeasible,
-            m.Reclaim: self._on_reclaim,
-        }
+        process.register(m.ReplyMany, self._on_reply_many)
+        process.register(m.Item, self._on_item)
+        process.register(m.HandBack, self._on_hand_back)
+        process.register(m.Unblocked, self._on_unblocked)
+        process.register(m.Grant, self._on_grant)
+        process.register(m.Infeasible, self._on_infeasible)
+        process.register(m.Reclaim, self._on_reclaim)
         self.recovery = Recovery(process, arguments, self)
-        process.on_batch = self._on_batch
-        process.tickers.append(self._tick)
-        process.on_process_died.append(self._on_process_died)
+        process.handle_batches_by(self._on_batch)
+        process.subscribe(TICK, self._tick)
+        process.subscribe(PROCESS_DIED, self._on_process_died)
 
     # -- submitting ----------------------------------------------------------------------------------------------
 

@@ -190,7 +190,7 @@ class OwnershipTable(Entries):
     def on_added(self, message: Added) -> None:
         """The owner acknowledged a registration."""
         entry = self.entries.get(message.object_id)
-        if entry is None or entry.attempt != message.attempt:
+        if entry is None or entry.attempt != message.attempt or entry.owner in self._dead:
             return  # of an earlier life of this entry
         entry.registration = KNOWN
         if message.gone and entry.state == PENDING:
@@ -301,7 +301,7 @@ class OwnershipTable(Entries):
         for object_id in sorted(self._borrowed_from.pop(peer, ())):
             entry = self.entries.get(object_id)
             if entry is not None:
-                entry.registration, entry.attempt = NEW, 0  # what it still says is of an earlier life
+                entry.registration = NEW
                 if entry.state in (PENDING, LOCATED):
                     self.fail(object_id, entry, self._owner_died(entry.owner))
                 self._acknowledge(object_id)

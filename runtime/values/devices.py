@@ -116,7 +116,7 @@ class Devices:
         if self._in_worker:
             return self.bound
         if self._known is None:
-            answer = self._process.request(lambda request: m.Query(request, "devices"))
+            answer = self._process.requests.ask(lambda request: m.Query(request, "devices"))
             self._spec = answer["backend"]
             self._known = {device["arena"]: device["uuid"] for device in answer["devices"]}
         return self._known
@@ -208,7 +208,7 @@ class Devices:
 
     def _export(self, number: int) -> bytes:
         try:
-            raw: bytes = self._process.request(lambda request: m.Query(request, "slab", number))
+            raw: bytes = self._process.requests.ask(lambda request: m.Query(request, "slab", number))
         except AfieldError as error:
             raise DeviceLostError(str(error)) from None
         return raw
