@@ -10,10 +10,22 @@ import pytest
 from afield.errors import InternalError
 from afield.machines import REMEMBERED
 from afield.runtime.cores import entries
+from afield.runtime.cores.dispatch import Task
 from afield.runtime.cores.lineage import Lineage, Loss, Record
-from afield.runtime.cores.objects import FAILED, INLINE, LIFE, LOCATED, NUMBERS, PENDING, STATES, Entry, Obligation
+from afield.runtime.cores.objects import (
+    FAILED,
+    INLINE,
+    LIFE,
+    LOCATED,
+    NUMBERS,
+    PENDING,
+    STATES,
+    Entry,
+    FreeStored,
+    Obligation,
+)
 from afield.runtime.cores.ownership import OwnershipTable
-from afield.runtime.wire.messages import Add, Added, Lost, Value
+from afield.runtime.wire.messages import Add, Added, Contained, Lost, Reply, Took, Value
 from tests.sim import checkers
 from tests.sim.simulate import Simulation
 from tests.sim.values import InvariantError, place_of
@@ -131,6 +143,60 @@ def test_validate_looks_at_the_newest_entries_only(monkeypatch: pytest.MonkeyPat
     assert table.validate() == []
     table.entries[b"b"].handles = -1
     assert len(table.validate()) == 1
+
+
+# -- plain replies ---------------------------------------------------------------------------------------------------
+
+
+def replies(table: OwnershipTable) -> tuple[list[Any], dict[int, Task]]:
+    """Submit three tasks; return their replies and what is in flight."""
+    tasks = {}
+    for sequence, output in enumerate((b"first", b"second", b"third"), 1):
+        tasks[sequence] = task = Task(output, None, b"", None, output=output)
+        table.own(output, task)
+    return [Reply(sequence, INLINE, b"value %d" % sequence) for sequence in tasks], tasks
+
+
+def test_plain_replies_are_written_down_at_once() -> None:
+    table = OwnershipTable(b"me", lambda owner: b"")
+    batch, tasks = replies(table)
+    table.put(b"argument", LOCATED, PLACE)
+    table.pin(b"argument")
+    table.drop(b"argument")
+    tasks[2].pinned = [b"argument"]
+    assert table.fulfil_plain(batch, 1, tasks) == 3
+    assert list(tasks) == [1] and table.effects == [FreeStored(b"argument")]
+    assert [table.entries[each].value for each in (b"first", b"second", b"third")] == [None, b"value 2", b"value 3"]
+    assert table.fulfil_plain(batch, 0, tasks) == 1  # the next has been answered
+    assert not tasks and table.validate() == []
+    assert table.fulfil_plain(batch, 3, tasks) == 3
+
+
+@pytest.mark.parametrize(
+    "make_special",
+    [
+        lambda table, batch, tasks: batch.__setitem__(1, Took(1)),
+        lambda table, batch, tasks: batch.__setitem__(1, Reply(2, FAILED, b"error")),
+        lambda table, batch, tasks: batch.__setitem__(1, Reply(2, INLINE, b"", None, Contained(1, [(b"x", b"peer")]))),
+        lambda table, batch, tasks: tasks.pop(2),
+        lambda table, batch, tasks: setattr(tasks[2], "output", b""),
+        lambda table, batch, tasks: (table.pin(b"second"), table.drop(b"second")),
+        lambda table, batch, tasks: table.when_done(b"second", print),
+        lambda table, batch, tasks: (table.on_add(b"peer", Add(b"second", 1)), table.on_subscribe(b"peer", b"second")),
+        lambda table, batch, tasks: table.fulfil(b"second", INLINE, b"earlier"),
+        lambda table, batch, tasks: table.on_lost(Lost([b"second"], "before its reply")),
+    ],
+    ids=["other message", "error", "refs", "unknown", "outputs", "no handle", "waiter", "subscriber", "done", "lost"],
+)
+def test_other_replies_are_left(make_special: Callable[[OwnershipTable, list[Any], dict[int, Task]], Any]) -> None:
+    table = OwnershipTable(b"me", lambda owner: b"")
+    Lineage(table, 1 << 30, lambda *loss: b"lost")
+    batch, tasks = replies(table)
+    make_special(table, batch, tasks)
+    before = [dict(tasks), table.entries[b"second"].state, table.entries[b"second"].value]
+    assert table.fulfil_plain(batch, 0, tasks) == 1
+    before[0].pop(1)
+    assert [tasks, table.entries[b"second"].state, table.entries[b"second"].value] == before
 
 
 # -- transitions -----------------------------------------------------------------------------------------------------

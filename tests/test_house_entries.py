@@ -86,7 +86,7 @@ def _names_of_entries(function: ast.AST) -> tuple[set[str], set[str]]:
             iterated = ast.unparse(node.iter)
             found = re.search(r"\bentries\.(items|values)\(\)", iterated)
             if found:
-                target = node.target
+                target: ast.AST = node.target
                 if found[1] == "items" and isinstance(target, ast.Tuple) and len(target.elts) == 2:
                     target = target.elts[1]
                 entries.add(getattr(target, "id", ""))

@@ -44,7 +44,7 @@ def test_what_one_does_cannot_be_done_by_two(shared_runtime: None) -> None:
     for event, first in ((LIFE_ENDED, "Participant._on_life_ended"), (RECOMPUTE, "Recovery._recompute")):
         text = f"^'{event.name}' is for one subscriber, which is {first}; print cannot be a second one"
         with pytest.raises(InternalError, match=text):
-            process_here().subscribe(event, print)
+            process_here().subscribe(event, print)  # type: ignore[misc]
 
 
 def test_events_reach_all_in_the_order_of_their_coming() -> None:
