@@ -20,6 +20,8 @@ from afield.errors import InternalError
 
 #: Transitions that a core remembers.
 REMEMBERED = 64
+#: What an error says of one core at most: so many transitions, so many complaints, and characters in a line.
+MOST_TOLD, MOST_COMPLAINTS, MOST_CHARACTERS = 16, 8, 200
 
 
 class FlightRecorder:
@@ -54,6 +56,21 @@ class Core(Protocol):
 
 def _shown(part: Any) -> str:
     return part.hex() if isinstance(part, bytes) else str(part)
+
+
+def account(cores: Mapping[str, Core]) -> str:
+    """Return what cores complain of and what they did last, bounded: it becomes part of the error of an internal fault."""
+    lines = []
+    for name, core in cores.items():
+        try:
+            complaints = core.validate()
+        except Exception as error:  # what is wrong is so wrong that it cannot even be looked at
+            complaints = [f"its state cannot be looked through: {error!r}"]
+        lines += [f"{name} is wrong: {each}" for each in complaints[:MOST_COMPLAINTS]]
+        if len(complaints) > MOST_COMPLAINTS:
+            lines.append(f"{name} is wrong: {len(complaints) - MOST_COMPLAINTS} more complaints")
+        lines += [f"{name} did: {each}" for each in core.recorder.story()[-MOST_TOLD:]]
+    return "\n".join(line[:MOST_CHARACTERS] for line in lines)
 
 
 class Table:

@@ -52,7 +52,7 @@ def state_of(ref: afield.ObjectRef) -> int:
 def stored_objects() -> int:
     """Return how many objects are in the store."""
     process = participant().process
-    answer: dict[str, int] = process.request(lambda request: m.Query(request, "store"))
+    answer: dict[str, int] = process.requests.ask(lambda request: m.Query(request, "store"))
     return answer["objects"]
 
 

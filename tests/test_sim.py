@@ -44,7 +44,7 @@ def test_seeds(faults: bool) -> None:
         except InvariantError as error:
             option = " --faults" if faults else ""
             command = f"python -m tests.sim --seed {seed} --steps {STEPS} --processes {3 + seed % 2}{option}"
-            pytest.fail(f"{error}\nfor the transcript: {command}")
+            pytest.fail("\n".join([*error.__notes__, f"{error}", f"for the transcript: {command}"]))
         events += summary.events
         deaths += summary.deaths
         excused += summary.excused

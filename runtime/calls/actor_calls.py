@@ -52,8 +52,8 @@ class ActorCalls:
         self.submitter = submitter
         self.core = Callers()
         self.callers = self.core.by_id
-        process.handlers[m.ActorState] = self._on_state
-        process.handlers[m.WatchActor] = self._on_asked
+        process.register(m.ActorState, self._on_state)
+        process.register(m.WatchActor, self._on_asked)
         submitter.recovery.call_again = self._call_again
 
     def create(self, spec: m.CreateActor, task: Task, detached: bool) -> None:

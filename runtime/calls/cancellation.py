@@ -23,7 +23,7 @@ class Cancellation:
         self.submitter = submitter
         self.actors = actors
         self.streams = streams
-        process.handlers[m.CancelObject] = self._on_cancel_object
+        process.register(m.CancelObject, self._on_cancel_object)
 
     def _on_cancel_object(self, channel: Channel, message: m.CancelObject) -> None:
         with contextlib.suppress(ValueError):  # the borrower's own call was checked there

@@ -2,35 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from afield.ids import TASK_ID_BYTES
 from afield.runtime.calls.actor_calls import ActorCalls
 from afield.runtime.calls.cancellation import Cancellation
 from afield.runtime.calls.streams import Streams
 from afield.runtime.calls.submission import Submitter
 from afield.runtime.process.configuration import ProcessConfig, SessionConfig
+from afield.runtime.process.events import LIFE_ENDED, RUNTIME_DEAD
 from afield.runtime.process.process import Process
 from afield.runtime.values.arguments import Arguments
 from afield.runtime.values.values import Values
 
 
 class Participant:
-    """A driver's or worker's process, its values, the tasks it submits and the actors it calls."""
+    """A driver's or worker's process, its values, the tasks it submits and the actors it calls; arguments as of `Process`."""
 
     def __init__(
-        self, config: SessionConfig, own: ProcessConfig, process_id: bytes, *, log_to_driver: bool = False
+        self,
+        config: SessionConfig,
+        own: ProcessConfig,
+        process_id: bytes,
+        *,
+        log_to_driver: bool = False,
+        last_words: Callable[[], str] = lambda: "",
     ) -> None:
         #: Names this participant to those who outlive it, such as remote functions.
         self.key = object()
-        self.process = Process(config, own, process_id, log_to_driver=log_to_driver)
+        self.process = Process(
+            config,
+            own,
+            process_id,
+            log_to_driver=log_to_driver,
+            # A worker's messages are calls of others, of which it cannot know.
+            expecting=self.expecting if own.kind == "driver" else lambda: True,
+            last_words=last_words,
+        )
         self.values = Values(self.process)
         self.streams = Streams(self.process, self.values.blocking_wait)
         self.arguments = arguments = Arguments(self.process, self.values)
         self.submitter = Submitter(self.process, arguments, self.streams)
         self.actors = ActorCalls(self.process, self.submitter)
         self.cancellation = Cancellation(self.process, self.submitter, self.actors, self.streams)
-        self.process.on_life_ended = self._on_life_ended
-        self.process.on_dead.append(self.streams.fail_all)
-        self.process.questions["stats"] = lambda _: self.counters()
+        self.process.cores |= {"lanes": self.submitter.core, "actors": self.actors.core}
+        self.process.subscribe(LIFE_ENDED, self._on_life_ended)
+        self.process.subscribe(RUNTIME_DEAD, self.streams.fail_all)
+        self.process.requests.answer("stats", lambda _: self.counters())
 
     def close(self) -> None:
         """Leave the cluster, and let go of the shared memory and of the tasks that will never end.
@@ -39,7 +57,6 @@ class Participant:
         """
         self.process.close()
         with self.process.pump.lock:  # other threads may be in the middle of a submission
-            self.process.table.entries.clear()
             for lane in self.submitter.lanes.values():
                 lane.close()
                 for lease in lane.leases:

@@ -24,6 +24,7 @@ from afield.ids import ARGUMENTS_INDEX, PUT_INDEX, TASK_ID_BYTES, object_id
 from afield.runtime.cores.dispatch import Task
 from afield.runtime.cores.lineage import CONTAINS_OTHERS, DROPPED, NO_TASK, USED_UP, Lineage, Loss, Record
 from afield.runtime.cores.objects import LOCATED
+from afield.runtime.process.events import RECOMPUTE
 from afield.runtime.process.process import Process
 from afield.runtime.process.serialization import serialize_error
 from afield.runtime.values.arguments import Arguments
@@ -67,12 +68,12 @@ class Recovery:
         self.arguments = arguments
         self.runner = runner
         limit = min(LINEAGE_BYTES, int(process.config.capacity * LINEAGE_SHARE))
-        self.lineage = Lineage(process.table, limit, self._explain)
+        self.lineage = process.cores["lineage"] = Lineage(process.table, limit, self._explain)
         self.running: dict[bytes, Record] = {}
         self.call_again: Callable[[Task], None] = lambda task: None
         self.tasks_recomputed = 0
-        process.handlers[m.Lost] = lambda channel, message: process.table.on_lost(message)
-        process.on_recompute = self._recompute
+        process.register(m.Lost, lambda channel, message: process.table.on_lost(message))
+        process.subscribe(RECOMPUTE, self._recompute)
 
     def close(self) -> None:
         """Let go of all tasks: the garbage collector does not look into them."""
@@ -135,10 +136,7 @@ class Recovery:
             rounds=0,
             cancelled=False,
         )
-        for output in record.outputs:
-            entry = self.process.table.entries[output]
-            if entry.task is old:
-                entry.task = task
+        self.process.table.run_again(record.outputs, old, task)
         self.lineage.started(record)
         self.running[task.task_id] = record
         self.tasks_recomputed += 1

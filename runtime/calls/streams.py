@@ -14,7 +14,7 @@ from typing import Any
 
 from afield.ids import STREAM_END_INDEX, STREAM_INDEX, object_id
 from afield.runtime.cores.dispatch import Task
-from afield.runtime.cores.objects import FAILED, INLINE, LOCATED, Entry
+from afield.runtime.cores.objects import FAILED, INLINE, LOCATED
 from afield.runtime.process.process import Process
 from afield.runtime.process.refs import ObjectRef
 from afield.runtime.process.serialization import deserialize
@@ -92,7 +92,7 @@ class Streams:
 
     def _append(self, stream: Stream, kind: int, value: Any, contained: list[bytes]) -> None:
         oid = object_id(stream.task.task_id, stream.produced)
-        self._table.entries[oid] = Entry(state=kind, value=value, pins=1, contained=contained or None)
+        self._table.add_item(oid, kind, value, contained)
         stream.produced += 1
 
     def finish(self, task: Task, kind: int, data: bytes, contained: Sequence[bytes] = ()) -> None:
@@ -123,9 +123,7 @@ class Streams:
         if stream.consumed >= stream.produced:
             return None
         oid = object_id(task_id, stream.consumed)
-        entry = self._table.entries[oid]
-        entry.handles += 1
-        self._table.unpin(oid)
+        self._table.take_item(oid)
         stream.consumed += 1
         if stream.report is not None and stream.total is None:
             stream.report(stream.consumed)

@@ -13,8 +13,9 @@ from afield.runtime.calls.generators import ObjectRefGenerator
 from afield.runtime.calls.recovery import Recovery
 from afield.runtime.calls.streams import Streams
 from afield.runtime.cores.dispatch import IDLE_LEASE_S, Lane, Lanes, Lease, Task
-from afield.runtime.cores.objects import FAILED, INLINE, LOCATED, PENDING
+from afield.runtime.cores.objects import FAILED, LOCATED
 from afield.runtime.process.context import calling_context
+from afield.runtime.process.events import PROCESS_DIED, TICK
 from afield.runtime.process.process import Process
 from afield.runtime.process.refs import ObjectRef
 from afield.runtime.process.serialization import deserialize_error, serialize_error
@@ -92,19 +93,17 @@ class Submitter:
         self._next_look = 0.0  # when to look for idle leases again
         self.tasks_submitted = 0
         self.tasks_retried = 0
-        process.handlers |= {
-            m.ReplyMany: self._on_reply_many,
-            m.Item: self._on_item,
-            m.HandBack: self._on_hand_back,
-            m.Unblocked: self._on_unblocked,
-            m.Grant: self._on_grant,
-            m.Infeasible: self._on_infeasible,
-            m.Reclaim: self._on_reclaim,
-        }
+        process.register(m.ReplyMany, self._on_reply_many)
+        process.register(m.Item, self._on_item)
+        process.register(m.HandBack, self._on_hand_back)
+        process.register(m.Unblocked, self._on_unblocked)
+        process.register(m.Grant, self._on_grant)
+        process.register(m.Infeasible, self._on_infeasible)
+        process.register(m.Reclaim, self._on_reclaim)
         self.recovery = Recovery(process, arguments, self)
-        process.on_batch = self._on_batch
-        process.tickers.append(self._tick)
-        process.on_process_died.append(self._on_process_died)
+        process.handle_batches_by(self._on_batch)
+        process.subscribe(TICK, self._tick)
+        process.subscribe(PROCESS_DIED, self._on_process_died)
 
     # -- submitting ----------------------------------------------------------------------------------------------
 
@@ -173,6 +172,8 @@ class Submitter:
         self.tasks_submitted += 1
         for oid in object_ids:
             self.process.table.own(oid, task)
+        if task.num_returns == 1:
+            task.output = object_ids[0]
         if task.num_returns == m.STREAMING:
             self.streams.open(task)
         if task.pinned is not None:
@@ -270,45 +271,38 @@ class Submitter:
 
     def _on_batch(self, channel: Channel, batch: list[Any]) -> None:
         """Handle a frame; the plain replies, which are nearly all messages of a busy owner, without a call each."""
-        process = self.process
-        handlers = process.handlers
-        entries = process.table.entries
+        handlers = self.process.handlers
+        fulfil_plain = self.process.table.fulfil_plain
         state: PeerState | None = channel.context
         inflight = self._inflight(state)
         lease = state.lease if state is not None else None
-        replies = 0
-        for message in batch:
-            if type(message) is not m.Reply:
-                handlers[type(message)](channel, message)
-                if type(message) is m.ReplyMany:
-                    replies += 1
-                continue
-            task = inflight.pop(message.sequence, None)
-            if task is None:
-                continue
-            replies += 1
-            entry = entries.get(task.task_id + FIRST_RETURN)
-            if (
-                message.contained is None
-                and entry is not None
-                and not message.kind
-                and entry.waiters is None
-                and entry.subscribers is None
-                and entry.state == PENDING
-                and entry.handles
-            ):
-                entry.state = INLINE
-                entry.value = message.data
-                entry.task = None
-            elif self._finish(channel, task, message):
-                continue
-            if task.pinned is not None:
-                self.arguments.unpin(task)
+        at = replies = 0
+        while True:
+            start, at = at, fulfil_plain(batch, at, inflight)
+            replies += at - start
+            if at == len(batch):
+                break
+            message = batch[at]
+            at += 1
+            kind = type(message)
+            if kind is m.Reply:
+                replies += self._on_reply(channel, inflight.pop(message.sequence, None), message)
+            else:
+                handlers[kind](channel, message)
+                replies += kind is m.ReplyMany
         if replies and state is not None:
             if lease is not None:
                 lease.lane.replied(lease, replies, time.monotonic())
             elif state.on_batch is not None:
                 state.on_batch(replies)
+
+    def _on_reply(self, channel: Channel, task: Task | None, reply: m.Reply) -> bool:
+        """Handle a reply that takes more than writing down its value; return False if nobody waits for it any more."""
+        if task is None:
+            return False
+        if not self._finish(channel, task, reply) and task.pinned is not None:
+            self.arguments.unpin(task)
+        return True
 
     def _inflight(self, state: PeerState | None) -> dict[int, Task]:
         if state is None:
@@ -316,7 +310,7 @@ class Submitter:
         return state.lease.inflight if state.lease is not None else state.inflight
 
     def _finish(self, channel: Channel, task: Task, reply: m.Reply) -> bool:
-        """Record an outcome that is not a plain value; return True if the task runs again instead."""
+        """Record an outcome; return True if the task runs again instead."""
         if reply.kind == FAILED and self._retry(channel, task, reply.data):
             return True
         if reply.kind == m.ARGUMENT_LOST:

@@ -25,12 +25,16 @@ A loss can be heard of before the reply that tells of the value: it waits in `_e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import msgspec
 
-from afield.runtime.cores.objects import FAILED, FREED, INLINE, LOCATED, PENDING, Entry, FreeStored, Recompute
+from afield.machines import FlightRecorder
+from afield.runtime.cores.entries import MOST_VALIDATED
+from afield.runtime.cores.objects import FAILED, FREED, INLINE, LOCATED, PENDING, Entry, Recompute
 from afield.runtime.cores.ownership import OwnershipTable
 
 #: Why an object is not made again, where the record does not say it.
@@ -82,6 +86,7 @@ class Lineage:
         self.limit_bytes = limit_bytes
         self.bytes = 0
         self.held: dict[bytes, int] = {}
+        self.recorder = FlightRecorder()
         self._explain = explain
         self._known = table.lineage_knows
         self._records: dict[bytes, Record] = {}  # output -> what it was made from
@@ -140,10 +145,12 @@ class Lineage:
     def started(self, record: Record) -> None:
         """An execution that lineage asked for begins."""
         record.running = _STARTED
+        self.recorder.note(("record", record.number, "starts"))
 
     def ended(self, record: Record, outputs: Iterable[bytes]) -> None:
         """An execution that lineage asked for has ended, and its outcome is in the table."""
         record.running = _NOT
+        self.recorder.note(("record", record.number, "has ended"))
         for output in sorted(record.outputs):
             if self.table.entries[output].state in (INLINE, FAILED):
                 self._forget_output(record, output)
@@ -180,7 +187,7 @@ class Lineage:
         if entry.state == PENDING:  # the reply that tells of the value is still on its way
             self._early[object_id] = loss
             self._known.add(object_id)
-            entry.waiters = entry.waiters or []  # the quick path for replies leaves it to us then
+            self.recorder.note((object_id, "is lost before its reply:", loss.cause))
         elif entry.state == LOCATED:
             self._known.add(object_id)
             self._remains.add(object_id)
@@ -208,6 +215,7 @@ class Lineage:
         record = self._records.get(object_id)
         why = self._why_not(record, entry)
         if why or record is None:
+            self.recorder.note((object_id, "is not made again:", why, loss.cause))
             error = self._explain(object_id, record, why, loss)
             if record is not None:
                 self._forget_output(record, object_id)
@@ -215,10 +223,9 @@ class Lineage:
                     self._drop(record)
             self.table.fail(object_id, entry, error)
         elif entry.state == LOCATED and not (entry.handles or entry.pins or entry.borrowers):
-            entry.state, entry.value = FREED, None  # only lineage holds it: perhaps nobody will need it
+            self.table.free(object_id, entry, lost=True)  # only lineage holds it: perhaps nobody will need it
         else:
-            entry.state, entry.value, entry.task = PENDING, None, record.task
-            entry.waiters = entry.waiters or []  # the quick path for replies leaves it to us then
+            self.table.make_again(object_id, entry, record.task)
             if record.running == _STARTED:
                 # What is under way may have stored it already, and that may be what is lost.
                 self._early[object_id] = loss
@@ -227,6 +234,7 @@ class Lineage:
                 record.left -= 1 if record.left > 0 else 0
                 for held in record.holds:
                     self.table.pin(held)
+                self.recorder.note((object_id, "makes record", record.number, "run again, left", record.left))
                 self.table.effects.append(Recompute(record))
 
     def _why_not(self, record: Record | None, entry: Entry) -> str:
@@ -266,13 +274,9 @@ class Lineage:
         return True
 
     def _free(self, object_id: bytes, entry: Entry) -> None:
-        self.table.effects.append(FreeStored(object_id))
         self._remains.discard(object_id)
         self.bytes -= self._kept.pop(object_id, 0)
-        entry.state, entry.value = FREED, None
-        contained, entry.contained = entry.contained, None
-        for inner in contained or ():
-            self.table.unpin(inner)
+        self.table.free(object_id, entry)
 
     def unwanted(self, object_id: bytes, entry: Entry) -> bool:
         """An execution has stored a value that is not waited for: tell whether to free it now, else that comes in the end."""
@@ -314,6 +318,7 @@ class Lineage:
         while self.bytes > self.limit_bytes and self._by_age:
             record = next(iter(self._by_age.values()))
             record.refused = DROPPED
+            self.recorder.note(("record", record.number, "is dropped for its size, of", self.bytes, "bytes"))
             self._drop(record)
             for output in sorted(record.outputs):
                 entry = self.table.entries.get(output)
@@ -342,3 +347,50 @@ class Lineage:
             del self.held[object_id]
             self.bytes -= self._kept.pop(object_id, 0)
             self.table.reconsider(object_id)
+
+    # -- the books are right -------------------------------------------------------------------------------------
+
+    def validate(self) -> list[str]:
+        """Return what is wrong with the records; nothing, if all is well. For the moments between transitions."""
+        records = list(islice(self._by_age.values(), MOST_VALIDATED))
+        complaints = [f"record {record.number} {text}" for record in records for text in self._complaints(record)]
+        if len(records) == len(self._by_age):
+            holds = Counter(held for record in records for held in record.holds)
+            if holds != self.held:
+                complaints.append(f"the records hold {_shown(holds)}, and {_shown(self.held)} is held")
+            size = sum(record.size for record in records) + sum(self._kept.values())
+            if size != self.bytes:
+                complaints.append(f"the records and what they keep take {size} bytes, and {self.bytes} are counted")
+        for what, object_ids in (("held", self.held), ("made by a record", self._records), ("lost", self._early)):
+            for object_id in islice(object_ids, MOST_VALIDATED):
+                if object_id not in self.table.entries or object_id not in self._known:
+                    complaints.append(f"{object_id.hex()} is {what}, and the table does not know it")
+        for object_id in [*islice(self._kept, MOST_VALIDATED), *self._unheld()]:
+            if object_id not in self.held:
+                complaints.append(f"{object_id.hex()} is there for the sake of lineage, and no record holds it")
+        for output, record in islice(self._records.items(), MOST_VALIDATED):
+            entry = self.table.entries.get(output)
+            if entry is not None and entry.state == PENDING and not record.running:
+                complaints.append(f"{output.hex()} is pending, and its record does not run")
+        return complaints
+
+    def _complaints(self, record: Record) -> Iterator[str]:
+        """Say what is wrong with a record that can run again."""
+        if record.left < -1 or record.running not in (_NOT, _ASKED, _STARTED) or record.refused:
+            yield f"may run {record.left} times, state {record.running}, refused {record.refused!r}"
+        if not record.outputs and not record.running:
+            yield "is kept for no output"
+        for output in record.outputs:
+            if self._records.get(output) is not record:
+                yield f"makes {output.hex()}, which another record makes, or none"
+
+    def _unheld(self) -> Iterator[bytes]:
+        """Return the objects whose entries are there for the sake of lineage alone."""
+        for object_id in islice(self._known, MOST_VALIDATED):
+            entry = self.table.entries.get(object_id)
+            if entry is not None and entry.state != PENDING and not (entry.handles or entry.pins or entry.borrowers):
+                yield object_id
+
+
+def _shown(counts: Mapping[bytes, int]) -> str:
+    return ", ".join(f"{each.hex()} x{count}" for each, count in sorted(counts.items())) or "nothing"

@@ -1,14 +1,9 @@
 """What the ownership table and lineage both speak of: entries and their states, obligations, and the effects they ask for.
 
-The states, and who leads from one to another:
-
-    PENDING  its value is still to come: a task makes it, or its owner will tell
-    INLINE   the value is here, as bytes
-    LOCATED  the value is in the store, at a `Location`
-    FAILED   there is an error instead
-    FREED    only lineage needs it: its value was freed and can be made again
-
-`PENDING` leads to any of the next three and `LOCATED` back to it when the value is lost; the rest is told in `lineage`.
+What can happen to an entry is `LIFE`, a table of transitions (`docs/state-machines.md` has its diagram). The ownership table
+looks rare transitions up in it and notes them (`Entries._turn`). Two are too frequent for that: a value arrives, once for each
+task (`Entries.fulfil_plain`, `fulfil`, `OwnershipTable.on_value`), and a new entry begins with its value. Those check for
+themselves that the entry is `PENDING`; `validate` then checks that what an entry has belongs to its state.
 """
 
 from __future__ import annotations
@@ -18,21 +13,52 @@ from typing import Any, Protocol
 
 import msgspec
 
+from afield.machines import Table
 from afield.runtime.wire.messages import FAILED, INLINE, LOCATED
 
 PENDING = 3
 FREED = 5
 NEW, SENT, KNOWN = 0, 1, 2  # registration of a borrowed entry with its owner
 
+#: The names of the states, which are numbers as they travel in messages.
+STATES = {PENDING: "pending", INLINE: "inline", LOCATED: "located", FAILED: "failed", FREED: "freed"}
+NUMBERS = {name: number for number, name in STATES.items()}
+
+LIFE = Table(
+    "object",
+    initial="pending",
+    transitions={
+        ("pending", "arrives"): "inline",
+        ("pending", "arrives stored"): "located",
+        ("pending", "fails"): "failed",
+        ("located", "is lost"): "pending",
+        ("located", "fails"): "failed",
+        ("located", "is freed"): "freed",
+        ("freed", "is needed"): "pending",
+        ("freed", "fails"): "failed",
+        ("failed", "is made elsewhere"): "pending",
+    },
+    states={
+        "pending": "its value is still to come: a task makes it, or its owner will tell",
+        "inline": "the value is here, as bytes",
+        "located": "the value is in the store, at a `Location`",
+        "failed": "there is an error instead",
+        "freed": "only lineage needs it: its value was freed and can be made again",
+    },
+)
+
 __all__ = [
     "FAILED",
     "FREED",
     "INLINE",
     "KNOWN",
+    "LIFE",
     "LOCATED",
     "NEW",
+    "NUMBERS",
     "PENDING",
     "SENT",
+    "STATES",
     "Entry",
     "FreeStored",
     "Keeper",

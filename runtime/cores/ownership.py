@@ -1,6 +1,7 @@
 """The ownership table: a core without I/O that decides how long each object lives, as seen from one process.
 
-Theory of operation. Every process keeps one `Entry` for each object that it owns or borrows. The owner is the process
+Theory of operation. Every process keeps one `Entry` for each object that it owns or borrows. What holds an entry within its
+process, and its value, is the business of `entries`; here is what processes owe to one another. The owner is the process
 that created the ref; its entry is the truth. Three rules keep an object alive exactly as long as it can be reached:
 
 1. *An entry is held* by handles (the `ObjectRef`s in this process and the zero-copy views of its value), by pins (pending
@@ -31,33 +32,28 @@ messages to send, stored values to free, replies that may leave.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 
+from afield.runtime.cores.entries import MOST_VALIDATED, Entries
 from afield.runtime.cores.objects import (
     FAILED,
     FREED,
-    INLINE,
     KNOWN,
     LOCATED,
     NEW,
     PENDING,
     SENT,
     Entry,
-    FreeStored,
-    Keeper,
-    LifeEnded,
     Obligation,
     Send,
     Settled,
 )
-from afield.runtime.wire.messages import Add, Added, Location, Lost, Release, Subscribe, Took, Value
-
-#: The room of such a value is given back without delay.
-LARGE_BYTES = 1 << 20
+from afield.runtime.wire.messages import Add, Added, Lost, Release, Subscribe, Took, Value
 
 
-class OwnershipTable:
+class OwnershipTable(Entries):
     """All entries of one process.
 
     Args:
@@ -67,12 +63,8 @@ class OwnershipTable:
     """
 
     def __init__(self, process_id: bytes, owner_died: Callable[[bytes], bytes]) -> None:
+        super().__init__()
         self.process_id = process_id
-        self.entries: dict[bytes, Entry] = {}
-        self.effects: list[Any] = []
-        self.lineage: Keeper | None = None
-        #: Objects that lineage must be asked about. Nearly all small values never are in here.
-        self.lineage_knows: set[bytes] = set()
         self._owner_died = owner_died
         self._attempts = 0
         self._awaiting: dict[bytes, list[Obligation]] = {}
@@ -81,147 +73,9 @@ class OwnershipTable:
         self._transit: dict[tuple[bytes, int], list[bytes]] = {}  # (receiver, sequence) -> pinned until `Took`
         self._dead: set[bytes] = set()
 
-    # -- life of an entry ----------------------------------------------------------------------------------------
-
-    def own(self, object_id: bytes, task: Any) -> None:
-        """A task was submitted: its future output has one handle."""
-        self.entries[object_id] = Entry(handles=1, task=task)
-
-    def put(self, object_id: bytes, kind: int, value: bytes | Location, contained: Iterable[bytes] = ()) -> None:
-        """A value was put: it is there, has one handle, and holds the refs inside it."""
-        self.entries[object_id] = Entry(state=kind, value=value, handles=1, contained=self._pin_all(contained))
-
-    def begin_life(self, object_id: bytes) -> None:
-        """An actor was created: the object that stands for it has one handle."""
-        self.entries[object_id] = Entry(state=INLINE, value=b"", handles=1, life=True)
-
-    def drop(self, object_id: bytes) -> None:
-        """One handle is gone."""
-        entry = self.entries.get(object_id)
-        if entry is not None:
-            entry.handles -= 1
-            if not entry.handles:
-                self._maybe_collect(object_id, entry)
-
-    def pin(self, object_id: bytes) -> None:
-        """Hold the object beyond its handles."""
-        self.entries[object_id].pins += 1
-
-    def unpin(self, object_id: bytes) -> None:
-        """Undo one `pin`."""
-        entry = self.entries.get(object_id)
-        if entry is not None:
-            entry.pins -= 1
-            if not entry.pins:
-                self._maybe_collect(object_id, entry)
-
-    def _pin_all(self, object_ids: Iterable[bytes]) -> list[bytes] | None:
-        pinned = list(object_ids)
-        for object_id in pinned:
-            self.pin(object_id)
-        return pinned or None
-
-    def _maybe_collect(self, object_id: bytes, entry: Entry) -> None:
-        if entry.handles or entry.pins or entry.borrowers:
-            return
-        lineage = self.lineage if object_id in self.lineage_knows else None
-        if lineage is not None and lineage.retain(object_id, entry):
-            return
-        if entry.owner:
-            self._forget_borrowed(object_id, entry)
-        elif entry.state != PENDING:  # a pending one is collected when its task ends
-            del self.entries[object_id]
-            if entry.state == LOCATED or (lineage is not None and lineage.has_remains(object_id)):
-                soon = entry.state == LOCATED and entry.value.size >= LARGE_BYTES
-                self.effects.append(FreeStored(object_id, soon))
-            elif entry.life:
-                self.effects.append(LifeEnded(object_id))
-        else:
-            return
-        if lineage is not None:
-            lineage.gone(object_id)
-        for inner in entry.contained or ():
-            self.unpin(inner)
-
-    def reconsider(self, object_id: bytes) -> None:
-        """Lineage needs the object no longer."""
-        entry = self.entries.get(object_id)
-        if entry is not None:
-            self._maybe_collect(object_id, entry)
-
-    def _forget_borrowed(self, object_id: bytes, entry: Entry) -> None:
-        del self.entries[object_id]
-        if entry.registration != NEW:
-            self.effects.append(Send(entry.owner, Release(object_id)))
-        held = self._borrowed_from.get(entry.owner)
-        if held is not None:
-            held.discard(object_id)
-            if not held:
-                del self._borrowed_from[entry.owner]
-        # Our `Release` follows our `Add` on the same connection: nothing is left for the carriers to protect.
-        self._acknowledge(object_id)
-
-    # -- values --------------------------------------------------------------------------------------------------
-
-    def fulfil(self, object_id: bytes, kind: int, value: Any, contained: Iterable[bytes] = ()) -> None:
-        """An output of ours is there (or has failed); the refs in `contained` are pinned by the caller already."""
-        entry = self.entries.get(object_id)
-        if entry is None or entry.state != PENDING:
-            if kind == LOCATED:
-                self._stored_in_vain(object_id, entry)
-            for inner in contained:
-                self.unpin(inner)
-            return
-        entry.state = kind
-        entry.value = value
-        entry.task = None
-        if contained:
-            # What was inside a value that was lost stays: somebody may just have read it there.
-            entry.contained = [*(entry.contained or ()), *contained]
-        self._announce(object_id, entry)
-        # Whoever waited may have been the last to hold it, and has let go of it by now.
-        if not entry.handles and object_id in self.entries:
-            self._maybe_collect(object_id, entry)
-
-    def _stored_in_vain(self, object_id: bytes, entry: Entry | None) -> None:
-        """A value is in the store that nobody waited for, or that a second execution has made without need."""
-        if entry is None or (self.lineage is not None and self.lineage.unwanted(object_id, entry)):
-            self.effects.append(FreeStored(object_id))
-
-    def _announce(self, object_id: bytes, entry: Entry) -> None:
-        if entry.subscribers:
-            for peer in sorted(entry.subscribers):
-                self._send_value(peer, object_id, entry)
-            entry.subscribers = None
-        if entry.waiters is not None:
-            waiters, entry.waiters = entry.waiters, None
-            for notify in waiters:
-                notify()
-
-    def _send_value(self, peer: bytes, object_id: bytes, entry: Entry) -> None:
-        if entry.state == LOCATED:
-            self.effects.append(Send(peer, Value(object_id, LOCATED, b"", entry.value)))
-        else:
-            self.effects.append(Send(peer, Value(object_id, entry.state, entry.value)))
-
-    def when_done(self, object_id: bytes, notify: Callable[[], None]) -> bool:
-        """Call `notify` once the value is there; return True (and do not call) if it is there already."""
-        entry = self.entries[object_id]
-        if entry.state != PENDING and not self._revived(object_id, entry):
-            return True
-        if entry.waiters is None:
-            entry.waiters = []
-        entry.waiters.append(notify)
-        if entry.owner and not entry.subscribed:
-            entry.subscribed = True
-            self.effects.append(Send(entry.owner, Subscribe(object_id)))
-        return False
-
-    def stop_waiting(self, object_id: bytes, notify: Callable[[], None]) -> None:
-        """Undo `when_done`."""
-        entry = self.entries.get(object_id)
-        if entry is not None and entry.waiters is not None and notify in entry.waiters:
-            entry.waiters.remove(notify)
+    def is_dead(self, process_id: bytes) -> bool:
+        """Tell whether we have heard of the death of a process."""
+        return process_id in self._dead
 
     # -- loss ----------------------------------------------------------------------------------------------------
 
@@ -240,24 +94,18 @@ class OwnershipTable:
         if not entry.owner:
             self.on_lost(Lost([object_id], cause, kind))
         else:
-            entry.state, entry.value, entry.subscribed = PENDING, None, True
+            self._turn(object_id, entry, "is lost")
+            entry.value, entry.subscribed = None, True
             self.effects.append(Send(entry.owner, Subscribe(object_id)))
 
-    def fail(self, object_id: bytes, entry: Entry, error: bytes) -> None:
-        """There will be no value."""
-        entry.state, entry.value, entry.task = FAILED, error, None
-        self._announce(object_id, entry)
-
-    def is_dead(self, process_id: bytes) -> bool:
-        """Tell whether we have heard of the death of a process."""
-        return process_id in self._dead
-
-    def _revived(self, object_id: bytes, entry: Entry) -> bool:
-        """Have a value made again that was freed; tell whether it is pending now."""
-        if entry.state != FREED or self.lineage is None:
-            return False
-        self.lineage.revive(object_id, entry)
-        return entry.state == PENDING
+    def fail_all(self, error: bytes) -> None:
+        """Nothing will arrive any more, whoever owns it."""
+        for object_id, entry in list(self.entries.items()):
+            if entry.state == PENDING:
+                if entry.owner:
+                    self._no_more_of(entry.owner, object_id)
+                    entry.owner, entry.registration = b"", NEW  # there is nobody left to tell when it is dropped
+                self.fulfil(object_id, FAILED, error)
 
     # -- borrowing: the receiving side ---------------------------------------------------------------------------
 
@@ -286,10 +134,11 @@ class OwnershipTable:
             entry = self._new_borrowed(object_id, owner)
         elif entry.owner != owner and entry.owner in self._dead and owner not in self._dead:
             self._adopt(object_id, entry, owner)
-        if entry.owner and entry.registration == NEW and owner not in self._dead:
+        if entry.owner and entry.registration == NEW and entry.owner not in self._dead:
             self._attempts += 1
             entry.attempt = self._attempts
             entry.registration = SENT
+            self.recorder.note((object_id, "is borrowed from", owner, "attempt", entry.attempt))
             self.effects.append(Send(owner, Add(object_id, entry.attempt)))
         if obligation is not None and entry.registration == SENT:
             obligation.remaining += 1
@@ -315,12 +164,33 @@ class OwnershipTable:
         entry.owner = owner
         self._borrowed_from.setdefault(owner, set()).add(object_id)
         if entry.state == FAILED:
-            entry.state, entry.value, entry.subscribed = PENDING, None, False
+            self._turn(object_id, entry, "is made elsewhere")
+            entry.value, entry.subscribed = None, False
+
+    def _forget_borrowed(self, object_id: bytes, entry: Entry) -> None:
+        del self.entries[object_id]
+        if entry.registration != NEW:
+            self.recorder.note((object_id, "is given back to", entry.owner))
+            self.effects.append(Send(entry.owner, Release(object_id)))
+        self._no_more_of(entry.owner, object_id)
+        # Our `Release` follows our `Add` on the same connection: nothing is left for the carriers to protect.
+        self._acknowledge(object_id)
+
+    def _no_more_of(self, owner: bytes, object_id: bytes) -> None:
+        held = self._borrowed_from.get(owner)
+        if held is not None:
+            held.discard(object_id)
+            if not held:
+                del self._borrowed_from[owner]
+
+    def _ask_owner(self, object_id: bytes, entry: Entry) -> None:
+        entry.subscribed = True
+        self.effects.append(Send(entry.owner, Subscribe(object_id)))
 
     def on_added(self, message: Added) -> None:
         """The owner acknowledged a registration."""
         entry = self.entries.get(message.object_id)
-        if entry is None or entry.attempt != message.attempt:
+        if entry is None or entry.attempt != message.attempt or entry.owner in self._dead:
             return  # of an earlier life of this entry
         entry.registration = KNOWN
         if message.gone and entry.state == PENDING:
@@ -360,18 +230,23 @@ class OwnershipTable:
             if entry.borrowers is None:
                 entry.borrowers = set()
             entry.borrowers.add(peer)
+            self.recorder.note((message.object_id, "is lent to", peer))
             self._lent_to.setdefault(peer, set()).add(message.object_id)
         self.effects.append(Send(peer, Added(message.object_id, message.attempt, entry is None)))
 
     def on_release(self, peer: bytes, object_id: bytes) -> None:
         """A peer holds it no longer."""
-        entry = self.entries.get(object_id)
         lent = self._lent_to.get(peer)
         if lent is not None:
             lent.discard(object_id)
             if not lent:
                 del self._lent_to[peer]
+        self._no_longer_lent(peer, object_id, "is given back by")
+
+    def _no_longer_lent(self, peer: bytes, object_id: bytes, how: str) -> None:
+        entry = self.entries.get(object_id)
         if entry is not None and entry.borrowers and peer in entry.borrowers:
+            self.recorder.note((object_id, how, peer))
             entry.borrowers.discard(peer)
             entry.borrowers = entry.borrowers or None  # an empty set is larger than the entry
             if entry.subscribers:
@@ -389,6 +264,16 @@ class OwnershipTable:
             entry.subscribers.add(peer)
         else:
             self._send_value(peer, object_id, entry)
+
+    def _tell_subscribers(self, object_id: bytes, entry: Entry) -> None:
+        for peer in sorted(entry.subscribers or ()):
+            self._send_value(peer, object_id, entry)
+
+    def _send_value(self, peer: bytes, object_id: bytes, entry: Entry) -> None:
+        if entry.state == LOCATED:
+            self.effects.append(Send(peer, Value(object_id, LOCATED, b"", entry.value)))
+        else:
+            self.effects.append(Send(peer, Value(object_id, entry.state, entry.value)))
 
     def hand_on(self, receiver: bytes, sequence: int, object_ids: list[bytes]) -> list[tuple[bytes, bytes]]:
         """We return a value that contains these refs: pin them until `Took`, and name their owners."""
@@ -410,14 +295,9 @@ class OwnershipTable:
         if peer in self._dead:
             return
         self._dead.add(peer)
+        self.recorder.note((peer, "has died"))
         for object_id in sorted(self._lent_to.pop(peer, ())):
-            entry = self.entries.get(object_id)
-            if entry is not None and entry.borrowers:
-                entry.borrowers.discard(peer)
-                entry.borrowers = entry.borrowers or None  # an empty set is larger than the entry
-                if entry.subscribers:
-                    entry.subscribers.discard(peer)
-                self._maybe_collect(object_id, entry)
+            self._no_longer_lent(peer, object_id, "was lent to the dead")
         for object_id in sorted(self._borrowed_from.pop(peer, ())):
             entry = self.entries.get(object_id)
             if entry is not None:
@@ -427,3 +307,59 @@ class OwnershipTable:
                 self._acknowledge(object_id)
         for receiver, sequence in [key for key in self._transit if key[0] == peer]:
             self.on_took(receiver, sequence)
+
+    # -- the books are right -------------------------------------------------------------------------------------
+
+    def pins_known(self, entries: Iterable[tuple[bytes, Entry]]) -> Counter[bytes]:
+        """Count the pins that these entries, results on their way and obligations explain."""
+        known = super().pins_known(entries)
+        for pinned in self._transit.values():
+            known.update(pinned)
+        waiting = {id(each): each for obligations in self._awaiting.values() for each in obligations}
+        known.update([each.container for each in waiting.values() if each.container])
+        return known
+
+    def validate(self) -> list[str]:
+        """Return what is wrong with the table; nothing, if all is well. For the moments between transitions."""
+        complaints = super().validate()
+        for what, books in (("lent to", self._lent_to), ("borrowed from", self._borrowed_from)):
+            for peer, object_ids in islice(books.items(), MOST_VALIDATED):
+                if not object_ids or peer in self._dead:
+                    complaints.append(f"{len(object_ids)} objects are {what} {peer.hex()}, dead: {peer in self._dead}")
+        for peer, object_ids in islice(self._lent_to.items(), MOST_VALIDATED):
+            for object_id in islice(object_ids, MOST_VALIDATED):
+                entry = self.entries.get(object_id)
+                if entry is None or peer not in (entry.borrowers or ()):
+                    complaints.append(f"{object_id.hex()} is lent to {peer.hex()}, and its entry does not say so")
+        for owner, object_ids in islice(self._borrowed_from.items(), MOST_VALIDATED):
+            for object_id in islice(object_ids, MOST_VALIDATED):
+                entry = self.entries.get(object_id)
+                if entry is None or entry.owner != owner:
+                    complaints.append(
+                        f"{object_id.hex()} is borrowed from {owner.hex()}, and its entry does not say so"
+                    )
+        for object_id, obligations in islice(self._awaiting.items(), MOST_VALIDATED):
+            entry = self.entries.get(object_id)
+            if entry is None or not entry.owner or entry.registration != SENT:
+                complaints.append(f"{object_id.hex()} is not being registered, and {len(obligations)} wait for that")
+            complaints += [f"nothing remains, and waits for {object_id.hex()}" for e in obligations if e.remaining <= 0]
+        return complaints + [
+            f"nobody took {key[1]} of {key[0].hex()}, dead" for key in self._transit if key[0] in self._dead
+        ]
+
+    def _complaints(self, object_id: bytes, entry: Entry) -> Iterator[str]:
+        yield from super()._complaints(object_id, entry)
+        if not entry.owner:
+            if entry.registration != NEW or entry.subscribed:
+                yield "is ours, and is registered or subscribed to elsewhere"
+            for peer in entry.borrowers or ():
+                if object_id not in self._lent_to.get(peer, ()):
+                    yield f"is borrowed by {peer.hex()}, to whom nothing says that it is lent"
+            return
+        if entry.borrowers or entry.subscribers or entry.life or entry.task is not None:
+            yield f"is owned by {entry.owner.hex()}, and has what only an owner's entry has"
+        alive = entry.owner not in self._dead
+        if alive != (entry.registration != NEW) or alive != (object_id in self._borrowed_from.get(entry.owner, ())):
+            yield f"is owned by {entry.owner.hex()}, alive: {alive}, and its registration is {entry.registration}"
+        if alive and entry.state == PENDING and entry.waiters and not entry.subscribed:
+            yield f"is waited for, and {entry.owner.hex()} was not asked for it"

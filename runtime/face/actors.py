@@ -148,7 +148,9 @@ def _reserve(
     """Take a name for an actor; return the description of the one that has it already, if that is allowed."""
     namespace = options.get("namespace")
     argument = {"namespace": namespace, "name": name, "description": description}
-    taken: dict[str, Any] | None = participant.process.request(lambda n: m.Query(n, "reserve_actor_name", argument))
+    taken: dict[str, Any] | None = participant.process.requests.ask(
+        lambda n: m.Query(n, "reserve_actor_name", argument)
+    )
     if taken is not None and not options.get("get_if_exists"):
         raise ValueError(
             f"an actor named {name!r} exists already; use another name, get_actor({name!r}), or get_if_exists=True"
@@ -164,7 +166,7 @@ def get_actor(name: str, namespace: str | None = None) -> ActorHandle:
     """
     participant = participation.participant or participation.ensure()
     argument = {"namespace": namespace, "name": name}
-    description = participant.process.request(lambda n: m.Query(n, "find_actor", argument))
+    description = participant.process.requests.ask(lambda n: m.Query(n, "find_actor", argument))
     if description is None:
         raise ValueError(
             f"there is no living actor named {name!r}"
@@ -178,5 +180,5 @@ def list_named_actors(all_namespaces: bool = False) -> list[str] | list[dict[str
     """Return the names of the living actors that have one, or for all namespaces dicts of `namespace` and `name`."""
     participant = participation.participant or participation.ensure()
     namespace = None if all_namespaces else get_runtime_context().namespace
-    named: list[dict[str, str]] = participant.process.request(lambda n: m.Query(n, "actor_names", namespace))
+    named: list[dict[str, str]] = participant.process.requests.ask(lambda n: m.Query(n, "actor_names", namespace))
     return named if all_namespaces else [each["name"] for each in named]

@@ -239,7 +239,9 @@ def _require() -> Participant:
 
 def query(what: str, argument: Any = None) -> Any:
     """Ask the node daemon."""
-    return (participation.participant or participation.ensure()).process.request(lambda n: m.Query(n, what, argument))
+    return (participation.participant or participation.ensure()).process.requests.ask(
+        lambda n: m.Query(n, what, argument)
+    )
 
 
 def cluster_resources() -> dict[str, float]:

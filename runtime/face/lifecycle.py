@@ -141,8 +141,7 @@ def _install_driver(participant: Participant) -> None:
         colour="NO_COLOR" not in os.environ,
     )
     post = _printer.post
-    process.handlers[m.Log] = lambda channel, message: post(message)
-    process.expecting = participant.expecting
+    process.register(m.Log, lambda channel, message: post(message))
     answer_questions(participant)
     participation.install(participant)
     _restore_sigint = process.pump.install_sigint()
@@ -177,7 +176,7 @@ def shutdown() -> None:
     try:
         if not process.dead:
             ended = Waiter()
-            process.daemon.on_closed = lambda channel: ended.finish()
+            process.expect_end(ended.finish)
             process.locked(process.daemon.send, m.Shutdown())
             process.pump.wait_for(ended, 2.0)
     finally:  # also if the user presses Ctrl-C once more

@@ -27,17 +27,17 @@ class RecordingTable(OwnershipTable):
     def own(self, object_id: bytes, task: Any) -> None:
         """A task was submitted."""
         super().own(object_id, task)
-        self.entries[object_id].created_at = call_site()
+        self.created(object_id, call_site())
 
     def put(self, object_id: bytes, kind: int, value: Any, contained: Iterable[bytes] = ()) -> None:
         """A value was put."""
         super().put(object_id, kind, value, contained)
-        self.entries[object_id].created_at = call_site()
+        self.created(object_id, call_site())
 
     def begin_life(self, object_id: bytes) -> None:
         """An actor was created."""
         super().begin_life(object_id)
-        self.entries[object_id].created_at = call_site()
+        self.created(object_id, call_site())
 
 
 def call_site() -> str:

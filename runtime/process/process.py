@@ -1,13 +1,16 @@
-"""A process as a participant in the runtime: the shell around the ownership table, shared by drivers and workers.
+"""A process as a participant in the runtime: its lock, its table, and the ends where the parts of the runtime are joined.
 
-It owns the loop, the channels to the node daemon and to other processes, and the table; it executes the table's effects.
+Theory of operation. Messages come in by `channels`; each type has one handler, which is left with `register`. Handlers, and
+calls from the program (`locked`), are transitions under one lock. What the table decides in a transition it leaves as effects,
+which are executed here, in order, after it. What happens is announced as an event (`events`) to those who `subscribe`. What is
+asked of the daemon, and by it, is the business of `requests`.
+
 Values are the business of `values`, submitting tasks that of `submission`, calling actors that of `actor_calls`, running
-tasks that of `executor`.
+tasks that of the worker. They stand above; nothing here knows them.
 """
 
 from __future__ import annotations
 
-import errno
 import os
 import threading
 import time
@@ -17,28 +20,33 @@ from typing import Any, TypeVar
 
 from afield.errors import (
     AfieldError,
+    InternalError,
     ObjectLostError,
     OwnerDiedError,
     RuntimeDiedError,
 )
-from afield.runtime.cores.objects import FAILED, PENDING, FreeStored, LifeEnded, Recompute, Send, Settled
+from afield.machines import Core, account
+from afield.runtime.cores.objects import FreeStored, LifeEnded, Recompute, Send, Settled
 from afield.runtime.cores.ownership import OwnershipTable
+from afield.runtime.process import events
 from afield.runtime.process.call_sites import RecordingTable
+from afield.runtime.process.channels import Channels
 from afield.runtime.process.configuration import ProcessConfig, SessionConfig
+from afield.runtime.process.frees import Frees
+from afield.runtime.process.requests import Requests
 from afield.runtime.process.serialization import serialize_error
 from afield.runtime.wire import messages as m
-from afield.transport.auth import Handshake
-from afield.transport.channel import Channel, connect, listen, same_user
+from afield.transport.channel import Channel
 from afield.transport.loop import Loop
-from afield.transport.pump import Pump, Waiter, uninterruptible
+from afield.transport.pump import Pump, uninterruptible
 
 #: Values up to this size travel inside messages; larger ones stay in the store.
 INLINE_BYTES = 100 * 1024
-
-#: While frees follow one another they leave together: not later than this, and not more than this many.
-FREE_DELAY_S, MAX_FREED = 0.002, 64
+#: Of the error of an internal fault so many characters are told.
+FAULT_CHARACTERS = 2000
 
 _T = TypeVar("_T")
+_Callback = TypeVar("_Callback", bound=Callable[..., Any])
 
 
 class Process:
@@ -49,184 +57,133 @@ class Process:
         own: what this process alone was told.
         process_id: who we are.
         log_to_driver: whether the daemon sends us what workers print.
+        expecting: tells whether answers are likely to come soon; see `Pump`.
+        last_words: returns what the node daemon has printed, as far as this process can know.
+
+    Attributes:
+        cores: what decides in this process, by name, for those who look for faults; each part adds its own.
+        handlers: message type -> what handles it.
+        kept_for_ever: refs of ours that are pinned until we end, and why, with how often.
+        dead: why nothing works any more, once it does not.
+        dropped: objects whose handles are gone, left by `__del__` for the next transition.
     """
 
     def __init__(
-        self, config: SessionConfig, own: ProcessConfig, process_id: bytes, *, log_to_driver: bool = False
+        self,
+        config: SessionConfig,
+        own: ProcessConfig,
+        process_id: bytes,
+        *,
+        log_to_driver: bool = False,
+        expecting: Callable[[], bool] = lambda: True,
+        last_words: Callable[[], str] = lambda: "",
     ) -> None:
         self.config = config
         self.own = own
         self.process_id = process_id
+        self.dead = ""
+        self.kept_for_ever: Counter[tuple[bytes, str]] = Counter()
+        self.dropped: deque[bytes] = deque()
         self.loop = Loop()
-        self.pump = Pump(self.loop, self.after_events, self._due_in, lambda: self.expecting())
+        self.pump = Pump(self.loop, self.after_events, self._due_in, expecting)
+        self.pump.on_crash = self._crashed
         table = RecordingTable if config.record_call_sites else OwnershipTable
         self.table = table(process_id, self._owner_died_error)
-        self.pump.on_crash = lambda error: self.fail_everything(f"a bug in the runtime: {error!r}")
-        self.channels: dict[bytes, Channel] = {}
-        self.handlers: dict[type, Callable[[Channel, Any], None]] = {}
-        #: Handles one frame; `submission` puts its own in, which is quick about replies.
-        self.on_batch: Callable[[Channel, list[Any]], None] = self._on_batch
-        self.on_life_ended: Callable[[bytes], None] = lambda object_id: None
-        self.on_settled: Callable[[Any], None] = lambda token: None
-        self.on_recompute: Callable[[Any], None] = lambda record: None
-        #: Called with the serialised error when nothing will be answered any more.
-        self.on_dead: list[Callable[[bytes], None]] = []
-        self.on_peer_lost: list[Callable[[bytes], None]] = []
-        self.on_process_died: list[Callable[[bytes, str], None]] = []
-        self.tickers: list[Callable[[float], float | None]] = []
-        #: What this process answers when the daemon asks all (`node.census`): name of the question -> answer.
-        self.questions: dict[str, Callable[[Any], Any]] = {}
-        #: Refs of ours that are pinned until we end, and why, with how often.
-        self.kept_for_ever: Counter[tuple[bytes, str]] = Counter()
-        #: Tells whether answers are likely to come soon; see `Pump`.
-        self.expecting: Callable[[], bool] = lambda: True
-        #: A driver knows what the node daemon has printed.
-        self.last_words: Callable[[], str] = lambda: ""
-        self.dead = ""  # why nothing works any more, once it does not
-        #: Objects whose handles are gone, left by `__del__` for the next transition.
-        self.dropped: deque[bytes] = deque()
-        self._freed: list[bytes] = []  # stored values of ours that nobody can reach any more
-        self._free_due = 0.0
-        self._requests: dict[int, list[Any]] = {}
-        self._request = 0
-        self._next_due: float | None = None
-        self._listener = listen(config.address(process_id))
-        self.loop.register(self._listener.fileno(), self._accept)
+        self.cores: dict[str, Core] = {"ownership": self.table}
+        self.requests = Requests(self)
+        self.handlers: dict[type, Callable[[Channel, Any], object]] = {}
         self._install_handlers()
-        self.daemon = self._open(connect(config.address(b"")), server=False)
+        self._last_words = last_words
+        self._subscribers = events.Subscribers()
+        self._ticks = self._subscribers.of(events.TICK)
+        self._frees = Frees(self._send_freed)
+        self._next_due: float | None = None
+        self._on_batch: Callable[[Channel, list[Any]], None] = self._dispatch
+        self.channels = Channels(
+            config,
+            process_id,
+            self.loop,
+            lambda channel, batch: self._on_batch(channel, batch),
+            self._peer_lost,
+            self.fail_everything,
+        )
         self.daemon.on_closed = self._daemon_lost
-        self.loop.first = self.daemon
         self.daemon.send(m.Register(own.kind, os.getpid(), log_to_driver))
+
+    @property
+    def daemon(self) -> Channel:
+        """Return the channel to the node daemon."""
+        return self.channels.daemon
 
     def start(self) -> None:
         """Begin to serve others also while no thread of ours waits."""
         self.pump.start()
 
-    # -- channels ------------------------------------------------------------------------------------------------
+    # -- where the parts of the runtime are joined ---------------------------------------------------------------
 
-    def _open(self, sock: Any, *, server: bool) -> Channel:
-        handshake = Handshake(self.config.token, self.process_id, os.urandom(32), server=server)
+    def register(self, message_type: type, handler: Callable[[Channel, Any], object]) -> None:
+        """Have messages of a type handled by `handler(channel, message)`, under the lock.
 
-        def on_messages(channel: Channel, batch: list[Any]) -> None:
-            self.on_batch(channel, batch)
-
-        return Channel(self.loop, sock, handshake, m.decode, on_messages, self._channel_lost, self._channel_ready)
-
-    def _accept(self, events: int) -> None:
-        while True:
-            try:
-                sock, _ = self._listener.accept()
-            except OSError as error:
-                self._check_files(error)
-                return
-            sock.setblocking(False)
-            if same_user(sock):
-                self._open(sock, server=True)
-            else:
-                sock.close()
-
-    def _channel_ready(self, channel: Channel) -> None:
-        # What we send to a peer always goes through one and the same channel, so that it stays in order.
-        self.channels.setdefault(channel.peer_id, channel)
-
-    def channel_to(self, process_id: bytes) -> Channel | None:
-        """Return the channel to a process, connecting if needed; None if the process is gone."""
-        channel = self.channels.get(process_id)
-        if channel is None:
-            try:
-                channel = self._open(connect(self.config.address(process_id)), server=False)
-            except OSError as error:
-                self._check_files(error)
-                self._peer_died(process_id)
-                return None
-            channel.peer_id = process_id
-            self.channels[process_id] = channel
-        return channel
-
-    def _channel_lost(self, channel: Channel) -> None:
-        if channel.peer_id:
-            self.channels.pop(channel.peer_id, None)
-            self._peer_died(channel.peer_id)
-
-    def _peer_died(self, process_id: bytes) -> None:
-        self.table.on_peer_died(process_id)
-        for notify in self.on_peer_lost:
-            notify(process_id)
-
-    def _check_files(self, error: OSError) -> None:
-        """Without descriptors there are no connections: this process can take no further part."""
-        if error.errno in (errno.EMFILE, errno.ENFILE):
-            self.fail_everything(
-                f"this process ran out of file descriptors ({error}); it needs one for each worker and actor that it "
-                "talks to: raise the limit (ulimit -n), then call afield.shutdown() and afield.init()"
+        Raises:
+            InternalError: they have a handler already.
+        """
+        if message_type in self.handlers:
+            first, second = events.name_of(self.handlers[message_type]), events.name_of(handler)
+            raise InternalError(
+                f"{message_type.__name__} is handled by {first} already; {second} cannot be a second one"
             )
+        self.handlers[message_type] = handler
 
-    def _daemon_lost(self, channel: Channel) -> None:
-        words = self.last_words().strip().rpartition("\n")[2]
-        self.fail_everything(
-            f"the node daemon is gone{f' ({words})' if words else ''}; "
-            "call afield.shutdown() and afield.init() to start afresh"
-        )
+    def subscribe(self, event: events.Event[_Callback], callback: _Callback) -> None:
+        """Have `callback` called when something happens; `events` says with what.
 
-    def fail_everything(self, reason: str) -> None:
-        """Nothing will be answered any more: fail every value that is still pending."""
-        if self.dead:
-            return
-        self.dead = reason
-        error = serialize_error(RuntimeDiedError(reason))
-        for object_id, entry in list(self.table.entries.items()):
-            if entry.state == PENDING:
-                if entry.owner:
-                    entry.owner, entry.registration = b"", 0
-                self.table.fulfil(object_id, FAILED, error)
-        for tell in self.on_dead:
-            tell(error)
-        self.table.effects.clear()
-        for request in self._requests.values():
-            request[1] = RuntimeDiedError(reason)
-            request[0].finish()
+        Raises:
+            InternalError: the event has its only subscriber already.
+        """
+        self._subscribers.add(event, callback)
 
-    # -- messages ------------------------------------------------------------------------------------------------
+    def handle_batches_by(self, handle: Callable[[Channel, list[Any]], None]) -> None:
+        """Have whole frames handled by `handle`, which is quick about some messages and leaves the others to `handlers`."""
+        self._on_batch = handle
 
-    def _install_handlers(self) -> None:
-        table = self.table
-        self.handlers |= {
-            m.Add: lambda channel, message: table.on_add(channel.peer_id, message),
-            m.Added: lambda channel, message: table.on_added(message),
-            m.Release: lambda channel, message: table.on_release(channel.peer_id, message.object_id),
-            m.Subscribe: lambda channel, message: table.on_subscribe(channel.peer_id, message.object_id),
-            m.Value: lambda channel, message: table.on_value(message),
-            m.Took: lambda channel, message: table.on_took(channel.peer_id, message.sequence),
-            m.ProcessDied: self._on_process_died,
-            m.Answer: self._on_answer,
-            m.Held: self._on_held,
-            m.Query: self._on_query,
-        }
-
-    def _on_batch(self, channel: Channel, batch: list[Any]) -> None:
+    def _dispatch(self, channel: Channel, batch: list[Any]) -> None:
         handlers = self.handlers
         for message in batch:
             handlers[type(message)](channel, message)
 
+    def _install_handlers(self) -> None:
+        table = self.table
+        self.register(m.Add, lambda channel, message: table.on_add(channel.peer_id, message))
+        self.register(m.Added, lambda channel, message: table.on_added(message))
+        self.register(m.Release, lambda channel, message: table.on_release(channel.peer_id, message.object_id))
+        self.register(m.Subscribe, lambda channel, message: table.on_subscribe(channel.peer_id, message.object_id))
+        self.register(m.Value, lambda channel, message: table.on_value(message))
+        self.register(m.Took, lambda channel, message: table.on_took(channel.peer_id, message.sequence))
+        self.register(m.ProcessDied, self._on_process_died)
+        self.register(m.Held, self._on_held)
+        self.register(m.Answer, self.requests.on_answer)
+        self.register(m.Query, self.requests.on_query)
+
+    # -- who is there, and who is not ----------------------------------------------------------------------------
+
+    def channel_to(self, process_id: bytes) -> Channel | None:
+        """Return the channel to a process, connecting if needed; None if the process is gone."""
+        return self.channels.to(process_id)
+
+    def _peer_lost(self, process_id: bytes) -> None:
+        self.table.on_peer_died(process_id)
+        for tell in self._subscribers.of(events.PEER_LOST):
+            tell(process_id)
+
     def _on_process_died(self, channel: Channel, message: m.ProcessDied) -> None:
-        lost = self.channels.get(message.process)
-        if lost is not None:
-            lost.drain()
-        self.channels.pop(message.process, None)
+        self.channels.forget(message.process)
         self.table.on_peer_died(message.process)
-        for notify in self.on_process_died:
-            notify(message.process, message.reason)
+        for tell in self._subscribers.of(events.PROCESS_DIED):
+            tell(message.process, message.reason)
 
     def _on_held(self, channel: Channel, message: m.Held) -> None:
         held = [object_id for object_id in message.object_ids if object_id in self.table.entries]
         channel.send(m.Held(message.question, held))
-
-    def _on_query(self, channel: Channel, message: m.Query) -> None:
-        answer = self.questions.get(message.what)
-        if answer is None:
-            channel.send(m.Answer(message.request, None, f"this process does not know {message.what!r}"))
-        else:
-            channel.send(m.Answer(message.request, answer(message.argument)))
 
     # -- the shell of the table ----------------------------------------------------------------------------------
 
@@ -238,15 +195,13 @@ class Process:
             drop(dropped.popleft())
         if self.table.effects:
             self.run_effects()
-        self._next_due = None
-        if self.tickers:
-            now = time.monotonic()
-            if self._freed:
-                self._free_later(now)
-            for tick in self.tickers:
-                due = tick(now)
-                if due is not None and (self._next_due is None or due < self._next_due):
-                    self._next_due = due
+        now = time.monotonic()
+        next_due = self._frees.tick(now) if self._frees.waiting else None
+        for tick in self._ticks:
+            due = tick(now)
+            if due is not None and (next_due is None or due < next_due):
+                next_due = due
+        self._next_due = next_due
 
     def _due_in(self) -> float | None:
         if self.dropped or self.loop.dirty or self.pump.callbacks:
@@ -263,33 +218,30 @@ class Process:
             for effect in effects:
                 kind = type(effect)
                 if kind is Send:
-                    channel = self.channel_to(effect.to)
+                    channel = self.channels.to(effect.to)
                     if channel is not None:
                         channel.send(effect.message)
                 elif kind is FreeStored:
-                    self._freed.append(effect.object_id)
-                    if effect.soon:
-                        self._free_due = 0.0
+                    self._frees.add(effect.object_id, soon=effect.soon)
                 elif kind is Settled:
-                    self.on_settled(effect.token)
+                    for tell in self._subscribers.of(events.OBLIGATION_MET):
+                        tell(effect.token)
                 elif kind is Recompute:
-                    self._send_freed()  # or it would free what comes of this
-                    self.on_recompute(effect.record)
+                    self._frees.flush()  # or it would free what comes of this
+                    for tell in self._subscribers.of(events.RECOMPUTE):
+                        tell(effect.record)
                 elif kind is LifeEnded:
-                    self.on_life_ended(effect.object_id)
+                    for tell in self._subscribers.of(events.LIFE_ENDED):
+                        tell(effect.object_id)
 
-    def _free_later(self, now: float) -> None:
-        """Let frees gather for a moment while values come and go in quick succession: each message wakes the daemon."""
-        if len(self._freed) >= MAX_FREED or now >= self._free_due:
-            self._send_freed()
-            self._free_due = now + FREE_DELAY_S
-        else:
-            self._next_due = self._free_due
+    def _send_freed(self, object_ids: list[bytes]) -> None:
+        if not self.dead:
+            self.daemon.send(m.Free(object_ids))
 
-    def _send_freed(self) -> None:
-        if self._freed and not self.dead:
-            self.daemon.send(m.Free(self._freed))
-        self._freed = []
+    def tidy(self) -> None:
+        """Do what has been left for later, as it may make the room that is about to be asked for; the caller holds the lock."""
+        self.after_events()
+        self._frees.flush()
 
     @uninterruptible
     def locked(self, action: Callable[..., _T], *args: Any) -> _T:
@@ -298,8 +250,8 @@ class Process:
             result = action(*args)
             if self.table.effects:
                 self.run_effects()
-                if self._freed:
-                    self._send_freed()
+                if self._frees.waiting:
+                    self._frees.flush()
             if self.loop.dirty:
                 self.loop.flush()
         return result
@@ -337,63 +289,6 @@ class Process:
             error = OwnerDiedError(f"the process that owned the object is gone (process {owner.hex()})")
         return serialize_error(error)
 
-    # -- requests to the daemon ------------------------------------------------------------------------------------
-
-    def request(
-        self,
-        make: Callable[[int], Any],
-        give_up: Callable[[Any], None] | None = None,
-        wait: Callable[[Waiter], bool] | None = None,
-    ) -> Any:
-        """Send the daemon a message with a request number and block until it is answered.
-
-        Args:
-            make: returns the message.
-            give_up: called with an answer that came although the wait was interrupted.
-            wait: how to wait; the pump's way by default.
-        """
-        waiter = Waiter()
-        slot: list[Any] = [waiter, None]
-
-        def send() -> None:
-            self.check_alive()
-            self.after_events()
-            self._send_freed()  # it may make the room that we ask for
-            self._request += 1
-            self._requests[self._request] = slot
-            self.daemon.send(make(self._request))
-
-        self.locked(send)
-        try:
-            while not (wait or self.pump.wait_for)(waiter):
-                self.check_alive()
-        except BaseException:
-            with self.pump.lock:
-                for number in [number for number, asked in self._requests.items() if asked is slot]:
-                    del self._requests[number]
-            if waiter.done and give_up is not None and not isinstance(slot[1], BaseException):
-                give_up(slot[1])
-            raise
-        answer = slot.pop()
-        if isinstance(answer, BaseException):
-            try:
-                raise answer
-            finally:
-                del answer  # else it refers to itself, by way of this frame, and keeps what all its frames have
-        return answer
-
-    def answered(self, request: int, value: Any) -> bool:
-        """Hand a value (or an error to raise) to the thread that made the request; return False if it has given up."""
-        slot = self._requests.pop(request, None)
-        if slot is None:
-            return False
-        slot[1] = value
-        slot[0].finish()
-        return True
-
-    def _on_answer(self, channel: Channel, message: m.Answer) -> None:
-        self.answered(message.request, AfieldError(message.error) if message.error else message.value)
-
     # -- end -----------------------------------------------------------------------------------------------------
 
     def check_alive(self) -> None:
@@ -401,24 +296,47 @@ class Process:
         if self.dead:
             raise RuntimeDiedError(self.dead)
 
+    def fail_everything(self, reason: str) -> None:
+        """Nothing will be answered any more: fail every value that is still pending."""
+        if self.dead:
+            return
+        self.dead = reason
+        error = serialize_error(RuntimeDiedError(reason))
+        self.table.fail_all(error)
+        for tell in self._subscribers.of(events.RUNTIME_DEAD):
+            tell(error)
+        self.table.effects.clear()
+        self.requests.fail_all(reason)
+
+    def _daemon_lost(self, channel: Channel) -> None:
+        words = self._last_words().strip().rpartition("\n")[2]
+        self.fail_everything(
+            f"the node daemon is gone{f' ({words})' if words else ''}; "
+            "call afield.shutdown() and afield.init() to start afresh"
+        )
+
+    def _crashed(self, error: BaseException) -> None:
+        """The thread that serves others ends by an exception: whoever waits would wait for ever."""
+        with self.pump.lock:
+            fault = f"{type(error).__name__}: {error}"[:FAULT_CHARACTERS]
+            self.fail_everything(f"a bug in the runtime: {fault}\n{account(self.cores)}")
+        self.loop.kick()  # a thread that waits in the loop looks whether it was waited for
+
+    def expect_end(self, notify: Callable[[], None]) -> None:
+        """The daemon goes because we asked it to: call `notify` then, instead of failing everything."""
+        self.daemon.on_closed = lambda channel: notify()
+
     def abandon(self) -> None:
         """Close this process's copies of the connections of the one that it was forked from."""
         self.dead = "this process was forked from one that uses afield and has no part in its runtime"
         self.pump.lock = threading.RLock()  # a thread that exists only in the parent may hold the copy
-        for channel in [self.daemon, *self.channels.values()]:
-            channel.sock.close()
-        self._listener.close()
+        self.channels.abandon()
 
     def close(self) -> None:
         """Leave the cluster."""
         self.dead = self.dead or "the runtime was shut down"
         self.pump.close()
-        for channel in [self.daemon, *self.channels.values()]:
-            channel.close()
-        self.loop.unregister(self._listener.fileno())
-        self._listener.close()
+        self.channels.close()
         self.loop.close()
-        for (
-            entry
-        ) in self.table.entries.values():  # the collector does not look into entries: nothing may lead back to us
-            entry.task = entry.waiters = None
+        with self.pump.lock:  # other threads may be in the middle of a submission
+            self.table.clear()

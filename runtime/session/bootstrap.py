@@ -166,8 +166,13 @@ class Session:
                     words = self._log() or f"its fork server ended with status {self._process.returncode}"
                     raise RuntimeDiedError(f"the runtime did not start:\n{words}") from None
                 time.sleep(0.003)
-        participant = Participant(config, ProcessConfig(), driver_id, log_to_driver=self.options.log_to_driver)
-        participant.process.last_words = self._log
+        participant = Participant(
+            config,
+            ProcessConfig(),
+            driver_id,
+            log_to_driver=self.options.log_to_driver,
+            last_words=self._log,
+        )
         participant.process.start()
         return participant
 

@@ -66,7 +66,7 @@ class Row(msgspec.Struct, array_like=True):
 
 def answer_questions(participant: Participant) -> None:
     """Have this process describe its objects whenever the daemon asks."""
-    participant.process.questions["memory"] = lambda _: describe(participant)
+    participant.process.requests.answer("memory", lambda _: describe(participant))
 
 
 def describe(participant: Participant) -> list[Row]:

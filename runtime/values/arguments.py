@@ -76,9 +76,7 @@ class Arguments:
     def unpin(self, task: Task) -> None:
         """The task's outcome is known."""
         if task.pinned is not None:
-            pinned, task.pinned = task.pinned, None
-            for object_id in pinned:
-                self.table.unpin(object_id)
+            self.table.let_go(task)
 
     def when_resolved(self, task: Task, proceed: Callable[[Task], None]) -> None:
         """Call `proceed` once every top-level argument is there; the caller holds the lock."""

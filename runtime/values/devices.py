@@ -116,7 +116,7 @@ class Devices:
         if self._in_worker:
             return self.bound
         if self._known is None:
-            answer = self._process.request(lambda request: m.Query(request, "devices"))
+            answer = self._process.requests.ask(lambda request: m.Query(request, "devices"))
             self._spec = answer["backend"]
             self._known = {device["arena"]: device["uuid"] for device in answer["devices"]}
         return self._known
@@ -209,7 +209,7 @@ class Devices:
     def _export(self, number: int) -> tuple[int, bytes]:
         """Return the number of an arena's present life, and its slab as the backend exports it."""
         try:
-            life, raw = self._process.request(lambda request: m.Query(request, "slab", number))
+            life, raw = self._process.requests.ask(lambda request: m.Query(request, "slab", number))
         except AfieldError as error:
             raise DeviceLostError(str(error)) from None
         return life, raw

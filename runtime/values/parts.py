@@ -35,6 +35,7 @@ from afield.gpu_store.interop import DevicePacker, DevicePlace, HostPlace, Place
 from afield.gpu_store.pins import Pinner
 from afield.gpu_store.rings import RingWriter
 from afield.gpu_store.tiers import ARGUMENT, FIRST_LIFE, GET, HOST
+from afield.runtime.process.events import TICK
 from afield.runtime.process.process import INLINE_BYTES, Process
 from afield.runtime.process.serialization import Serialized, deserialize
 from afield.runtime.values.devices import Devices
@@ -95,12 +96,10 @@ class Parts:
         self._given_back: deque[m.GiveBack] = deque()
         self._holds: list[Any] = []  # weak references
         self._holds_limit = 64
-        process.handlers |= {
-            m.StoreGrant: self._on_store_grant,
-            m.Found: self._on_found,
-            m.Trim: lambda channel, message: self.devices.trim(message.arena),
-        }
-        process.tickers.append(self._tick)
+        process.register(m.StoreGrant, self._on_store_grant)
+        process.register(m.Found, self._on_found)
+        process.register(m.Trim, lambda channel, message: self.devices.trim(message.arena))
+        process.subscribe(TICK, self._tick)
 
     def close(self) -> None:
         """Let go of all memory; it goes back to the system with the last view of it."""
@@ -122,7 +121,7 @@ class Parts:
             DeviceLostError: this life of the arena is over.
         """
         wait_s = self.process.config.store_wait_s if wait_s is None else wait_s
-        granted: tuple[int, int] = self.process.request(
+        granted: tuple[int, int] = self.process.requests.ask(
             lambda request: m.StoreLease(request, size, wait_s, arena, life),
             give_up=lambda unwanted: self.give_back(arena, life, *unwanted),
             # While a producer waits for room, its CPU is for those whose work makes room.
@@ -160,8 +159,8 @@ class Parts:
             kind: type[AfieldError] = ObjectStoreFullError if message.arena == HOST else OutOfDeviceMemoryError
             if message.lost:
                 kind = DeviceLostError
-            self.process.answered(message.request, kind(message.refusal))
-        elif not self.process.answered(message.request, (message.offset, message.size)):
+            self.process.requests.answered(message.request, kind(message.refusal))
+        elif not self.process.requests.answered(message.request, (message.offset, message.size)):
             self.give_back(*place)  # whoever asked was interrupted
 
     # -- writing ---------------------------------------------------------------------------------------------------
@@ -195,7 +194,7 @@ class Parts:
 
     def _ask_for_slots(self, least: int) -> None:
         count = max(least, self._slots_asked)
-        ask = self.process.request
+        ask = self.process.requests.ask
         self._slots.extend(ask(lambda request: m.Query(request, "slots", count), give_up=self._slots.extend))
         self._slots_asked = min(2 * self._slots_asked, MAX_SLOTS)
 
@@ -323,7 +322,7 @@ class Parts:
             raise GetTimeoutError("the value is there, but it could not be brought here in time")
 
         try:
-            answer: m.Found = self.process.request(
+            answer: m.Found = self.process.requests.ask(
                 lambda request: m.Need(request, object_id, wants, priority, wait_s),
                 give_up=lambda unwanted: self._mapped(unwanted.request),
                 wait=wait,
@@ -354,7 +353,7 @@ class Parts:
         answer: Any = message
         if message.kind:
             answer = _ERRORS[message.kind](message.reason)
-        if not self.process.answered(message.request, answer) and not message.kind:
+        if not self.process.requests.answered(message.request, answer) and not message.kind:
             channel.send(m.Mapped(message.request))  # whoever asked was interrupted
 
     def _place(self, part: m.Part, hold: Hold) -> Any:

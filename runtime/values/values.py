@@ -232,8 +232,8 @@ class Values:
             deadline=deadline,
             blocking=blocking,
         )
-        if location is not entry.value and entry.state == LOCATED:
-            entry.value = location
+        if location is not entry.value:
+            self.table.moved(entry, location)
         return value
 
     def _on_ref_in(self, container: bytes) -> Callable[[bytes, bytes], None]:
@@ -247,7 +247,7 @@ class Values:
 
         @uninterruptible
         def hold(slot: int) -> Hold:
-            entry.handles += 1
+            self.table.add_handle(entry)
             return self.parts.hold(slot, object_id)
 
         return hold

@@ -28,6 +28,7 @@ from afield.errors import AfieldError, DeviceLostError, TaskCancelledError
 from afield.runtime.calls.participant import Participant
 from afield.runtime.process import current
 from afield.runtime.process.context import ActorExit, TaskContext, enter, leave_copy
+from afield.runtime.process.events import OBLIGATION_MET, PEER_LOST, TICK
 from afield.runtime.process.facts import OwnActor
 from afield.runtime.process.serialization import deserialize
 from afield.runtime.wire import messages as m
@@ -83,19 +84,17 @@ class Executor:
         self._consumers: dict[tuple[bytes, int], Consumer] = {}
         self._last_flush = 0.0
         self._replies: deque[tuple[Channel, Any]] = deque()
-        process.handlers |= {
-            m.Define: self._on_define,
-            m.Push: self._on_push,
-            m.Recall: self._on_recall,
-            m.Assign: self._on_assign,
-            m.BecomeActor: self._on_become_actor,
-            m.Terminate: lambda channel, message: self._finish_and_end(),
-            m.Cancel: self._on_cancel,
-            m.Consumed: self._on_consumed,
-        }
-        process.tickers.append(self._queue_replies)
-        process.on_settled = self._send_settled
-        process.on_peer_lost.append(self._forget_peer)
+        process.register(m.Define, self._on_define)
+        process.register(m.Push, self._on_push)
+        process.register(m.Recall, self._on_recall)
+        process.register(m.Assign, self._on_assign)
+        process.register(m.BecomeActor, self._on_become_actor)
+        process.register(m.Terminate, lambda channel, message: self._finish_and_end())
+        process.register(m.Cancel, self._on_cancel)
+        process.register(m.Consumed, self._on_consumed)
+        process.subscribe(TICK, self._queue_replies)
+        process.subscribe(OBLIGATION_MET, self._send_settled)
+        process.subscribe(PEER_LOST, self._forget_peer)
         self.values.on_block = self._block
         self.values.on_unblock = self._unblock
         signal.signal(signal.SIGINT, process.pump.on_sigint)

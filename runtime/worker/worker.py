@@ -14,6 +14,7 @@ from afield.runtime.calls.participant import Participant
 from afield.runtime.process.configuration import ForkServerConfig, ProcessConfig
 from afield.runtime.process.context import reset_root, running
 from afield.runtime.process.environment import Environment
+from afield.runtime.process.events import TICK
 from afield.runtime.process.facts import Facts, install
 from afield.runtime.tools.memory import answer_questions
 from afield.runtime.values import accelerators
@@ -38,7 +39,7 @@ def run_worker(config: ForkServerConfig, worker_id: bytes, variables: dict[str, 
     executor = Executor(participant)
     session, node_id, namespace = config.session.name, config.node_id.hex(), config.namespace
     install(Facts(session, node_id, namespace, environment, lambda: executor.assignment, executor.own_actor))
-    participant.process.handlers[m.Retire] = lambda channel, message: _retire(executor, channel)
+    participant.process.register(m.Retire, lambda channel, message: _retire(executor, channel))
 
     def speaker() -> tuple[str, bytes]:
         task = running()
@@ -51,7 +52,7 @@ def run_worker(config: ForkServerConfig, worker_id: bytes, variables: dict[str, 
             out.flush()
             err.flush()
 
-    participant.process.tickers.append(flush)
+    participant.process.subscribe(TICK, flush)
     vars(sys).update(stdout=out, __stdout__=out, stderr=err, __stderr__=err)
     faulthandler.enable(2)  # a crash in C code says where
     participation.install(participant)

@@ -54,7 +54,7 @@ def run(
     try:
         summary = simulation.run(steps)
     except InvariantError as violation:
-        _print_transcript(simulation.world.log)
+        _print_transcript([*(simulation.world.log or ()), *violation.__notes__])
         print(f"seed {seed}: VIOLATED: {violation}")
         return 1
     if always:

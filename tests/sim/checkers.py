@@ -14,6 +14,7 @@ A value that the store loses is made again or becomes an error, as its owner's l
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from typing import Any
 
@@ -21,6 +22,27 @@ from afield.runtime.wire import messages as m
 from tests.sim.participant import Participant
 from tests.sim.values import InvariantError, owner_of, show_id
 from tests.sim.world import World
+
+#: So many of each core's transitions are shown in a failure.
+STORY = 8
+
+
+def readable(text: str) -> str:
+    """Name the objects and processes in what a core says, which shows ids in hexadecimal."""
+    return re.sub(r"\b(?:[0-9a-f]{2}){2,}\b", lambda found: _name(bytes.fromhex(found[0])) or found[0], text)
+
+
+def _name(name: bytes) -> str:
+    return name.decode() if re.fullmatch(rb"p\d|\d\.\d+[a-z]", name) else ""
+
+
+def stories(world: World) -> list[str]:
+    """Return the last transitions of the cores of all processes, as lines."""
+    lines = []
+    for name, process in world.processes.items():
+        for what, core in (("ownership", process.table), ("lineage", process.lineage)):
+            lines += [f"{name.decode()} {what}: {readable(line)}" for line in core.recorder.story()[-STORY:]]
+    return lines
 
 
 def _inside(reply: m.ReplyMany) -> list[bytes]:
@@ -83,6 +105,17 @@ def after_event(world: World, process: Participant) -> None:
         for object_id in sorted(freed):
             if object_id in reached and not world.unprotected(object_id):
                 raise InvariantError(f"{show_id(object_id)} is freed while somebody can reach it")
+
+
+def books(process: Participant) -> None:
+    """Have the cores of a process check themselves, at a moment between transitions.
+
+    Raises:
+        InvariantError: one of them has complaints.
+    """
+    complaints = [*process.table.validate(), *process.lineage.validate()]
+    if complaints:
+        raise InvariantError(f"the books of {process.name.decode()} are wrong: {readable('; '.join(complaints))}")
 
 
 def on_emptied(world: World, object_id: bytes) -> None:

@@ -11,11 +11,15 @@ A copy is a pickle: it keeps what refers to what. A fingerprint leaves out only 
 
 from __future__ import annotations
 
+import copyreg
 import hashlib
+import io
 import pickle
 from dataclasses import dataclass, field
 from typing import Any
 
+from afield.errors import InternalError
+from afield.machines import FlightRecorder
 from afield.runtime.cores.objects import INLINE, LOCATED, Obligation
 from afield.runtime.cores.ownership import OwnershipTable
 from tests.sim import checkers
@@ -106,8 +110,8 @@ class State:
             found.append(("let go",))
         return found
 
-    def apply(self, action: Action) -> None:
-        """Do one action and check what it did.
+    def apply(self, action: Action) -> list[Participant]:
+        """Do one action and check what it did; return the processes that it touched.
 
         Raises:
             InvariantError: an invariant does not hold.
@@ -118,7 +122,7 @@ class State:
                 thread = self.threads[index]
                 touched = self._step(thread)
                 if touched.name not in world.processes:
-                    return
+                    return []
                 if thread.at == len(self.steps(thread)):
                     del self.threads[index]
             case ("deliver", source, target):
@@ -128,21 +132,22 @@ class State:
                 touched = self._deliver(world.processes[target], source, world.network.channels[source, target][0])
             case ("lose", source, target):
                 world.network.lose(source, target, 0)
-                return
+                return []
             case ("die", name):
                 self._die(name)
-                return
+                return []
             case ("vanish", object_id):
                 self.losses -= 1
                 world.lose(object_id)
-                return
+                return []
             case ("hear", name, dead):
                 touched = world.processes[name]
                 touched.peer_died(dead)
             case _:
                 self._let_go()
-                return
+                return list(world.processes.values())
         checkers.after_event(world, touched)
+        return [touched]
 
     def _die(self, name: bytes) -> None:
         self._note(name, "dies")
@@ -356,7 +361,7 @@ def explore(scenario: Scenario, table: type[OwnershipTable] = OwnershipTable) ->
     start = State(scenario, table)
     root = fingerprint(start)
     parents: dict[bytes, tuple[bytes, Action]] = {root: (b"", ())}
-    stack = [(root, pickle.dumps(start, 5))]
+    stack = [(root, _freeze(start))]
     transitions = ends = 0
     while stack:
         mark, frozen = stack.pop()
@@ -371,11 +376,13 @@ def explore(scenario: Scenario, table: type[OwnershipTable] = OwnershipTable) ->
                     state.world.forget()
                     state = _thaw(scenario, frozen)
                 transitions += 1
-                _apply(state, action)
+                touched = _apply(state, action)
                 child = fingerprint(state)
                 if child not in parents:
+                    for process in touched:
+                        checkers.books(process)
                     parents[child] = (mark, action)
-                    stack.append((child, pickle.dumps(state, 5)))
+                    stack.append((child, _freeze(state)))
         except InvariantError as violation:
             path = [action] if actions else []
             while mark != root:
@@ -387,25 +394,35 @@ def explore(scenario: Scenario, table: type[OwnershipTable] = OwnershipTable) ->
     return Explored(len(parents), transitions, ends)
 
 
+def _freeze(state: State) -> bytes:
+    """Pickle a state without the stories of its cores: the transcript of a counterexample is made afresh, with them."""
+    frozen = io.BytesIO()
+    pickler = pickle.Pickler(frozen, 5)
+    pickler.dispatch_table = copyreg.dispatch_table | {FlightRecorder: lambda recorder: (FlightRecorder, ())}
+    pickler.dump(state)
+    return frozen.getvalue()
+
+
 def _thaw(scenario: Scenario, frozen: bytes) -> State:
     state: State = pickle.loads(frozen)
     state.scenario = scenario
     return state
 
 
-def _apply(state: State, action: Action) -> None:
+def _apply(state: State, action: Action) -> list[Participant]:
     try:
-        state.apply(action)
-    except (KeyError, AttributeError, ValueError) as error:
-        raise InvariantError(f"the core raised {error!r}") from error
+        return state.apply(action)
+    except (KeyError, AttributeError, ValueError, InternalError) as error:
+        raise InvariantError(f"the core raised {type(error).__name__}: {checkers.readable(str(error))}") from error
 
 
 def _replay(scenario: Scenario, table: type[OwnershipTable], path: list[Action]) -> list[str]:
     state = State(scenario, table, recording=True)
     try:
         for action in path:
-            _apply(state, action)
+            for process in _apply(state, action):
+                checkers.books(process)
     except InvariantError:
         pass
     assert state.world.log is not None
-    return state.world.log
+    return state.world.log + checkers.stories(state.world)

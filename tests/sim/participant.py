@@ -555,7 +555,7 @@ class Participant:
         if entry.state != LOCATED:
             return decode(entry.value) if entry.state == INLINE else []
         refs = self.world.read(entry.value)
-        entry.handles += 1  # the view's
+        self.table.add_handle(entry)  # the view's
         (self.views if view else self.dropped).append(object_id)
         return refs
 

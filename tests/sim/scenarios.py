@@ -130,7 +130,7 @@ SCENARIOS: tuple[Scenario, ...] = (
     ),
     Scenario("a value that is still to be made, anyone dies", 1200, 3, _LEND_PENDING, (_MAKE_STORED, _READ), ANYONE),
     Scenario(
-        "a result inside a result, anyone dies", 2000, 3, _PASS_PENDING, (_MAKE_INSIDE, (("return", "a0"),)), ANYONE
+        "a result inside a result, anyone dies", 1900, 3, _PASS_PENDING, (_MAKE_INSIDE, (("return", "a0"),)), ANYONE
     ),
     Scenario("a result is lost, twice", 55, 2, _GET, (_MAKE_STORED,), losses=2, left=1),
     Scenario("a result is lost, anyone dies", 160, 2, _GET, (_MAKE_STORED,), (P0, P1), losses=1, left=1),

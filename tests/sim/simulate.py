@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from afield.errors import InternalError
 from afield.runtime.cores.lineage import RECORD_BYTES, Lineage
 from afield.runtime.cores.objects import FAILED, INLINE, LOCATED
 from afield.runtime.cores.ownership import OwnershipTable
@@ -35,6 +36,8 @@ MAX_SETTLING_EVENTS = 20_000
 
 #: A direction between two processes is this much slower or faster than others, so that short cuts win races.
 SLOWNESS = (0.1, 0.5, 1.0, 10.0)
+#: After each so many events the cores check themselves, and at rest; in a run with a transcript, after each one.
+VALIDATE_EVERY = 8
 DUPLICATES = 0.05
 DEATHS = 0.008
 LOSSES = 0.08
@@ -129,6 +132,7 @@ class Simulation:
         self.events = 0
         self.digest = 0
         self.running = True
+        self.validate_every = 1 if recording else VALIDATE_EVERY
         limit = self.random.choice(LINEAGE_BYTES) if losses else LINEAGE_BYTES[-1]
         self.world = World(table, lineage=lineage, recording=recording, lineage_bytes=limit)
         self.network = TimedNetwork(self)
@@ -179,20 +183,30 @@ class Simulation:
         self.now, _, (action, args) = heapq.heappop(self._heap)
         try:
             touched = action(*args)
-        except (KeyError, AttributeError, ValueError) as error:
-            raise InvariantError(f"the core raised {error!r}") from error
+        except (KeyError, AttributeError, ValueError, InternalError) as error:
+            raise InvariantError(f"the core raised {type(error).__name__}: {checkers.readable(str(error))}") from error
         if touched is not None and touched.name in self.world.processes:
             self.events += 1
             self.digest = zlib.crc32(b"%d %s %d" % (self.now * 1e6, touched.name, len(touched.handles)), self.digest)
             checkers.after_event(self.world, touched)
+            if self.events % self.validate_every == 0:
+                checkers.books(touched)
         return True
 
     def run(self, steps: int) -> Summary:
         """Run `steps` events, let everything come to rest, drop all, and check that nothing is left.
 
         Raises:
-            InvariantError: an invariant does not hold.
+            InvariantError: an invariant does not hold; its notes are the last transitions of the cores.
         """
+        try:
+            return self._run(steps)
+        except InvariantError as violation:
+            for line in checkers.stories(self.world):
+                violation.add_note(line)
+            raise
+
+    def _run(self, steps: int) -> Summary:
         while self.events < steps and self.step():
             pass
         self.running = False
@@ -229,6 +243,7 @@ class Simulation:
             for process in self.world.processes.values():
                 process.drain()
                 checkers.after_event(self.world, process)
+                checkers.books(process)
             busy = False
             while self.step():
                 busy = True
