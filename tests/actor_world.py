@@ -25,6 +25,7 @@ from afield.runtime.cores.caller import life_of
 from afield.runtime.cores.dispatch import Task
 from afield.runtime.cores.objects import FAILED, INLINE, PENDING, LifeEnded, Recompute
 from afield.runtime.cores.ownership import OwnershipTable
+from afield.runtime.process.events import RECOMPUTE
 from afield.runtime.process.serialization import deserialize, serialize_error
 from afield.runtime.values.arguments import Arguments
 from afield.runtime.wire import messages as m
@@ -99,11 +100,21 @@ class Process:
         self.pump = SimpleNamespace(lock=threading.RLock())
         self.loop = SimpleNamespace(dirty=[])
         self.daemon = SimpleNamespace(send=world.to_daemon.append)
-        self.tickers: list[Any] = []
-        self.on_process_died: list[Any] = []
+        self.cores: dict[str, Any] = {}
+
+        self.subscribers: dict[Any, Callable[..., Any]] = {}
         self.on_batch: Any = None
-        self.on_recompute: Any = None
         self.dead = ""
+
+    def register(self, message_type: type, handler: Callable[[Any, Any], None]) -> None:
+        assert message_type not in self.handlers
+        self.handlers[message_type] = handler
+
+    def subscribe(self, event: Any, callback: Callable[..., Any]) -> None:
+        self.subscribers[event] = callback
+
+    def handle_batches_by(self, handle: Any) -> None:
+        self.on_batch = handle
 
     def check_alive(self) -> None:
         pass
@@ -124,7 +135,7 @@ class Process:
                 if isinstance(effect, LifeEnded):
                     self.world.actors.end(effect.object_id)
                 elif isinstance(effect, Recompute):
-                    self.on_recompute(effect.record)
+                    self.subscribers[RECOMPUTE](effect.record)
 
 
 class World:
