@@ -24,7 +24,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     """The environment of whoever runs the tests must not choose their devices."""
-    for name in ("AFIELD_DEVICES", "AFIELD_STORE_WAIT_S"):
+    for name in ("AFIELD_DEVICES", "AFIELD_STORE_WAIT_S", "AFIELD_FULL_TRACEBACKS"):
         monkeypatch.delenv(name, raising=False)
 
 
