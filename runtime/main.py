@@ -6,6 +6,7 @@ names, since what programs use is then in the pages that workers share.
 
 from __future__ import annotations
 
+import linecache
 import socket
 
 import afield.runtime.face.api  # noqa: F401 - see above
@@ -18,6 +19,8 @@ from afield.runtime.worker.worker import run_worker
 
 def main(raw: bytes) -> None:
     """Run the fork server; `raw` is its configuration."""
+    # From Python 3.13 on it has the command of this interpreter for the source of whatever is called so.
+    linecache.cache.pop("<string>", None)
     serve(raw, Roles(_run_daemon, run_worker, run_store))
 
 

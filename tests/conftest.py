@@ -42,7 +42,7 @@ def _collections_look_at_this_module_alone() -> None:
 @pytest.fixture(autouse=True)
 def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     """The environment of whoever runs the tests must not choose their devices."""
-    for name in ("AFIELD_DEVICES", "AFIELD_STORE_WAIT_S"):
+    for name in ("AFIELD_DEVICES", "AFIELD_STORE_WAIT_S", "AFIELD_FULL_TRACEBACKS"):
         monkeypatch.delenv(name, raising=False)
 
 

@@ -34,7 +34,7 @@ import cloudpickle
 import numpy as np
 
 from afield.code_names import reduce_code, remember_source
-from afield.errors import DeserializationError, SerializationError
+from afield.errors import CapacityError, DeserializationError, LossError, SerializationError
 from afield.gpu_store.interop import DevicePacker, adapter_of
 from afield.runtime.process import current
 from afield.tracebacks import UnknownError, trim
@@ -337,6 +337,7 @@ def deserialize(
 
     Raises:
         DeserializationError: a class cannot be found here, or its code raised.
+        LossError, CapacityError: the device on which it was to be rebuilt is lost, or has no room.
     """
     if not len(data):
         return None
@@ -357,6 +358,8 @@ def deserialize(
             else:
                 buffers.append(view[offset : offset + size])
         return load(view[start : start + length], buffers=buffers)
+    except (LossError, CapacityError):
+        raise  # a device on which it was to be rebuilt is lost or full: its classes have nothing to do with that
     except Exception as error:
         trim(error, foreseen=True)
         raise DeserializationError(

@@ -262,8 +262,10 @@ class Values:
     ) -> tuple[list[Any], list[Any]]:
         """Return (ready, not ready), both in the order given, once `num_returns` are ready or the time is over."""
         ready = self._first_ready(refs, ids, num_returns)
+        # More than once where a value is lost again before all are there.
+        while len(ready) < num_returns and self._wait_for(refs, num_returns, deadline):
+            ready = self._first_ready(refs, ids, num_returns)
         if len(ready) < num_returns:
-            self._wait_for(refs, num_returns, deadline)
             ready = self._first_ready(refs, ids, num_returns)
         rest: list[Any] = []
         start = 0
@@ -312,8 +314,7 @@ class Values:
 
         pending = self.process.locked(subscribe)
         try:
-            if not waiter.done:
-                self.blocking_wait(waiter, deadline)
+            return waiter.done or self.blocking_wait(waiter, deadline)
         finally:
             self.process.locked(self._stop_waiting_all, pending, one_done)
 
