@@ -11,6 +11,8 @@ from __future__ import annotations
 import gc
 import json
 import os
+import random
+import signal
 import subprocess
 import sys
 import textwrap
@@ -165,10 +167,51 @@ def no_leaks() -> Iterator[None]:
     assert not extra, f"file descriptors were left open: {extra}"
 
 
+# -- interrupts -------------------------------------------------------------------------------------------------
+
+
+class Interrupter:
+    """Ctrl-C at random moments of a piece of work, and at no other.
+
+    Theory of operation. Each `until_interrupted` asks for one SIGINT, which the thread sends after a random time, and goes on
+    with the work until it is raised. So it is raised where it is caught, however late the thread or the signal is.
+    """
+
+    def __init__(self, most_delay_s: float = 0.008) -> None:
+        self.hits = 0
+        self._is_wanted = False
+        self._is_over = False
+        self._most_delay_s = most_delay_s
+        self._random = random.Random(0)
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def until_interrupted(self, work: Callable[[], Any]) -> None:
+        """Do some work again and again."""
+        try:
+            self._is_wanted = True
+            while True:
+                work()
+        except KeyboardInterrupt:
+            self.hits += 1
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._is_over = True
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._is_over:
+            time.sleep(self._random.uniform(0, self._most_delay_s))
+            if self._is_wanted:
+                self._is_wanted = False
+                os.kill(os.getpid(), signal.SIGINT)
+
+
 # -- programs -----------------------------------------------------------------------------------------------------
 
 _PREAMBLE = """
-import json, os, signal, sys, threading, time
+import itertools, json, os, signal, sys, threading, time
 import numpy as np
 import afield
 from tests.helpers import *
