@@ -241,10 +241,15 @@ def test_sigpipe_with_its_default_action_does_not_end_the_driver() -> None:
         def hello(self):
             return os.getpid()
 
+    sys.setswitchinterval(1.0)
     died = 0
     for _ in range(10):
         victim = Victim.remote()
-        os.kill(afield.get(victim.hello.remote()), signal.SIGKILL)
+        pid = afield.get(victim.hello.remote())
+        os.kill(pid, signal.SIGKILL)
+        end = time.perf_counter() + 0.02
+        while time.perf_counter() < end:
+            pass  # its socket is closed by then, mostly, and no thread of ours has had the time to see it
         try:
             afield.get([victim.hello.remote() for _ in range(30)])
         except afield.ActorDiedError:

@@ -263,9 +263,9 @@ class Values:
         """Return (ready, not ready), both in the order given, once `num_returns` are ready or the time is over."""
         ready = self._first_ready(refs, ids, num_returns)
         # More than once where a value is lost again before all are there.
-        while len(ready) < num_returns and self._wait_for(refs, num_returns, deadline):
-            ready = self._first_ready(refs, ids, num_returns)
-        if len(ready) < num_returns:
+        again = True
+        while len(ready) < num_returns and again:
+            again = self._wait_for(refs, num_returns, deadline)
             ready = self._first_ready(refs, ids, num_returns)
         rest: list[Any] = []
         start = 0
@@ -291,8 +291,8 @@ class Values:
                 break
         return ready
 
-    def _wait_for(self, refs: Sequence[ObjectRef | Stream], num_returns: int, deadline: float | None) -> None:
-        """Block until `num_returns` of the refs are ready or the time is over."""
+    def _wait_for(self, refs: Sequence[ObjectRef | Stream], num_returns: int, deadline: float | None) -> bool:
+        """Block until so many of the refs were ready, or return False: the time is over, or the runtime."""
         waiter = Waiter()
         missing = [num_returns]
 
