@@ -25,7 +25,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from tests.helpers import HANG_S
-from tests.test_house import ROOT, build
+from tests.test_house import ROOT, build, repository
 
 #: For what constraints.txt is made, and what the classifiers of pyproject.toml promise.
 PYTHONS = ("3.11", "3.12", "3.13")
@@ -124,8 +124,8 @@ def test_the_promised_pythons_are_those_of_the_constraints() -> None:
 
 def contracts() -> Iterator[str]:
     """The packages that marks of tests name: `@pytest.mark.contract("numpy")`."""
-    for path in sorted((ROOT / "tests").glob("test_*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for source in repository():
+        for node in ast.walk(source.tree) if source.folder == "tests" else ():
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.mark.contract":
                 yield from (ast.literal_eval(argument) for argument in node.args)
 
