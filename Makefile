@@ -65,9 +65,9 @@ test-latest: ## run the tests marked contract with the newest versions that pypr
 	@echo "bringing $(LATEST) up to date with the newest versions"
 	@$(LATEST)/bin/python $(PIP_INSTALL) --upgrade pip
 	@$(LATEST)/bin/python $(PIP_INSTALL) --no-compile --upgrade --upgrade-strategy eager --editable '.[test]'
-	@echo "versions that constraints.txt does not have:"
-	@$(LATEST)/bin/python -m pip freeze --exclude-editable | tr _ - \
-		| grep -vixF "$$(sed 's/ *[;#].*//; /^$$/d' constraints.txt)" | sed 's/^/  /' || echo "  none"
+	@newer=$$($(LATEST)/bin/python -m pip freeze --exclude-editable | tr _ - \
+		| grep -vixF "$$(sed 's/ *[;#].*//; /^$$/d' constraints.txt)"); \
+		echo "versions that constraints.txt does not have:" $${newer:-none}
 	$(LATEST)/bin/python -m pytest -m contract $$(grep -l 'mark\.contract' tests/*.py) $(ARGS)
 
 lint: $(STAMP) ## check style and types

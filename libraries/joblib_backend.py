@@ -28,6 +28,8 @@ from afield.libraries.executor import Executor
 #: Arrays from this size on are shared between batches; smaller ones are cheaper to send along.
 SHARED_BYTES = 1 << 20
 
+_NEEDS_JOBLIB = "register_joblib() needs joblib, 1.5 or newer: pip install 'joblib>=1.5'"
+
 
 def register_joblib() -> None:
     """Make the backend "afield" known to joblib: ``with joblib.parallel_config("afield"): ...``.
@@ -35,12 +37,15 @@ def register_joblib() -> None:
     Keyword arguments of `parallel_config` are options of the tasks, such as `num_gpus=0.5`.
 
     Raises:
-        ImportError: joblib is not installed.
+        ImportError: joblib is not installed, or too old.
     """
     try:
         import joblib
+        from joblib.parallel import ParallelBackendBase
     except ImportError as error:
-        raise ImportError("register_joblib() needs joblib: pip install joblib") from error
+        raise ImportError(_NEEDS_JOBLIB) from error
+    if not hasattr(ParallelBackendBase, "submit"):
+        raise ImportError(f"{_NEEDS_JOBLIB} (this is joblib {joblib.__version__})")
     joblib.register_parallel_backend("afield", _backend_class())
 
 

@@ -146,6 +146,7 @@ def run(source: str, *, before: str = ADAPTED) -> str:
     return done.stdout
 
 
+@pytest.mark.contract("numba-cuda")
 @needs_numba
 @pytest.mark.slow
 def test_kernels_work_on_emulated_arrays() -> None:
@@ -201,6 +202,7 @@ def test_kernels_work_on_emulated_arrays() -> None:
     )
 
 
+@pytest.mark.contract("numba-cuda")
 @needs_numba
 @pytest.mark.slow
 def test_arrays_of_numba_lie_in_device_memory() -> None:
@@ -263,6 +265,7 @@ def test_threads_that_launch_at_the_same_time() -> None:
     )
 
 
+@pytest.mark.contract("numba-cuda", "cloudpickle")
 @needs_numba
 @pytest.mark.slow
 def test_a_kernel_travels_from_a_process_with_the_real_numba(tmp_path: Path) -> None:

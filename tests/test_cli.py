@@ -100,6 +100,7 @@ def test_memory(place: str, capsys: Any, no_runtime: None) -> None:
     assert status == 1 and "begins with zzz" in error
 
 
+@pytest.mark.contract("rich")
 def test_a_terminal_gets_a_drawn_table(place: str, capsys: Any, no_runtime: None, monkeypatch: Any) -> None:
     afield.init(num_cpus=1)
     ref = afield.put({"a": 1})

@@ -172,6 +172,7 @@ def device_module(request: pytest.FixtureRequest) -> Any:
     )
 
 
+@pytest.mark.contract("numpy")
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("expression", TABLE)
 def test_computes_what_numpy_computes(expression: str, device_module: Any) -> None:
@@ -198,6 +199,7 @@ STATEMENTS = """
 """
 
 
+@pytest.mark.contract("numpy")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize(
     "statement", [part.strip() for line in STATEMENTS.strip().splitlines() for part in line.split(" | ")]

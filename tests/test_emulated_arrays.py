@@ -124,6 +124,7 @@ def expressions(text: str) -> list[str]:
     return [expression.strip() for line in text.strip().splitlines() for expression in line.split(" | ")]
 
 
+@pytest.mark.contract("numpy")
 @pytest.mark.parametrize("expression", expressions(MIXED))
 def test_host_and_device_do_not_mix(expression: str, cp: Any) -> None:
     with pytest.raises(TypeError) as caught:
@@ -132,6 +133,7 @@ def test_host_and_device_do_not_mix(expression: str, cp: Any) -> None:
         assert "asarray" in str(caught.value) or "asnumpy" in str(caught.value)
 
 
+@pytest.mark.contract("numpy")
 @pytest.mark.parametrize("expression", expressions(IMPLICIT))
 def test_nothing_becomes_a_host_array_unasked(expression: str, cp: Any) -> None:
     with pytest.raises(TypeError) as caught:
@@ -203,6 +205,7 @@ def test_files(cp: Any) -> None:
     assert cp.load(many)["b"].tolist() == [1.0, 1.0]
 
 
+@pytest.mark.contract("numpy")
 def test_pickle_is_by_value_and_finds_its_device(cp2: Any) -> None:
     before = set_process_devices(cp2.devices)
     try:
@@ -237,6 +240,7 @@ class Consumer:
         return self.capsule
 
 
+@pytest.mark.contract("numpy")
 def test_dlpack(cp: Any) -> None:
     x = cp.arange(6.0).reshape(2, 3)
     same = cp.from_dlpack(x)
@@ -507,6 +511,7 @@ def test_what_it_lacks_says_so(cp: Any) -> None:
         cp.ones(3).toDlpack()
 
 
+@pytest.mark.contract("numpy")
 def test_every_listed_name_is_there(cp: Any) -> None:
     newer_than_some_numpy = {"bitwise_count", "isdtype", "unstack", "vecdot", "long", "ulong"}
     for module in cp.modules.values():

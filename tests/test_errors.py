@@ -252,6 +252,7 @@ class Box:
         self.content = content
 
 
+@pytest.mark.contract("cloudpickle")
 def test_arguments_that_cannot_be_pickled_name_the_attribute(shared_runtime: None) -> None:
     take = afield.remote(lambda *args, **named: None)
     with pytest.raises(afield.SerializationError, match=r"content\['lock'\] is a _thread\.lock") as caught:
@@ -264,6 +265,7 @@ def test_arguments_that_cannot_be_pickled_name_the_attribute(shared_runtime: Non
     assert afield.get(take.remote(1)) is None
 
 
+@pytest.mark.contract("cloudpickle")
 def test_functions_and_classes_that_cannot_be_pickled_name_what_they_captured(shared_runtime: None) -> None:
     lock = threading.Lock()
 
@@ -333,6 +335,7 @@ class NeedsArgumentsError(Exception):
         self.detail = detail
 
 
+@pytest.mark.contract("cloudpickle")
 def test_a_task_error_is_also_what_was_raised(shared_runtime: None) -> None:
     @afield.remote
     def fail(x: int) -> int:
@@ -380,6 +383,7 @@ def test_an_importable_exception_with_required_arguments(shared_runtime: None) -
     assert (caught.value.code, caught.value.detail) == (7, "seven")
 
 
+@pytest.mark.contract("cloudpickle")
 def test_an_exception_that_cannot_be_pickled(shared_runtime: None) -> None:
     class LocalError(Exception):
         def __init__(self) -> None:
@@ -394,6 +398,7 @@ def test_an_exception_that_cannot_be_pickled(shared_runtime: None) -> None:
     assert caught.value.cause is None and "raise LocalError" in caught.value.remote_traceback
 
 
+@pytest.mark.contract("cloudpickle")
 def test_what_cannot_be_pickled_of_an_exception_stays_behind(shared_runtime: None) -> None:
     class LocalError(ValueError):
         def __init__(self) -> None:

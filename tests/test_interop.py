@@ -456,6 +456,7 @@ def test_inner_arrays_stay_inside(xp: Any, world: World) -> None:
     assert not inner_array(loaded).flags.writeable
 
 
+@pytest.mark.contract("numpy")
 def test_host_array_keeps_what_holds_its_memory_in_place() -> None:
     class Held(SimpleNamespace):
         def __del__(self) -> None:

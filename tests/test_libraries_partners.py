@@ -34,6 +34,7 @@ def backend() -> Iterator[None]:
         yield
 
 
+@pytest.mark.contract("joblib")
 @pytest.mark.usefixtures("backend")
 def test_parallel_runs_elsewhere_and_keeps_the_order() -> None:
     results = joblib.Parallel()(joblib.delayed(lambda x: (x, os.getpid()))(x) for x in range(20))
@@ -41,6 +42,7 @@ def test_parallel_runs_elsewhere_and_keeps_the_order() -> None:
     assert os.getpid() not in {pid for _, pid in results}
 
 
+@pytest.mark.contract("joblib")
 @pytest.mark.usefixtures("backend")
 def test_parallel_shares_large_arrays() -> None:
     large = np.arange(SHARED_BYTES // 8, dtype=np.int64)
@@ -56,6 +58,7 @@ def test_parallel_shares_large_arrays() -> None:
     assert copied < 2 * large.nbytes
 
 
+@pytest.mark.contract("joblib")
 @pytest.mark.usefixtures("backend")
 def test_parallel_passes_errors_on_and_can_be_used_again() -> None:
     with joblib.Parallel() as parallel:
@@ -64,18 +67,21 @@ def test_parallel_passes_errors_on_and_can_be_used_again() -> None:
         assert parallel(joblib.delayed(abs)(-x) for x in range(3)) == [0, 1, 2]
 
 
+@pytest.mark.contract("joblib")
 @pytest.mark.usefixtures("backend")
 def test_parallel_yields_as_they_come() -> None:
     results = joblib.Parallel(return_as="generator", batch_size=1)(joblib.delayed(abs)(-x) for x in range(6))
     assert list(results) == list(range(6))
 
 
+@pytest.mark.contract("joblib")
 @pytest.mark.usefixtures("backend")
 def test_parallel_times_out() -> None:
     with pytest.raises(multiprocessing.TimeoutError):
         joblib.Parallel(timeout=0.1)(joblib.delayed(time.sleep)(20) for _ in range(2))
 
 
+@pytest.mark.contract("joblib")
 def test_number_of_jobs() -> None:
     register_joblib()
     for n_jobs, expected in [(1, 1), (3, 3), (-1, 2), (-2, 1), (-9, 1)]:
@@ -86,6 +92,7 @@ def test_number_of_jobs() -> None:
             joblib.Parallel()(joblib.delayed(abs)(1) for _ in range(2))
 
 
+@pytest.mark.contract("joblib")
 def test_task_options_of_the_backend() -> None:
     register_joblib()
     with joblib.parallel_config("afield", n_jobs=2, num_gpus=1, num_cpus=0):
@@ -112,6 +119,7 @@ def test_scikit_learn() -> None:
 # -- Dask ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.contract("dask")
 def test_dask_graphs_old_and_new() -> None:
     graph = {
         "one": 1,
@@ -126,6 +134,7 @@ def test_dask_graphs_old_and_new() -> None:
     assert dask_get(graph, "two", num_workers=4, unknown="ignored") == 2
 
 
+@pytest.mark.contract("dask")
 def test_dask_delayed_and_arrays() -> None:
     @dask.delayed
     def pid_and(x: Any) -> tuple[int, Any]:
@@ -141,6 +150,7 @@ def test_dask_delayed_and_arrays() -> None:
     assert np.array_equal(product, whole @ whole.T)
 
 
+@pytest.mark.contract("dask", "pandas")
 @pytest.mark.slow
 def test_dask_dataframes() -> None:
     import dask.dataframe as dd
@@ -152,6 +162,7 @@ def test_dask_dataframes() -> None:
     assert sums.to_dict() == frame.groupby("key").value.sum().to_dict()
 
 
+@pytest.mark.contract("dask")
 def test_dask_values_in_between_stay_with_the_runtime() -> None:
     """A chain of megabytes of which the driver sees only the last number."""
     graph: dict[Any, Any] = {"0": (np.ones, 1 << 18)}
@@ -165,6 +176,7 @@ def test_dask_values_in_between_stay_with_the_runtime() -> None:
         assert after[counter] - before[counter] < 1 << 20
 
 
+@pytest.mark.contract("dask")
 def test_dask_errors() -> None:
     graph = {"bad": (operator.truediv, 1, 0), "next": (operator.neg, "bad"), "orphan": (abs, "one"), "one": 1}
     with pytest.raises(ZeroDivisionError) as caught:
@@ -178,8 +190,11 @@ def test_dask_errors() -> None:
 
 
 def test_a_missing_partner_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(joblib.parallel.ParallelBackendBase, "submit")
+    with pytest.raises(ImportError, match=rf"1\.5 or newer.*this is joblib {joblib.__version__}"):
+        register_joblib()
     monkeypatch.setitem(sys.modules, "joblib", None)
-    with pytest.raises(ImportError, match="pip install joblib"):
+    with pytest.raises(ImportError, match=r"pip install 'joblib>=1\.5'"):
         register_joblib()
     monkeypatch.setitem(sys.modules, "dask._task_spec", None)
     with pytest.raises(ImportError, match="pip install 'dask"):

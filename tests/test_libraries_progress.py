@@ -33,6 +33,7 @@ class Terminal(io.StringIO):
         return True
 
 
+@pytest.mark.contract("rich")
 def test_yields_every_ref_once(capsys: pytest.CaptureFixture[str]) -> None:
     all_refs = refs(50)
     assert set(progress(all_refs)) == set(all_refs)
@@ -98,6 +99,7 @@ def test_a_stream_is_passed_on_as_it_comes(tmp_path: Path, capsys: pytest.Captur
     assert capsys.readouterr().err == "tasks: 2 in 0 s\n"
 
 
+@pytest.mark.contract("rich")
 def test_a_bar_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)

@@ -45,6 +45,7 @@ def run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Any:
 # ---- loading --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.contract("pytest")
 @pytest.mark.slow
 def test_a_run_that_does_not_use_it_pays_nothing(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
@@ -61,6 +62,7 @@ def test_a_run_that_does_not_use_it_pays_nothing(pytester: pytest.Pytester, monk
     pytester.runpytest_subprocess(*LOAD, "-W", "error").assert_outcomes(passed=1)
 
 
+@pytest.mark.contract("pytest")
 @pytest.mark.slow
 def test_it_says_what_it_has(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
@@ -196,6 +198,7 @@ def test_the_devices_are_those_of_the_option_or_the_file(run: Any) -> None:
 # ---- a runtime for all tests ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.contract("pytest")
 @pytest.mark.slow
 def test_a_shared_runtime_is_checked_after_each_test(run: Any) -> None:
     result = run(

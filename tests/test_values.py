@@ -124,6 +124,7 @@ ARRAYS = [
 ]
 
 
+@pytest.mark.contract("numpy")
 @pytest.mark.parametrize("array", ARRAYS, ids=lambda array: f"{array.dtype}-{array.shape}")
 def test_arrays_make_the_round_trip(shared_runtime: None, array: npt.NDArray[Any]) -> None:
     for again in (afield.get(afield.put(array)), afield.get(afield.remote(lambda x: x).remote(array))):
@@ -136,6 +137,7 @@ def frame(rows: int) -> pd.DataFrame:
     return pd.DataFrame({"i": np.arange(rows), "f": np.linspace(0, 1, rows), "s": [f"row {i}" for i in range(rows)]})
 
 
+@pytest.mark.contract("pandas")
 @pytest.mark.parametrize("rows", [3, 40_000])
 def test_pandas_makes_the_round_trip(shared_runtime: None, rows: int) -> None:
     table = frame(rows)
@@ -145,6 +147,7 @@ def test_pandas_makes_the_round_trip(shared_runtime: None, rows: int) -> None:
     assert afield.get(counted) == (rows, rows * (rows - 1) // 2)
 
 
+@pytest.mark.contract("pyarrow")
 @pytest.mark.parametrize("rows", [3, 40_000])
 def test_pyarrow_makes_the_round_trip_without_a_copy(shared_runtime: None, rows: int) -> None:
     table = pa.table({"i": np.arange(rows), "s": [str(i) for i in range(rows)]})
@@ -159,6 +162,7 @@ def test_pyarrow_makes_the_round_trip_without_a_copy(shared_runtime: None, rows:
 # -- zero copies --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.contract("numpy")
 def test_large_arrays_are_read_only_aligned_views_of_shared_memory(shared_runtime: None) -> None:
     ref = afield.put([np.arange(MIB), np.ones(MIB // 2, np.float32)])
     before = afield.stats(local=True)
@@ -205,6 +209,7 @@ def test_a_changed_original_does_not_change_the_object(shared_runtime: None) -> 
 # -- born in the store --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.contract("numpy")
 def test_what_is_born_in_the_store_is_not_copied(shared_runtime: None) -> None:
     @afield.remote
     def produce(n: int) -> tuple[npt.NDArray[Any], float]:
