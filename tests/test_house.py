@@ -45,7 +45,7 @@ ROOMS = ("wire", "cores", "process", "values", "calls", "session", "tools", "fac
 #: emulated array are its module's functions. (And, until its executor is taken apart, the worker.)
 CIRCLES = ("runtime/node/", "gpu_store/emulated_arrays/", "runtime/worker/")
 
-MAX_FUNCTION_LINES = 70
+MAX_FUNCTION_LINES = 60
 MAX_FILE_LINES = 500
 MAX_TEST_FILE_LINES = 600
 

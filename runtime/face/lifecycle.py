@@ -15,6 +15,7 @@ from afield.runtime.calls.participant import Participant
 from afield.runtime.face.printing import Printer
 from afield.runtime.process.facts import Facts, install
 from afield.runtime.process.process import Process
+from afield.runtime.process.stacks import answer_activity
 from afield.runtime.session.bootstrap import Session, SessionOptions
 from afield.runtime.session.init_options import session_options
 from afield.runtime.tools.memory import answer_questions
@@ -143,6 +144,7 @@ def _install_driver(participant: Participant) -> None:
     post = _printer.post
     process.register(m.Log, lambda channel, message: post(message))
     answer_questions(participant)
+    process.questions["stack"] = answer_activity(process)
     participation.install(participant)
     _restore_sigint = process.pump.install_sigint()
 

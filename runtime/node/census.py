@@ -4,15 +4,21 @@ Theory of operation. A client asks the daemon (`Query`); the daemon asks each dr
 what they say (`Answer`), and answers with everything together. A process that dies meanwhile is not waited for, and one that
 does not answer within `PATIENCE_S`, because its code holds the interpreter, is left out and named. Rounds are bounded.
 
+What processes do ("stack") is asked of the store processes as well; the daemon adds what itself does, and what the kernel knows
+of those that do not answer.
+
 Counters ("stats") are summed. What a process that is gone had counted when it was last asked stays in the sum.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from afield.runtime.process.stacks import cores_of, describe_activity, state_of
+from afield.runtime.tools.stack import ProcessStack
 from afield.runtime.wire import messages as m
 from afield.transport.channel import Channel
 
@@ -27,12 +33,13 @@ MAX_ROUNDS = 64
 class _Round:
     """One question on its way."""
 
-    __slots__ = ("answers", "asked", "asker", "deadline", "request", "what")
+    __slots__ = ("answers", "argument", "asked", "asker", "deadline", "request", "what")
 
     def __init__(self, asker: Channel, message: m.Query, asked: set[bytes], deadline: float) -> None:
         self.asker = asker
         self.request = message.request
         self.what = message.what
+        self.argument = message.argument
         self.asked = asked
         self.answers: dict[bytes, Any] = {}
         self.deadline = deadline
@@ -41,10 +48,10 @@ class _Round:
 class Census:
     """Asks all processes."""
 
-    questions = frozenset({"stats", "memory"})
-
     def __init__(self, daemon: NodeDaemon) -> None:
         self._daemon = daemon
+        #: What is asked of all -> what makes one answer of theirs.
+        self.questions = {"stats": self._stats, "memory": self._memory, "stack": self._stack}
         self._rounds: dict[int, _Round] = {}
         self._next_round = 0
         self._last_stats: dict[bytes, dict[str, float]] = {}
@@ -57,9 +64,12 @@ class Census:
             return
         self._next_round += 1
         number = self._next_round
-        asked = set(self._daemon.channels)
+        channels = list(self._daemon.channels.values())
+        if message.what == "stack":
+            channels += [channel for channel, _, _ in self._daemon.tiers.stores.processes()]
+        asked = {channel.peer_id for channel in channels}
         self._rounds[number] = _Round(asker, message, asked, time.monotonic() + PATIENCE_S)
-        for channel in self._daemon.channels.values():
+        for channel in channels:
             channel.send(m.Query(number, message.what, message.argument))
         if not asked:
             self._finish(number)
@@ -96,8 +106,7 @@ class Census:
         current = self._rounds.pop(number)
         if current.asker.closed:
             return
-        make = self._stats if current.what == "stats" else self._memory
-        current.asker.send(m.Answer(current.request, make(current)))
+        current.asker.send(m.Answer(current.request, self.questions[current.what](current)))
 
     def _stats(self, current: _Round) -> dict[str, float]:
         self._last_stats.update(
@@ -117,6 +126,22 @@ class Census:
             "silent": sorted(current.asked),
             "store": list(self._daemon.tiers.books.objects()),
         }
+
+    def _stack(self, current: _Round) -> list[ProcessStack]:
+        """Say what each process does, this one and those that do not answer or are just starting included."""
+        daemon = self._daemon
+        own = describe_activity(cores_of(daemon) if current.argument else None)
+        found = [ProcessStack(os.getpid(), "daemon", "", activity=own)]
+        stores = [(channel.peer_id, pid, "store", name) for channel, pid, name in daemon.tiers.stores.processes()]
+        for process_id, pid, kind, name in [*self.processes(), *stores]:
+            if process_id in current.answers:
+                found.append(ProcessStack(pid, kind, name, activity=current.answers[process_id]))
+            elif process_id in current.asked:
+                found.append(ProcessStack(pid, kind, name, f"does not answer; {state_of(pid)}"))
+        for worker in daemon.workers.by_id.values():
+            if not worker.ready and worker.pid:
+                found.append(ProcessStack(worker.pid, "worker", worker.name, f"is starting; {state_of(worker.pid)}"))
+        return found
 
     def processes(self) -> list[tuple[bytes, int, str, str]]:
         """List the processes: id, pid, "driver" or "worker", and a worker's name."""

@@ -468,6 +468,11 @@ class StoreProcesses:
         """Tell whether a store's slab is of a life that its emulated device has behind it."""
         return self._machine is not None and bool(store.uuid) and self._machine.epoch(store.uuid) != store.epoch
 
+    def processes(self) -> list[tuple[Channel, int, str]]:
+        """Return channel, pid and name (the device's UUID, or "disk") of the stores that can be asked."""
+        ready = [store for store in self._stores.values() if store.state is State.READY]
+        return [(store.channel, store.pid, store.uuid or "disk") for store in ready if store.channel is not None]
+
     def describe(self) -> list[dict[str, object]]:
         """List the stores that were ever needed, for tools."""
         return [

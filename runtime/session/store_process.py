@@ -23,6 +23,7 @@ from afield.gpu_store.mover import Completions, DeviceMover, DiskMover, describe
 from afield.gpu_store.spill_files import SpillFiles
 from afield.gpu_store.tiers import DISK, HOST
 from afield.runtime.process.configuration import SessionConfig, StoreConfig
+from afield.runtime.process.stacks import answer_activity
 from afield.runtime.wire import messages as m
 from afield.runtime.wire import store_messages as s
 from afield.transport.auth import Handshake
@@ -56,6 +57,7 @@ class StoreProcess:
         )
         self._daemon.send(m.Register("store", os.getpid()))
         self._handlers: dict[type, Callable[[Any], None]] = {}
+        self._stack = answer_activity(self)
 
     def run(self) -> None:
         """Serve until the daemon is gone."""
@@ -83,6 +85,7 @@ class StoreProcess:
         files = SpillFiles(self._directory)
         mover = DiskMover(files, self._host, self._done)
         self._handlers = {
+            m.Query: self._on_query,
             s.WriteFile: lambda x: mover.write(x.job, x.file, x.pieces),
             s.ReadFile: lambda x: mover.read(x.job, x.file, x.file_offset, x.size, x.host_offset),
             s.DeleteFile: lambda x: mover.delete(x.file),
@@ -94,7 +97,7 @@ class StoreProcess:
         self._backend = open_backend(spec)
         share = _share() if spec.startswith("cuda:") else 1.0
         self._mover = DeviceMover(self._backend, self._own.device, self._host, self._done, share=share)
-        self._handlers = {s.Move: self._on_move}
+        self._handlers = {m.Query: self._on_query, s.Move: self._on_move}
         return s.StoreReady(self._own.arena, self._own.life, self._mover.capacity, self._mover.export)
 
     def _on_move(self, x: s.Move) -> None:
@@ -105,6 +108,9 @@ class StoreProcess:
         else:
             assert x.peer is not None
             self._mover.from_peer(x.job, x.peer, x.source_offset, x.target_offset, x.size)
+
+    def _on_query(self, x: m.Query) -> None:
+        self._daemon.send(m.Answer(x.request, self._stack(x.argument)))
 
     def _on_messages(self, channel: Channel, batch: list[Any]) -> None:
         for message in batch:

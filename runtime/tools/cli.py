@@ -11,9 +11,10 @@ import argparse
 import importlib.metadata
 import json
 import os
+import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -21,6 +22,7 @@ from afield.errors import AfieldError
 from afield.runtime.session.sessions import SessionInfo, find_sessions, sweep
 from afield.runtime.tools.client import Client
 from afield.runtime.tools.memory import MemoryEntry, assemble
+from afield.runtime.tools.stack import MAX_WIDTH, Display, Line, as_json, processes_of, rendered
 from afield.units import format_bytes
 
 _ORDERS: dict[str, Callable[[MemoryEntry], Any]] = {
@@ -34,6 +36,8 @@ _EXAMPLES = """examples:
   afield memory                     the objects of the only session, the largest first
   afield memory --session 3f2a      of the session whose name begins with 3f2a
   afield memory --json | jq '.[0]'  for programs
+  afield stack                      what every process is doing, where something hangs
+  afield stack --pid 1234 --full    of one process, with afield's own frames
 Set AFIELD_RECORD_CALL_SITES=1 before a program starts to see where its objects are created.
 """
 
@@ -71,11 +75,20 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     memory = command("memory", "list live objects: size, where they lie, who owns them, why they are alive", _memory)
-    memory.add_argument("--session", metavar="NAME", help="the session (or how its name begins), if there are several")
     memory.add_argument("--sort", choices=list(_ORDERS), default="size", help="order of the objects (default: size)")
     memory.add_argument("--limit", type=int, metavar="N", help="show only the first N objects")
     status = command("status", "show the sessions: resources, store, processes", _status)
-    for added in (memory, status):
+    stack = command("stack", "show what every process does: its threads' Python stacks, and the task that runs", _stack)
+    stack.add_argument("--pid", type=int, action="append", metavar="PID", help="only this process; may be repeated")
+    stack.add_argument("--full", action="store_true", help="show afield's own frames as well")
+    stack.add_argument(
+        "--cores", "--debug", action="store_true", help="also what afield's own state machines did last and complain of"
+    )
+    for added in (memory, stack):
+        added.add_argument(
+            "--session", metavar="NAME", help="the session (or how its name begins), if there are several"
+        )
+    for added in (memory, status, stack):
         added.add_argument("--json", action="store_true", help="print JSON")
         added.add_argument("--dir", metavar="PATH", help="look for sessions here (the spill_dir of init)")
     command("version", "print the version", _version)
@@ -173,16 +186,10 @@ def _is_tiered(tiers: dict[str, Any]) -> bool:
 
 
 def _memory(options: argparse.Namespace) -> int:
-    sessions = _sessions(options)
-    if options.session:
-        sessions = [session for session in sessions if session.name.startswith(options.session)]
-    if not sessions:
-        return _nothing(options)
-    if len(sessions) > 1:
-        listed = "\n".join(f"  {session.name}  driver pid {session.driver_pid}" for session in sessions)
-        print(f"afield: several sessions run here; choose one with --session:\n{listed}", file=sys.stderr)
+    session = _the_session(options)
+    if session is None:
         return 1
-    with Client(sessions[0]) as client:
+    with Client(session) as client:
         answer = client.ask("memory")
     entries = assemble(answer)
     entries.sort(key=_ORDERS[options.sort])
@@ -211,6 +218,43 @@ def _memory(options: argparse.Namespace) -> int:
     return 0
 
 
+def _stack(options: argparse.Namespace) -> int:
+    session = _the_session(options)
+    if session is None:
+        return 1
+    with Client(session) as client:
+        processes = processes_of(client.ask("stack", options.cores))
+    if options.pid:
+        missing = sorted(set(options.pid) - {process.pid for process in processes})
+        processes = [process for process in processes if process.pid in options.pid]
+        if missing:
+            named = ", ".join(map(str, missing))
+            print(f"afield: {named}: no such process in session {session.name}; see `afield status`", file=sys.stderr)
+        if not processes:
+            return 1
+    if options.json:
+        print(json.dumps(as_json(processes), indent=2))
+        return 0
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else MAX_WIDTH
+    _print_lines(rendered(processes, Display(width, options.full)))
+    return 0
+
+
+def _the_session(options: argparse.Namespace) -> SessionInfo | None:
+    """Return the session that is meant; None, and a word about it, if there is none, or several."""
+    sessions = _sessions(options)
+    if options.session:
+        sessions = [session for session in sessions if session.name.startswith(options.session)]
+    if not sessions:
+        _nothing(options)
+        return None
+    if len(sessions) > 1:
+        listed = "\n".join(f"  {session.name}  driver pid {session.driver_pid}" for session in sessions)
+        print(f"afield: several sessions run here; choose one with --session:\n{listed}", file=sys.stderr)
+        return None
+    return sessions[0]
+
+
 def _sessions(options: argparse.Namespace) -> list[SessionInfo]:
     sweep(options.dir)
     return find_sessions(options.dir)
@@ -224,6 +268,24 @@ def _nothing(options: argparse.Namespace) -> int:
 
 
 # -- tables -------------------------------------------------------------------------------------------------------
+
+
+#: On a terminal: what a line is -> how it looks.
+_STYLES = {"head": "bold", "source": "", "ours": "dim", "wrong": "bold red"}
+
+
+def _print_lines(lines: Iterable[Line]) -> None:
+    """Print lines: with styles on a terminal, as they are elsewhere."""
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.text import Text
+
+        console = Console(highlight=False)
+        for line in lines:
+            console.print(Text(line.text, _STYLES.get(line.role, "")), no_wrap=True, crop=True)
+        return
+    for line in lines:
+        print(line.text)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import faulthandler
 import os
 import random
 import sys
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +18,7 @@ from afield.runtime.process.context import reset_root, running
 from afield.runtime.process.environment import Environment
 from afield.runtime.process.events import TICK
 from afield.runtime.process.facts import Facts, install
+from afield.runtime.process.stacks import RunningCall, answer_activity
 from afield.runtime.tools.memory import answer_questions
 from afield.runtime.values import accelerators
 from afield.runtime.wire import messages as m
@@ -37,6 +40,9 @@ def run_worker(config: ForkServerConfig, worker_id: bytes, variables: dict[str, 
     participant = Participant(config.session, own, worker_id)
     answer_questions(participant)
     executor = Executor(participant)
+    participant.process.questions["stack"] = answer_activity(
+        participant.process, lambda: _calls(executor), lambda: _coroutines(executor)
+    )
     session, node_id, namespace = config.session.name, config.node_id.hex(), config.namespace
     install(Facts(session, node_id, namespace, environment, lambda: executor.assignment, executor.own_actor))
     participant.process.register(m.Retire, lambda channel, message: _retire(executor, channel))
@@ -65,6 +71,19 @@ def run_worker(config: ForkServerConfig, worker_id: bytes, variables: dict[str, 
             print(participant.process.dead, file=sys.stderr)  # nobody hears it if the daemon is gone
     finally:
         participation.install(None)
+
+
+def _calls(executor: Executor) -> tuple[list[RunningCall], int]:
+    """Return the calls that run here, and how many wait behind them."""
+    push = executor._running_push
+    running = [] if push is None else [RunningCall(executor._running_name, push.task_id, "runs")]
+    return running, len(executor.queue)
+
+
+def _coroutines(executor: Executor) -> list[tuple[str, Any]]:
+    """Return the coroutines of an async actor's event loop."""
+    loop = getattr(executor._concurrency, "_loop", None)
+    return [] if loop is None else [(task.get_name(), task.get_coro()) for task in asyncio.all_tasks(loop)]
 
 
 def _retire(executor: Executor, channel: Channel) -> None:
