@@ -55,6 +55,8 @@ class Core(Protocol):
 
 
 def _shown(part: Any) -> str:
+    if isinstance(part, tuple):
+        return "/".join(map(_shown, part))
     return part.hex() if isinstance(part, bytes) else str(part)
 
 

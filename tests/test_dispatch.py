@@ -267,6 +267,7 @@ class LaneMachine(RuleBasedStateMachine):
         self.submitted: set[str] = set()
         self.done: list[str] = []
         self.granted = 0
+        self.answered: list[int] = []  # leases whose workers have answered recalls
 
     def lease(self, data: st.DataObject) -> Lease:
         lease: Lease = data.draw(st.sampled_from(self.lane.leases))
@@ -280,10 +281,13 @@ class LaneMachine(RuleBasedStateMachine):
             self.lane.submit(task(name), self.now)
 
     @precondition(lambda self: self.lane.demanded and len(self.lane.leases) < 5)
-    @rule()
-    def grant(self) -> None:
+    @rule(window=st.sampled_from([1, 4, 16]))
+    def grant(self, window: int = 1) -> None:
+        """A lease; `window`: as if it had been measured before that tasks are short."""
         self.granted += 1
-        grant(self.lane, self.granted, self.now)
+        lease = Lease(self.granted, b"worker %d" % self.granted, self.lane, None)
+        lease.window = window
+        self.lane.granted(lease, self.now)
 
     @precondition(lambda self: self.lane.leases)
     @rule(data=st.data(), seconds=st.sampled_from([1e-6, 1e-4, 1e-2, 1.0]))
@@ -297,10 +301,16 @@ class LaneMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.lane.leases)
     @rule(data=st.data(), blocked=st.booleans())
     def hand_back(self, data: st.DataObject, blocked: bool) -> None:
-        """A recall is answered, or the running task blocks; the running one stays."""
+        """A recall is answered, perhaps late, or the running task blocks; the running one stays."""
         lease = self.lease(data)
-        if not lease.inflight or not (blocked or lease.recalled):
+        answered = self.answered.count(lease.lease_id)
+        owed = sum(recalled is lease for recalled, _ in self.shell.recalled) - answered
+        if blocked and not lease.inflight:
             return
+        if not blocked:
+            if not owed:
+                return
+            self.answered.append(lease.lease_id)
         waiting = list(lease.inflight)[1:]
         first = data.draw(st.integers(0, len(waiting)))
         # What is older was there, and goes back; what is newer has not arrived yet. (A recall goes by the newest.)

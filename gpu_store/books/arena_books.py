@@ -37,9 +37,11 @@ from bisect import bisect_left, bisect_right, insort_right
 from collections import OrderedDict
 from collections.abc import Sequence
 
+from afield.gpu_store.books.lives import COPY
 from afield.gpu_store.books.records import Copy, Key, Making, Request
 from afield.gpu_store.extents import ExtentAllocator
 from afield.gpu_store.tiers import FINISH, FIRST_LIFE, HOST, PREFETCH, ArenaUsage, StoreUsageError
+from afield.machines import FlightRecorder
 from afield.units import format_bytes
 
 #: An error message names the few holders that matter.
@@ -144,7 +146,7 @@ class Holding:
 
 
 class ArenaBooks:
-    """Accounts for one life of one arena; all sizes in bytes."""
+    """Accounts for one life of one arena; all sizes in bytes. Rare changes of its copies are noted in `recorder`."""
 
     def __init__(
         self,
@@ -152,10 +154,12 @@ class ArenaBooks:
         label: str,
         capacity: int,
         alignment: int,
-        high: float,
-        low: float,
+        marks: tuple[float, float],
+        recorder: FlightRecorder,
         life: int = FIRST_LIFE,
     ) -> None:
+        high, low = marks
+        self._recorder = recorder
         self.number = number
         self.life = life
         self.label = label
@@ -264,6 +268,8 @@ class ArenaBooks:
     def free(self, copy: Copy, owner: bytes) -> None:
         """Free a copy's bytes now."""
         self.stop_leaving(copy)
+        assert copy.state == "kept", copy.state
+        copy.state = "over"  # as `COPY` says, which is not asked: this is done for each object
         self._leave_shelf(copy)
         self.debit(owner, copy.room)
         self.sealed_bytes -= copy.room
@@ -271,26 +277,29 @@ class ArenaBooks:
 
     def free_later(self, copy: Copy, owner: bytes) -> None:
         """The copy's object was freed while the copy is in use: it is dead, and only its bytes remain for now."""
-        copy.dead = True
+        self.go(copy, "free_in_use")
         self.debit(owner, copy.room)
         self.sealed_bytes -= copy.room
         self.moving_bytes += copy.room
-        if not copy.leaving:
-            self._put(copy, self.dying)
+        self.shelve(copy)
 
     def bury(self, copy: Copy) -> None:
         """Free the bytes of a dead copy."""
+        self.go(copy, "bury")
         self._leave_shelf(copy)
         self.moving_bytes -= copy.room
         self.extents.free(copy.offset, copy.room)
 
     def shelve(self, copy: Copy) -> None:
         """Put a copy on the shelf where it belongs by now, as the one used last, unless it is there already."""
-        if copy.dead:
+        state = copy.state
+        if state == "dying":
             shelf = self.dying
+        elif state == "dying_leaving":
+            shelf = self.leaving
         elif not copy.slot or copy.part.copies.get(copy.arena) is not copy:
             shelf = self.fixed
-        elif copy.leaving:
+        elif state == "leaving":
             shelf = self.leaving
         elif copy.arena != copy.part.home and len(copy.part.copies) > 1:
             shelf = self.secondaries
@@ -305,15 +314,20 @@ class ArenaBooks:
             copy.shelf.move_to_end(copy)
 
     def start_leaving(self, copy: Copy) -> None:
-        copy.leaving = True
+        self.go(copy, "leave")
         self.leaving_bytes += copy.room
         self.shelve(copy)
 
     def stop_leaving(self, copy: Copy) -> None:
-        if copy.leaving:
-            copy.leaving = False
+        if copy.state in ("leaving", "dying_leaving"):
+            self.go(copy, "stay")
             self.leaving_bytes -= copy.room
             self.shelve(copy)
+
+    def go(self, copy: Copy, event: str) -> None:
+        """Move a copy on in its life."""
+        key = (copy.part.object.id, copy.part.index, self.number)
+        copy.state = COPY.after(copy.state, event, key, self._recorder)
 
     def copies(self) -> list[Copy]:
         """Return all copies in the arena, the dead ones included."""

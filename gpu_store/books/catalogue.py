@@ -32,6 +32,7 @@ from afield.gpu_store.tiers import (
     Pins,
     StoreUsageError,
 )
+from afield.machines import FlightRecorder
 
 # A free overtakes its seal by milliseconds, so the number in flight is about the number of large results per
 # millisecond; the bound only matters for seals that never come. An entry takes about 150 bytes.
@@ -42,6 +43,7 @@ class Catalogue:
     """Which copy of which part of which object lies where; `effects` collects what is to be done."""
 
     def __init__(self, pins: Pins, disk: DiskBooks) -> None:
+        self.recorder = FlightRecorder()
         self.pins = pins
         self.disk = disk
         self.arenas: dict[int, ArenaBooks] = {}
@@ -216,10 +218,9 @@ class Catalogue:
                 self.arenas[copy.arena].touch(copy)
         return freed
 
-    def lose_copy(self, copy: Copy) -> None:
+    def lose_copy(self, copy: Copy, books: ArenaBooks) -> None:
         """A copy went with its arena, whose books are closed; its part may be lost by that."""
-        copy.dead = True
-        copy.leaving = False
+        books.go(copy, "lose")
         copy.arena, arena = NOWHERE, copy.arena
         self.pins.release(copy.slot)
         copy.slot = 0
@@ -233,7 +234,7 @@ class Catalogue:
 
     def settle(self, copy: Copy) -> None:
         """A job or a process does not need the copy any more: free it if only that was waited for."""
-        if copy.dead and not copy.in_use and copy.arena in self.arenas:
+        if copy.state == "dying" and not copy.in_use and copy.arena in self.arenas:
             self.arenas[copy.arena].bury(copy)
 
     # -- who waits ------------------------------------------------------------------------------------------------

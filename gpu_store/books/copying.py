@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from afield.gpu_store.books.arena_books import ArenaBooks
 from afield.gpu_store.books.catalogue import Catalogue
 from afield.gpu_store.books.disk_books import MAX_FILE_BYTES, MAX_FILE_PARTS, padded
+from afield.gpu_store.books.lives import MAKING
 from afield.gpu_store.books.records import LAST, Copy, Job, Key, Making, Need, Part
 from afield.gpu_store.tiers import DISK, HOST, PREFETCH, Move, ReadFile, WriteFile
 
@@ -130,7 +131,7 @@ class Copying:
         """Nobody waits for room in the arena any more: forget the spills out of it that still wait for room themselves."""
         for copy in list(self._arenas[arena].leaving):
             making = copy.part.making(HOST)
-            if making is not None and making.leaving is copy and making.offset < 0 and making.only_spills:
+            if making is not None and making.leaving is copy and making.state == "queued" and making.only_spills:
                 making.leaving = None
                 self._arenas[arena].stop_leaving(copy)
                 self._cancel_unwanted(making)
@@ -140,6 +141,7 @@ class Copying:
     def place(self, making: Making, offset: int) -> None:
         """There is room for it at `offset` of its arena."""
         making.offset = offset
+        self._go(making, "place")
         self._start(making)
 
     def _start(self, making: Making) -> None:
@@ -166,7 +168,7 @@ class Copying:
             read = ReadFile(job.number, piece.file, piece.offset, part.size, making.offset)
             self._catalogue.effects.append(read)
         job.making = making
-        making.job = job.number
+        self._go(making, "run")
 
     def _start_from_host(self, making: Making) -> None:
         part, host = making.part, self._arenas[HOST]
@@ -180,8 +182,7 @@ class Copying:
 
     def fail(self, making: Making, kind: str, reason: str) -> None:
         """Nothing comes of it: tell all who want it."""
-        self._forget(making)
-        self._give_up_place(making)
+        self._give_up(making)
         catalogue = self._catalogue
         catalogue.failed.extend((need, kind, reason) for need in making.needs)
         making.needs = {}
@@ -197,8 +198,8 @@ class Copying:
         """Forget the makings of these parts; those that run come to nothing."""
         for part in parts:
             for making in list(part.makings.values()) if part.makings else []:
-                self._forget(making)
-                self._void(making)
+                if making.current:  # else it was given up with the one that it was made for
+                    self._void(making)
 
     def _void(self, making: Making) -> None:
         """Its job, if there is one, may end as it likes."""
@@ -207,10 +208,21 @@ class Copying:
         leaving, making.leaving = making.leaving, None
         if leaving is not None and leaving.arena in self._arenas:
             self._arenas[leaving.arena].stop_leaving(leaving)
-        if making.job:
-            making.void = True
+        if making.state == "running":
+            self._forget(making)
+            self._go(making, "make_void")
         else:
-            self._give_up_place(making)
+            self._give_up(making)
+
+    def _give_up(self, making: Making) -> None:
+        """Nothing comes of it, and no job is to be waited for."""
+        self._forget(making)
+        self._give_up_place(making)
+        self._go(making, "give_up")
+
+    def _go(self, making: Making, event: str) -> None:
+        key = (making.part.object.id, making.part.index, making.arena)
+        making.state = MAKING.after(making.state, event, key, self._catalogue.recorder)
 
     def _give_up_place(self, making: Making) -> None:
         books = self._arenas.get(making.arena)
@@ -237,9 +249,8 @@ class Copying:
             self._cancel_unwanted(parent)
 
     def _cancel_unwanted(self, making: Making) -> None:
-        if not making.wanted and not making.job and not making.void:
-            self._forget(making)
-            self._give_up_place(making)
+        if not making.wanted and making.state in ("queued", "placed"):
+            self._give_up(making)
 
     def _new_making(self, key: Key, part: Part, arena: int) -> Making:
         books = self._arenas[arena]
@@ -253,7 +264,7 @@ class Copying:
     def _hurry(self, making: Making, key: Key) -> None:
         """Somebody more urgent wants it too."""
         if key < making.key:
-            if making.offset < 0:
+            if making.state == "queued":
                 queue = self._arenas[making.arena].queue
                 queue.discard(making)
                 making.key = key
@@ -309,19 +320,21 @@ class Copying:
 
     def _made(self, job: Job, making: Making, error: str) -> None:
         catalogue, part = self._catalogue, making.part
-        making.job = 0
         if job.piece is not None:
             catalogue.disk.rest(job.piece.file)
-        if making.void:
+        if making.state == "void":
             self._give_up_place(making)
+            self._go(making, "job_ended")
             return
         if error:
+            self._go(making, "job_ended")
             self._made_nothing(job, making, error)
             return
         copy = catalogue.add_copy(part, making.arena, making.offset, making.room)
         children, making.children = making.children, {}
         leaving, making.leaving = making.leaving, None
         self._forget(making)
+        self._go(making, "complete")
         needs, making.needs = making.needs, {}
         for need in needs:
             catalogue.hold(need, (part.index, making.arena), copy)
@@ -357,12 +370,11 @@ class Copying:
 
     def _lose_making(self, making: Making, cause: str) -> None:
         reason = f"no copy of part {making.part.index} is left: {cause}"
-        if not making.job:
+        if making.state != "running":
             self.fail(making, "lost", reason)
             return
         self._catalogue.failed.extend((need, "lost", reason) for need in making.needs)
         children = list(making.children)
-        self._forget(making)
         self._void(making)
         for child in children:
             child.parent = None
@@ -377,10 +389,10 @@ class Copying:
         restarted = self._end_jobs(arena)
         copies = books.copies()
         for copy in copies:
-            waiting = copy.part.making(HOST) if copy.leaving else None
+            waiting = copy.part.making(HOST) if copy.state == "leaving" else None
             if waiting is not None and waiting.leaving is copy:
                 waiting.leaving = None
-            catalogue.lose_copy(copy)
+            catalogue.lose_copy(copy, books)
         for part in {copy.part: None for copy in copies}:
             if not part.copies and part.disk is None and not part.lost and part.object.id in catalogue.objects:
                 self.lose(part, cause)
@@ -399,12 +411,13 @@ class Copying:
                 copy.busy -= 1
                 self._catalogue.settle(copy)
             making = job.making
-            if making is not None and making.arena != arena:
-                making.job = 0
-                if making.void:
-                    self._give_up_place(making)
-                else:
-                    restarted.append(making)
+            if making is None or making.state == "over":  # it went with the device that it was to come to
+                continue
+            if making.state == "void":
+                self._give_up_place(making)
+            else:
+                restarted.append(making)
+            self._go(making, "job_ended")
         return restarted
 
 

@@ -2,11 +2,7 @@
 
 Theory of operation. A need names parts and, for each, the arena in which it is wanted. A copy that is there already is held,
 what is not there is made (`copying`); when all are there, the process is told (`Found`), and each copy is promised to it until
-it says that it has pinned it (`mapped`) or dies.
-
-    asked --object known--> waiting --all there--> promised --mapped--> over
-      |                        |
-      +--not sealed in time----+--lost, failed, too late--> NotFound
+it says that it has pinned it (`mapped`) or dies. Its life is the table `NEED` (`lives`).
 
 A need travels on another channel than the seal of its object, and may overtake it: it waits for it for `SEAL_WAIT_S`. What can
 never fit is refused at once. While a need waits, what it has is only *held*: who comes before it may take it away, and then it
@@ -21,7 +17,8 @@ from collections.abc import Sequence
 
 from afield.gpu_store.books.catalogue import Catalogue
 from afield.gpu_store.books.copying import Copying
-from afield.gpu_store.books.records import Copy, Key, Need, StoredObject
+from afield.gpu_store.books.lives import NEED
+from afield.gpu_store.books.records import Key, Need, StoredObject
 from afield.gpu_store.tiers import DISK, HOST, Found, NotFound, StoreUsageError
 from afield.units import format_bytes
 
@@ -42,10 +39,10 @@ class Needs:
         self._copying = copying
         self._waiting: dict[tuple[bytes, int], Need] = {}
         self._unknown: dict[bytes, dict[Need, None]] = {}  # object id -> needs that wait for its seal
-        self._promises: dict[tuple[bytes, int], list[Copy]] = {}
+        self._promised: dict[tuple[bytes, int], Need] = {}
 
     def __contains__(self, request: tuple[bytes, int]) -> bool:
-        return request in self._waiting or request in self._promises
+        return request in self._waiting or request in self._promised
 
     # -- events ---------------------------------------------------------------------------------------------------
 
@@ -87,7 +84,11 @@ class Needs:
 
     def mapped(self, client: bytes, request_id: int) -> None:
         """The process has pinned what it was promised."""
-        for copy in self._promises.pop((client, request_id), []):
+        need = self._promised.pop((client, request_id), None)
+        if need is None:
+            return
+        self._go(need, "mapped")
+        for copy in need.promised:
             copy.promised -= 1
             self._catalogue.settle(copy)
 
@@ -99,8 +100,8 @@ class Needs:
     def client_died(self, client: bytes) -> None:
         """Nobody waits for the answers to this process, and it will not map what it was promised."""
         for need in [need for need in self._waiting.values() if need.client == client]:
-            self._end(need)
-        for request in [request for request in self._promises if request[0] == client]:
+            self._end(need, "forget")
+        for request in [request for request in self._promised if request[0] == client]:
             self.mapped(*request)
 
     def __len__(self) -> int:
@@ -114,18 +115,18 @@ class Needs:
                 if need.due is None:
                     need.due = now + SEAL_WAIT_S
         for need in [need for need in self._waiting.values() if _is_late(need, now)]:
-            if need.object is None:
+            if need.state == "asked":
                 self._refuse(need, "unknown", f"object {need.object_id.hex()} was freed, or never stored here")
                 continue
             late = min(need.missing.values(), key=lambda making: making.offset)
             if late.parent is not None:
                 late = late.parent
-            if late.offset < 0:
+            if late.state == "queued":
                 size = sum(making.part.size for making in need.missing.values() if making.arena == late.arena)
                 size = max(size, late.part.size)
                 self._refuse(need, _full(late.arena), self.describe_full(late.arena, size))
-            elif not need.on_its_way:
-                need.on_its_way = True
+            elif need.state == "waiting":
+                self._go(need, "extend")
                 size = sum(making.part.size for making in need.missing.values())
                 need.deadline = now + MOVE_PATIENCE_S + size / SLOWEST_BYTES_PER_S
             else:
@@ -181,11 +182,16 @@ class Needs:
     # -- inside ---------------------------------------------------------------------------------------------------
 
     def _is_waiting(self, need: Need) -> bool:
-        return self._waiting.get((need.client, need.request_id)) is need
+        return need.state in ("waiting", "extended")
+
+    def _go(self, need: Need, event: str) -> None:
+        key = (need.client, need.request_id, need.object_id)
+        need.state = NEED.after(need.state, event, key, self._catalogue.recorder)
 
     def _start(self, need: Need, stored: StoredObject) -> None:
         need.object = stored
         need.due = None
+        self._go(need, "know")
         need.wants = list(dict.fromkeys(need.wants))
         if not self._can_be_met(need, stored):
             return
@@ -234,19 +240,21 @@ class Needs:
 
     def _promise(self, need: Need) -> None:
         held = dict(need.held)
-        self._end(need)
+        self._end(need, "promise")
         for copy in held.values():
             copy.promised += 1
-        self._promises[need.client, need.request_id] = list(held.values())
+        need.promised = list(held.values())
+        self._promised[need.client, need.request_id] = need
         parts = [(want[0], held[want].public()) for want in need.wants]
         self._catalogue.effects.append(Found(need.client, need.request_id, parts))
 
     def _refuse(self, need: Need, kind: str, reason: str) -> None:
-        self._end(need)
+        self._end(need, "refuse")
         self._catalogue.effects.append(NotFound(need.client, need.request_id, kind, reason))
 
-    def _end(self, need: Need) -> None:
+    def _end(self, need: Need, event: str) -> None:
         """It waits no longer; what is being made for nobody else is given up."""
+        self._go(need, event)
         del self._waiting[need.client, need.request_id]
         if need.object is None:
             needs = self._unknown[need.object_id]

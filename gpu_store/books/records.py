@@ -6,9 +6,9 @@ readers may have it mapped, nobody is ever sent to it, and it goes when the obje
 
 A copy is always on exactly one *shelf* of its arena, an ordered set with the least recently used copy first (see
 `arena_books`). It may not be freed while a job reads or writes it (`busy`) or a process was told that it will stay
-(`promised`); if its object is freed before, it is `dead` and its bytes follow as soon as nobody needs them. A copy that is
-`held` by needs that wait for other parts too may go, but only to make room for somebody who comes before all of them: so
-the first in line always gets on, and those behind it have their parts brought again.
+(`promised`); if its object is freed before, its bytes follow as soon as nobody needs them. A copy that is `held` by needs that
+wait for other parts too may go, but only to make room for somebody who comes before all of them: so the first in line always
+gets on, and those behind it have their parts brought again. The life of a copy, of a making and of a need are tables (`lives`).
 
 All who wait have a key, (priority, number of arrival): smaller comes first.
 """
@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Protocol
 
+from afield.gpu_store.books.lives import COPY, MAKING, NEED
 from afield.gpu_store.tiers import PREFETCH, PartCopy
 
 Key = tuple[int, int]
@@ -38,9 +39,7 @@ class Copy:
     __slots__ = (
         "arena",
         "busy",
-        "dead",
         "held",
-        "leaving",
         "life",
         "offset",
         "part",
@@ -49,6 +48,7 @@ class Copy:
         "serial",
         "shelf",
         "slot",
+        "state",
     )
 
     def __init__(self, part: Part, books: Place, offset: int, room: int, slot: int, serial: int) -> None:
@@ -59,12 +59,16 @@ class Copy:
         self.room = room
         self.slot = slot
         self.serial = serial
+        self.state = COPY.initial
         self.shelf: OrderedDict[Copy, None] | None = None
         self.busy = 0  # jobs
         self.promised = 0  # requests
         self.held: dict[Need, None] | None = None
-        self.leaving = False
-        self.dead = False
+
+    @property
+    def dead(self) -> bool:
+        """True if nobody can read it any more."""
+        return self.state not in ("kept", "leaving")
 
     @property
     def in_use(self) -> bool:
@@ -73,7 +77,7 @@ class Copy:
 
     def may_leave(self, key: Key) -> bool:
         """Tell whether it may go for somebody with this key, as far as the books know: it may be pinned still."""
-        if self.busy or self.promised or self.leaving:
+        if self.busy or self.promised or self.state != "kept":
             return False
         return not self.held or all(key < need.key for need in self.held)
 
@@ -160,10 +164,6 @@ class LeaseRequest(Request):
 class Making(Request):
     """A copy of `part` that is to come to `arena`: waits for room, or for a copy in the host store to start from, or runs.
 
-        waiting --room--> placed --a source--> running --finished--> a copy
-                             |                    |
-                             +---- failed <-------+
-
     It is made for those in `needs`, for `child` (the making on a device that starts from this copy), for the copy that is
     `leaving` its device, or as a `prefetch`; when nobody wants it any more, it is cancelled, unless it runs.
     """
@@ -172,34 +172,32 @@ class Making(Request):
         "arena",
         "attempts",
         "children",
-        "job",
         "leaving",
         "needs",
         "offset",
         "parent",
         "part",
         "prefetch",
-        "void",
+        "state",
     )
 
     def __init__(self, key: Key, room: int, part: Part, arena: int) -> None:
         super().__init__(key, room)
         self.part = part
         self.arena = arena
-        self.offset = -1  # of its place in the arena; -1: it is in the queue
-        self.job = 0
+        self.state = MAKING.initial
+        self.offset = -1  # of its place in the arena, once it has one
         self.attempts = 0
         self.needs: dict[Need, None] = {}
         self.children: dict[Making, None] = {}
         self.parent: Making | None = None
         self.leaving: Copy | None = None
         self.prefetch = False
-        self.void = False  # its object was freed, or a device is gone: only the job's end is waited for
 
     @property
     def current(self) -> bool:
-        """False once it was completed, failed, cancelled or made void."""
-        return self.part.making(self.arena) is self
+        """True as long as a copy may come of it: it can be joined."""
+        return self.state not in ("void", "over")
 
     @property
     def only_spills(self) -> bool:
@@ -222,8 +220,9 @@ class Need:
         "missing",
         "object",
         "object_id",
-        "on_its_way",
+        "promised",
         "request_id",
+        "state",
         "wants",
     )
 
@@ -244,7 +243,8 @@ class Need:
         self.wants = wants
         self.deadline = deadline
         self.due: float | None = None  # while the object is not known: how long its seal is waited for
-        self.on_its_way = False  # the deadline was put off for what is being moved
+        self.state = NEED.initial
+        self.promised: list[Copy] = []
         self.held: dict[tuple[int, int], Copy] = {}
         self.missing: dict[tuple[int, int], Making] = {}
 

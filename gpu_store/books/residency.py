@@ -30,6 +30,7 @@ from collections.abc import Iterator, Sequence
 
 from afield.gpu_store.books.arena_books import ArenaBooks
 from afield.gpu_store.books.catalogue import Catalogue, best_copy
+from afield.gpu_store.books.checks import complaints
 from afield.gpu_store.books.copying import Copying
 from afield.gpu_store.books.disk_books import DiskBooks
 from afield.gpu_store.books.eviction import RETRY_S, Eviction
@@ -91,7 +92,8 @@ class Residency:
         self._marks = high, low
         self._device_alignment = device_alignment
         self._arrivals = 0
-        self._arenas[HOST] = ArenaBooks(HOST, "the host store", host_bytes, host_alignment, high, low)
+        self.recorder = self._catalogue.recorder
+        self._arenas[HOST] = ArenaBooks(HOST, "the host store", host_bytes, host_alignment, self._marks, self.recorder)
 
     # -- arenas ---------------------------------------------------------------------------------------------------
 
@@ -102,7 +104,8 @@ class Residency:
         """
         if arena <= HOST or arena in self._arenas:
             raise StoreUsageError(f"arena {arena} is there already, or is not a device's")
-        self._arenas[arena] = ArenaBooks(arena, label, capacity_bytes, self._device_alignment, *self._marks, life)
+        alignment = self._device_alignment
+        self._arenas[arena] = ArenaBooks(arena, label, capacity_bytes, alignment, self._marks, self.recorder, life)
         return self._settle()
 
     def remove_arena(self, arena: int, cause: str) -> list[Effect]:
@@ -371,6 +374,10 @@ class Residency:
     def describe_full(self, arena: int, asked: int) -> str:
         """Return what tells a user why `asked` bytes were not granted in an arena, and what to do; names each tier."""
         return self._needs.describe_full(arena, asked)
+
+    def validate(self) -> list[str]:
+        """Return what is wrong with the books, none if all is well."""
+        return complaints(self._catalogue, self._copying)
 
     # -- inside ---------------------------------------------------------------------------------------------------
 
