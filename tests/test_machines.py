@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from afield.errors import InternalError
 from afield.machines import FlightRecorder, Table
+from tests import diagrams
 
 DOOR = Table(
     "door",
@@ -77,3 +81,32 @@ def test_what_may_come_late_changes_nothing() -> None:
     ]
     with pytest.raises(AssertionError, match="both late and not"):
         Table("door", "open", {("open", "lock"): "open"}, {"open": ""}, late=[("open", "lock")])
+
+
+def test_the_document_says_what_the_tables_say() -> None:
+    assert diagrams.DOCUMENT.read_text(encoding="utf-8") == diagrams.document(), "python -m tests.diagrams --write"
+
+
+def test_every_table_of_the_code_is_in_the_document() -> None:
+    root = Path(diagrams.__file__).resolve().parent.parent
+    named = [path for _, path, _ in diagrams.TABLES]
+    found = []
+    for folder in ("runtime", "scheduler", "gpu_store", "transport"):
+        for path in (root / folder).glob("**/*.py"):
+            tables = len(re.findall(r"^[A-Z_]+ = Table\(", path.read_text(encoding="utf-8"), re.MULTILINE))
+            found += [path.relative_to(root).as_posix()] * tables
+    assert sorted(named) == sorted(found)
+
+
+@pytest.mark.parametrize("table", [table for table, _, _ in diagrams.TABLES], ids=lambda table: table.name)
+def test_every_state_can_be_reached_and_left_unless_it_is_the_end(table: Table) -> None:
+    reached, waiting = {table.initial}, [table.initial]
+    while waiting:
+        state = waiting.pop()
+        for event in table.events(state):
+            after = table.after(state, event)
+            if after not in reached:
+                reached.add(after)
+                waiting.append(after)
+    assert reached == set(table.states)
+    assert len(table.final()) <= 1

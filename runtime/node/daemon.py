@@ -17,6 +17,7 @@ from typing import Any
 
 from afield.errors import ActorUnschedulableError
 from afield.ids import TASK_ID_BYTES
+from afield.machines import Core
 from afield.runtime.node.actors import ActorDirectory
 from afield.runtime.node.census import Census
 from afield.runtime.node.output import OutputRelay
@@ -98,6 +99,10 @@ class NodeDaemon:
     def stop(self) -> None:
         """Leave the loop; the fork server ends everything."""
         self._stopping = True
+
+    def cores(self) -> dict[str, Core]:
+        """Return what can be looked into here: what each core did last, and whether its state is sound."""
+        return {"leases": self.leases, "books": self.tiers.books}
 
     # -- processes -----------------------------------------------------------------------------------------------
 
