@@ -13,13 +13,18 @@ from pathlib import Path
 
 from afield.gpu_store.books import lives
 from afield.machines import Table
-from afield.runtime.cores import caller, dispatch
+from afield.runtime.cores import caller, dispatch, objects
 from afield.scheduler import demands, slots
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "state-machines.md"
 
 #: (table, the file that it stands in, what it is about)
 TABLES: tuple[tuple[Table, str, str], ...] = (
+    (
+        objects.LIFE,
+        "runtime/cores/objects.py",
+        "An object, in a process that owns or borrows it.",
+    ),
     (
         caller.CALLER,
         "runtime/cores/caller.py",

@@ -132,3 +132,18 @@ def test_validate_sees_what_is_wrong(spoil: Callable[[Books], None], complaint: 
     assert store.validate() == []
     spoil(store)
     assert complaint in "\n".join(store.validate())
+
+
+def test_a_prefetch_that_a_need_has_hurried_goes_with_its_object() -> None:
+    """It has its place on the device, and waits for a copy in the host store, which itself waits for room."""
+    store = Books(4 * KIB, gpu=4 * KIB)
+    store.store(b"0", (HOST, 2 * KIB))
+    store.store(b"1", (HOST, 2 * KIB))
+    store.finish(store.lease(B, 1, HOST, 4 * KIB))
+    store.need(B, 2, b"0", [(0, GPU)])
+    store.prefetch(b"0", [(0, GPU)])
+    store._needs.client_died(B)  # and not of the room that it has leased
+    assert store.usage(HOST).waiting == 1, "the prefetch wants it still"
+    store.free(b"0")
+    assert store.validate() == []
+    assert store.usage(HOST).waiting == store.usage(GPU).used == 0

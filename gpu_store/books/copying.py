@@ -198,7 +198,8 @@ class Copying:
         """Forget the makings of these parts; those that run come to nothing."""
         for part in parts:
             for making in list(part.makings.values()) if part.makings else []:
-                self._void(making)
+                if making.current:  # else it was given up with the one that it was made for
+                    self._void(making)
 
     def _void(self, making: Making) -> None:
         """Its job, if there is one, may end as it likes."""

@@ -104,9 +104,8 @@ class Residency:
         """
         if arena <= HOST or arena in self._arenas:
             raise StoreUsageError(f"arena {arena} is there already, or is not a device's")
-        self._arenas[arena] = ArenaBooks(
-            arena, label, capacity_bytes, self._device_alignment, self._marks, self.recorder, life
-        )
+        alignment = self._device_alignment
+        self._arenas[arena] = ArenaBooks(arena, label, capacity_bytes, alignment, self._marks, self.recorder, life)
         return self._settle()
 
     def remove_arena(self, arena: int, cause: str) -> list[Effect]:
