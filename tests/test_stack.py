@@ -166,7 +166,7 @@ def test_a_question_that_fails_is_answered() -> None:
     def calls() -> Any:
         raise RuntimeError("set changed size")
 
-    activity = stacks.answer_activity(None, calls)(False)
+    activity = stacks.answer_activity({}, calls)(False)
     assert "could not describe itself: RuntimeError('set changed size')" in activity.stacks[0].name
 
 

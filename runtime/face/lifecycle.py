@@ -144,7 +144,7 @@ def _install_driver(participant: Participant) -> None:
     post = _printer.post
     process.register(m.Log, lambda channel, message: post(message))
     answer_questions(participant)
-    process.questions["stack"] = answer_activity(process)
+    process.requests.answer("stack", answer_activity(process.cores))
     participation.install(participant)
     _restore_sigint = process.pump.install_sigint()
 

@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from afield.runtime.process.stacks import cores_of, describe_activity, state_of
+from afield.runtime.process.stacks import describe_activity, state_of
 from afield.runtime.tools.stack import ProcessStack
 from afield.runtime.wire import messages as m
 from afield.transport.channel import Channel
@@ -130,7 +130,7 @@ class Census:
     def _stack(self, current: _Round) -> list[ProcessStack]:
         """Say what each process does, this one and those that do not answer or are just starting included."""
         daemon = self._daemon
-        own = describe_activity(cores_of(daemon) if current.argument else None)
+        own = describe_activity(daemon.cores() if current.argument else None)
         found = [ProcessStack(os.getpid(), "daemon", "", activity=own)]
         stores = [(channel.peer_id, pid, "store", name) for channel, pid, name in daemon.tiers.stores.processes()]
         for process_id, pid, kind, name in [*self.processes(), *stores]:

@@ -20,6 +20,7 @@ from typing import Any
 
 import msgspec
 
+from afield.machines import Core
 from afield.transport.loop import Loop
 from afield.transport.pump import Pump
 
@@ -85,7 +86,7 @@ class Activity(msgspec.Struct, array_like=True, frozen=True):
 
 
 def describe_activity(
-    cores: Mapping[str, Any] | None = None,
+    cores: Mapping[str, Core] | None = None,
     calls: Iterable[RunningCall] = (),
     waiting: int = 0,
     coroutines: Iterable[tuple[str, Any]] = (),
@@ -105,32 +106,25 @@ def describe_activity(
 
 
 def answer_activity(
-    owner: Any,
+    cores: Mapping[str, Core],
     calls: Callable[[], tuple[Iterable[RunningCall], int]] = lambda: ((), 0),
     coroutines: Callable[[], Iterable[tuple[str, Any]]] = tuple,
 ) -> Callable[[Any], Activity]:
     """Return what answers the question "stack" in a process; its argument says whether to describe the cores as well.
 
     Args:
-        owner: has the cores.
+        cores: name -> core of those that the process has.
         calls: returns the calls that run, and how many wait.
         coroutines: returns name and object of those that an event loop runs.
     """
 
     def answer(with_cores: Any) -> Activity:
         try:
-            return describe_activity(cores_of(owner) if with_cores else None, *calls(), coroutines())
+            return describe_activity(cores if with_cores else None, *calls(), coroutines())
         except Exception as error:  # whoever looks for a fault must not make another: this would end the process
             return Activity([Stack(_clean(f"(this process could not describe itself: {error!r})"), [])], 1)
 
     return answer
-
-
-def cores_of(owner: Any) -> Mapping[str, Any]:
-    """Return the cores of a process, or of the node daemon, by name."""
-    found = getattr(owner, "cores", {})
-    cores: Mapping[str, Any] = found() if callable(found) else found
-    return cores
 
 
 def _threads() -> list[Stack]:

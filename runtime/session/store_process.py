@@ -57,7 +57,7 @@ class StoreProcess:
         )
         self._daemon.send(m.Register("store", os.getpid()))
         self._handlers: dict[type, Callable[[Any], None]] = {}
-        self._stack = answer_activity(self)
+        self._stack = answer_activity({})
 
     def run(self) -> None:
         """Serve until the daemon is gone."""

@@ -40,9 +40,9 @@ def run_worker(config: ForkServerConfig, worker_id: bytes, variables: dict[str, 
     participant = Participant(config.session, own, worker_id)
     answer_questions(participant)
     executor = Executor(participant)
-    participant.process.questions["stack"] = answer_activity(
-        participant.process, lambda: _calls(executor), lambda: _coroutines(executor)
-    )
+    process = participant.process
+    activity = answer_activity(process.cores, lambda: _calls(executor), lambda: _coroutines(executor))
+    process.requests.answer("stack", activity)
     session, node_id, namespace = config.session.name, config.node_id.hex(), config.namespace
     install(Facts(session, node_id, namespace, environment, lambda: executor.assignment, executor.own_actor))
     participant.process.register(m.Retire, lambda channel, message: _retire(executor, channel))
