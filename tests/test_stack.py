@@ -408,7 +408,7 @@ def test_a_worker_that_is_stopped_is_named(place: Path, capsys: Any) -> None:
 
 def test_cores_are_shown_when_asked_for(place: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert participation.participant is not None
-    monkeypatch.setattr(participation.participant.process, "cores", {"table": BrokenCore()}, raising=False)
+    monkeypatch.setitem(participation.participant.process.cores, "table", BrokenCore())
     assert "\n  core table" not in run(capsys)[1]
     for option in ("--cores", "--debug"):
         status, out, error = run(capsys, option)
