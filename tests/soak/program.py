@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import afield
-from afield.errors import AfieldError, CapacityError, GetTimeoutError, LossError, TaskError
+from afield.errors import AfieldError, CapacityError, GetTimeoutError, LossError, SchedulingError, TaskError
 from tests.soak.values import OPERATIONS, Leaf, Spec, Step, apply, differs, make, model, random_leaf, to_host
 
 PATIENCE_S = 90.0
@@ -133,7 +133,7 @@ class Program:
         if isinstance(error, TaskError):
             cause = error.cause
             return isinstance(cause, AfieldError) and self._may_be(cause)
-        return self.faulty and isinstance(error, LossError | CapacityError)
+        return self.faulty and isinstance(error, LossError | CapacityError | SchedulingError)
 
     # -- making ----------------------------------------------------------------------------------------------------
 
@@ -171,10 +171,16 @@ class Program:
             taken = self.rng.randint(0, count)
             items = self.rng.choice(self.remotes.items).remote(count, known.ref)
             for index in range(taken):
-                ref = next(items)
+                ref = next(items, None)
+                if ref is None:
+                    assert self.faulty, "a generator ended before its task"
+                    return  # what ended it is the item before
                 self.pool.append(Known(ref, Step(OPERATIONS[index % 3], (known.spec,)), known.depth + 1))
             if taken == count:
-                assert next(items, None) is None, "a generator yielded more than its task"
+                more = next(items, None)
+                if more is not None:
+                    value = afield.get(more, timeout=PATIENCE_S)  # raises what has ended the task
+                    raise AssertionError(f"a generator yielded more than its task: {value!r}")
 
     def use_actor(self) -> None:
         chosen = self._some()
