@@ -60,17 +60,21 @@ def _shown(part: Any) -> str:
     return part.hex() if isinstance(part, bytes) else str(part)
 
 
+def complaints_of(core: Core, most: int) -> list[str]:
+    """Return what a core complains of, and after so many complaints how many more there are."""
+    try:
+        complaints = core.validate()
+    except Exception as error:  # what is wrong is so wrong that it cannot even be looked at
+        complaints = [f"its state cannot be looked through: {error!r}"]
+    more = [f"{len(complaints) - most} more complaints"] if len(complaints) > most else []
+    return complaints[:most] + more
+
+
 def account(cores: Mapping[str, Core]) -> str:
     """Return what cores complain of and what they did last, bounded: it becomes part of the error of an internal fault."""
     lines = []
     for name, core in cores.items():
-        try:
-            complaints = core.validate()
-        except Exception as error:  # what is wrong is so wrong that it cannot even be looked at
-            complaints = [f"its state cannot be looked through: {error!r}"]
-        lines += [f"{name} is wrong: {each}" for each in complaints[:MOST_COMPLAINTS]]
-        if len(complaints) > MOST_COMPLAINTS:
-            lines.append(f"{name} is wrong: {len(complaints) - MOST_COMPLAINTS} more complaints")
+        lines += [f"{name} is wrong: {each}" for each in complaints_of(core, MOST_COMPLAINTS)]
         lines += [f"{name} did: {each}" for each in core.recorder.story()[-MOST_TOLD:]]
     return "\n".join(line[:MOST_CHARACTERS] for line in lines)
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import msgspec
 
-from afield.machines import Core
+from afield.machines import Core, complaints_of
 from afield.transport.loop import Loop
 from afield.transport.pump import Pump
 
@@ -197,15 +197,8 @@ def _stack(name: str, innermost_first: Iterable[Frame]) -> Stack:
     return Stack(_clean(name), frames[:MAX_OUTER], frames[-MAX_INNER:], left_out)
 
 
-def _core_state(name: str, core: Any) -> CoreState:
-    story: list[str] = []
-    try:
-        story = core.recorder.story()[-MAX_STORY:]
-        complaints = core.validate()
-    except Exception as error:  # what is wrong is so wrong that it cannot even be looked at
-        complaints = [f"its state cannot be looked through: {error!r}"]
-    if len(complaints) > MAX_COMPLAINTS:
-        complaints = [*complaints[:MAX_COMPLAINTS], f"{len(complaints) - MAX_COMPLAINTS} more complaints"]
+def _core_state(name: str, core: Core) -> CoreState:
+    complaints, story = complaints_of(core, MAX_COMPLAINTS), core.recorder.story()[-MAX_STORY:]
     return CoreState(name, list(map(_clean, complaints)), list(map(_clean, story)))
 
 
