@@ -62,7 +62,7 @@ class DeviceScale:
 
 
 FULL = DeviceScale()
-QUICK = DeviceScale(2, 10, (1 << 10, 1 << 20), (1 << 20, 4 << 20), 32 << 20, 100, 10_000, 200)
+QUICK = DeviceScale(1, 10, (1 << 10, 1 << 20), (1 << 20, 4 << 20), 32 << 20, 100, 10_000, 200)
 
 Limit = Callable[[DeviceScale], list[float]]
 

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,7 @@ def test_rounds_alternate_with_the_limit(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setitem(LIMITS, "ping-pong", note("limit", 2.0))
     measured = Case("it", "µs", note("case", 5.0), limit="ping-pong", max_rounds=2)
-    (found,) = run_cases(Recorder(), [measured], QUICK, limits=True)  # type: ignore[arg-type]
+    (found,) = run_cases(Recorder(), [measured], replace(QUICK, rounds=2), limits=True)  # type: ignore[arg-type]
     assert order == ["case", "limit", "case", "limit", "case"]  # The first one warms up.
     assert report.to_limit(Row(measured, found)) == 2.5
 

@@ -25,6 +25,8 @@ ROOT = Path(__file__).resolve().parent.parent
 MIB = 1 << 20
 #: The entry point is known only once afield was installed anew since it has one.
 LOAD = [] if entry_points(group="pytest11", name="afield") else ["-p", "afield.testing.plugin"]
+#: Plugins that have no part in it, and take longer to load than all else.
+LOAD += ["-p", "no:hypothesispytest", "-p", "no:xdist", "-p", "no:cacheprovider"]
 
 
 @pytest.fixture

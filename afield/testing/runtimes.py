@@ -29,7 +29,9 @@ CPUS = 2
 HOST_MEMORY = "256MiB"
 #: What a test has let go of is gone within this time on a loaded machine.
 GRACE_S = 3.0
+#: A first look, and the longest pause between later ones: each costs a full collection of garbage, so they get rare.
 _POLL_S = 0.02
+_MAX_POLL_S = 0.25
 #: Objects that one report lists, the largest first.
 MAX_LISTED = 20
 #: What was just let go of may still be listed once.
@@ -104,7 +106,7 @@ class Runtimes:
             return ""  # the test ended it, and everything with it
         _forget_values(item)
         deadline = time.monotonic() + GRACE_S
-        polls = 0
+        polls, pause_s = 0, _POLL_S
         while True:
             polls += 1
             gc.collect()
@@ -116,7 +118,8 @@ class Runtimes:
                 return ""
             if time.monotonic() > deadline or (polls > MIN_POLLS and left and all(map(_is_held_here, left))):
                 return report(left, len(actors), bytes_left)
-            time.sleep(_POLL_S)
+            time.sleep(pause_s)
+            pause_s = min(1.5 * pause_s, _MAX_POLL_S)
 
 
 def _is_held_here(entry: MemoryEntry) -> bool:

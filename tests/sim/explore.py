@@ -12,9 +12,12 @@ A copy is a pickle: it keeps what refers to what. A fingerprint leaves out only 
 from __future__ import annotations
 
 import copyreg
+import gc
 import hashlib
 import io
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -352,6 +355,19 @@ class CounterexampleError(InvariantError):
         self.transcript = transcript
 
 
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """States are freed as they are left (`World.forget`), so the collections that so many new objects cause find nothing."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@_uncollected()
 def explore(scenario: Scenario, table: type[OwnershipTable] = OwnershipTable) -> Explored:
     """Visit every state of a scenario.
 
@@ -373,7 +389,7 @@ def explore(scenario: Scenario, table: type[OwnershipTable] = OwnershipTable) ->
                 checkers.after_all(state.world)
             for index, action in enumerate(actions):
                 if index:
-                    state.world.forget()
+                    _forget(state)
                     state = _thaw(scenario, frozen)
                 transitions += 1
                 touched = _apply(state, action)
@@ -390,7 +406,7 @@ def explore(scenario: Scenario, table: type[OwnershipTable] = OwnershipTable) ->
                 path.append(action)
             raise CounterexampleError(violation, _replay(scenario, table, path[::-1])) from violation
         finally:
-            state.world.forget()
+            _forget(state)
     return Explored(len(parents), transitions, ends)
 
 
@@ -407,6 +423,13 @@ def _thaw(scenario: Scenario, frozen: bytes) -> State:
     state: State = pickle.loads(frozen)
     state.scenario = scenario
     return state
+
+
+def _forget(state: State) -> None:
+    for thread in state.threads:
+        if thread.execution is not None:
+            thread.execution.obligation.token = None
+    state.world.forget()
 
 
 def _apply(state: State, action: Action) -> list[Participant]:

@@ -199,7 +199,11 @@ class World:
         """Take the world apart at the end of its use.
 
         Nothing else would free it: entries refer to who waits for them, those to the world, and the world to the entries, which
-        are hidden from the garbage collector.
+        are hidden from the garbage collector. And what refers to nothing that refers to it is freed without a collection.
         """
         for process in self.processes.values():
             process.table.entries.clear()
+            for execution in process.unsettled:
+                execution.obligation.token = None
+            vars(process).clear()
+        vars(self).clear()
