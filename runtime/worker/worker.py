@@ -71,7 +71,7 @@ def run_worker(config: ForkServerConfig, worker_id: bytes, variables: dict[str, 
 
 def _retire(executor: Executor, channel: Channel) -> None:
     """End this idle worker, unless somebody depends on it: no record of an object means that it holds and owes nothing."""
-    if executor.process.table.entries or executor.queue:
+    if executor.process.table.entries or executor.work.queue:
         channel.send(m.Retire())
     else:
         os._exit(0)
