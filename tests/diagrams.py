@@ -13,7 +13,7 @@ from pathlib import Path
 
 from afield.gpu_store.books import lives
 from afield.machines import Table
-from afield.runtime.cores import caller, dispatch, objects
+from afield.runtime.cores import caller, dispatch, objects, work
 from afield.scheduler import demands, slots
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "state-machines.md"
@@ -34,6 +34,11 @@ TABLES: tuple[tuple[Table, str, str], ...] = (
         caller.CALL,
         "runtime/cores/caller.py",
         "One call of an actor's method, in the process that made it.",
+    ),
+    (
+        work.TABLE,
+        "runtime/cores/work.py",
+        "One push at the worker that runs it: a task, or a call of an actor's method.",
     ),
     (
         dispatch.LEASE,

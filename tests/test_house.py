@@ -42,8 +42,8 @@ MAY_IMPORT = {
 #: The rooms of runtime/, bottom up: each imports only from itself and from those before it. `main` puts them together.
 ROOMS = ("wire", "cores", "process", "values", "calls", "session", "tools", "face", "worker", "node", "main")
 #: Files of these rooms may know each other in a circle: the parts of a node are told which node they are of, the methods of an
-#: emulated array are its module's functions. (And, until its executor is taken apart, the worker.)
-CIRCLES = ("runtime/node/", "gpu_store/emulated_arrays/", "runtime/worker/")
+#: emulated array are its module's functions.
+CIRCLES = ("runtime/node/", "gpu_store/emulated_arrays/")
 
 MAX_FUNCTION_LINES = 60
 MAX_FILE_LINES = 500

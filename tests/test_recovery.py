@@ -19,7 +19,7 @@ from afield.runtime.calls.participant import Participant
 from afield.runtime.calls.recovery import MAX_ROUNDS
 from afield.runtime.cores.objects import FREED, LOCATED, PENDING
 from afield.runtime.wire import messages as m
-from afield.runtime.worker.executor import Executor
+from afield.runtime.worker.invocation import Invocation
 from tests.helpers import poll, remote_with
 
 LARGE = 1 << 17
@@ -393,7 +393,7 @@ class _Crashing:
     def run(self, path: str, then: str) -> Any:
         note(path, "run")
         if Path(path).read_text().split() == ["run"]:
-            Executor.answer = lambda *_: os._exit(1)  # type: ignore[method-assign]
+            Invocation.settle = lambda *_: os._exit(1)  # type: ignore[method-assign]
         elif then == "raise":
             raise ValueError("this time it fails")
         return np.ones(LARGE) if then != "inline" else 1

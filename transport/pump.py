@@ -124,8 +124,8 @@ class Pump:
         #: Called if the standby thread ends by an exception.
         self.on_crash: Callable[[BaseException], None] = lambda error: None
         self._reminding = False
-        #: A worker says here whether the task that is to be interrupted still runs.
-        self.may_interrupt: Callable[[], bool] = lambda: True
+        #: Whether what is held back is still to be raised; True uses the interrupt up. A worker interrupts one call once.
+        self.take_interrupt: Callable[[], bool] = lambda: True
         #: True while the standby thread blocks in the loop, so that state left for it needs a kick.
         self.standby_leads = False
         self._standby_kicked = False
@@ -237,7 +237,7 @@ class Pump:
         """Raise the KeyboardInterrupt that was held back, in the main thread."""
         if self.interrupted and threading.current_thread() is threading.main_thread():
             self.interrupted = False
-            if self.may_interrupt():
+            if self.take_interrupt():
                 raise KeyboardInterrupt
 
     def in_transition(self, frame: FrameType | None) -> bool:
@@ -270,8 +270,11 @@ class Pump:
     def on_sigint(self, number: int, frame: FrameType | None) -> None:
         """Handle SIGINT: raise KeyboardInterrupt now, or as soon as no transition is on the stack."""
         reminder, self._reminding = self._reminding, False
-        if (reminder and not self.interrupted) or not self.may_interrupt():
-            return
+        if not reminder or self.interrupted:
+            self.interrupt(frame)
+
+    def interrupt(self, frame: FrameType | None) -> None:
+        """Raise KeyboardInterrupt in the main thread, whose frame this is, or hold it back during a transition."""
         if self.in_transition(frame):
             self.interrupted = True
             self.loop.kick()  # the transition may wait for an answer: then it is over now
@@ -279,7 +282,8 @@ class Pump:
             _thread.start_new_thread(self._remind, ())
         else:
             self.interrupted = False
-            raise KeyboardInterrupt
+            if self.take_interrupt():
+                raise KeyboardInterrupt
 
     def _remind(self) -> None:
         """Interrupt the main thread again if it has not raised by itself."""

@@ -314,6 +314,9 @@ class Submitter:
         if reply.kind == FAILED and self._retry(channel, task, reply.data):
             return True
         if reply.kind == m.ARGUMENT_LOST:
+            if task.cancelled:  # it has not run, and does not run again
+                self.fail_with(task, TaskCancelledError(f"{task.function.name}() was cancelled before it started"))
+                return True
             return self.recovery.argument_lost(channel, task)
         if task.num_returns == m.STREAMING:
             self.streams.finish(task, reply.kind, reply.data, self._receive(channel, reply.contained))
@@ -425,6 +428,10 @@ class Submitter:
         lease: Lease | None = channel.context.lease
         if lease is not None:
             tasks = [lease.inflight.pop(sequence) for sequence in message.sequences if sequence in lease.inflight]
+            for task in tasks:
+                if task.cancelled:  # the request and the task have passed each other on their way
+                    self.fail_with(task, TaskCancelledError(f"{task.function.name}() was cancelled before it started"))
+            tasks = [task for task in tasks if not task.cancelled]
             lease.lane.handed_back(lease, tasks, message.blocked, time.monotonic())
 
     def _on_unblocked(self, channel: Channel, message: m.Unblocked) -> None:

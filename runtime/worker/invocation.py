@@ -1,258 +1,247 @@
-"""One invocation's way in and out: arguments from bytes, results to bytes, and what is kept in between."""
+"""One call's life at a worker, from its push to its answer, whatever runs it.
+
+Theory of operation. An `Invocation` is made when its push arrives and is what the queue holds, what the code that runs in it
+asks for its name and ids (`process.context`), and what `cores.work` decides about. Its phases are those of
+`cores.work.TABLE`:
+
+    prepare     the function and the arguments are rebuilt
+    (the user's code runs)
+    returned    the result is made into a reply, or
+    raised      the error is
+    settle      the reply is queued; that of a cancelled call is replaced by TaskCancelledError, whatever the call has returned
+                or raised
+
+`run` does all of it on the thread that calls it: the main thread and thread pools differ only in how they come by a call and
+wait. `run_async` does it on an event loop.
+
+**Interrupts.** KeyboardInterrupt is raised in the main thread while the phase is PREPARING, RUNNING or FINISHING, once for
+each cancelled call. It may come between any two bytecodes: hence the phase changes for the last time inside of `try`, and
+there is a second `except` for an interrupt that comes at the moment in which the first one is entered. Code of the user's may
+catch it and go on: the outcome does not depend on that.
+"""
 
 from __future__ import annotations
 
-import itertools
-import weakref
+import asyncio
+import inspect
 from collections.abc import Callable
 from typing import Any
 
-from afield.errors import ActorConstructionError, AfieldError, TaskError
-from afield.ids import ARGUMENTS_INDEX, object_id
-from afield.runtime.calls.participant import Participant
-from afield.runtime.cores.objects import FAILED, INLINE, LOCATED, Obligation
-from afield.runtime.process.context import TaskContext
-from afield.runtime.process.process import INLINE_BYTES
-from afield.runtime.process.serialization import (
-    Arg,
-    Serialized,
-    collector,
-    deserialize,
-    dumps_plain,
-    serialize,
-    serialize_error,
+from afield.errors import AfieldError, DeviceLostError, TaskCancelledError
+from afield.runtime.cores.work import (
+    ANSWERED,
+    CANCELLED,
+    FAILING,
+    FINISHING,
+    PREPARING,
+    QUEUED,
+    RUNNING,
+    SETTLING,
 )
-from afield.runtime.values.parts import ARGUMENT, PartsLostError
+from afield.runtime.process import current
+from afield.runtime.process.context import ActorExit, TaskContext, enter, leave_copy
 from afield.runtime.wire import messages as m
-from afield.tracebacks import describe
+from afield.runtime.worker.host import Host
+from afield.runtime.worker.outcomes import Definition, in_full
+from afield.runtime.worker.streaming import Stream
 from afield.transport.channel import Channel
 
-
-class Definition:
-    """A function as its owner defined it; unpickled on first use."""
-
-    __slots__ = ("_callable", "backpressure", "blob", "group", "name", "num_returns", "once")
-
-    def __init__(self, message: m.Define) -> None:
-        self.name = message.name
-        self.blob = message.blob
-        self.num_returns = message.num_returns
-        self.backpressure = message.backpressure
-        self.group = message.group
-        self.once = message.once
-        self._callable: Callable[..., Any] | None = None
-
-    def callable(self) -> Callable[..., Any]:
-        """Return the function."""
-        if self._callable is None:
-            self._callable = deserialize(self.blob, f"the function {self.name}()", None)
-        assert self._callable is not None
-        return self._callable
+#: Takes the place of a push that is answered: what the call's code has left behind may keep the call, but not its arguments.
+_OVER = m.Push(0, b"", 0, b"")
 
 
-def in_full(value: Any, num_returns: int) -> Any:
-    """Return what a generator yields as a list, where several results are due and it is not streamed."""
-    if num_returns == m.STREAMING or not hasattr(value, "__next__"):
-        return value
-    return list(itertools.islice(value, num_returns + 1))  # one more, so that it is seen that there are too many
+class StoppedError(Exception):
+    """Ends a call that was cancelled before the user's code began; seen by nobody."""
 
 
-class Invocations:
-    """Rebuilds arguments and encodes outcomes for all executors of a worker."""
+class Invocation(TaskContext):
+    """One call."""
 
-    def __init__(self, participant: Participant) -> None:
-        self.process = participant.process
-        self.values = participant.values
-        self._next_token = itertools.count(1).__next__
-        self._task_ids: dict[tuple[int, int], bytes] = {}
+    __slots__ = ("cancel", "channel", "definition", "holds", "push", "sequence", "state", "stream")
 
-    # -- arguments -----------------------------------------------------------------------------------------------
+    def __init__(self, channel: Channel, push: m.Push, definition: Definition) -> None:
+        self.task_id = push.task_id
+        self.name = definition.name
+        self.scope = None
+        self.obligation = None
+        self.channel = channel
+        self.push = push
+        self.sequence = push.sequence
+        self.definition = definition
+        self.state = QUEUED
+        #: The request to cancel it.
+        self.cancel: m.Cancel | None = None
+        #: Its items, if it yields them one by one.
+        self.stream: Stream | None = None
+        #: The memory that its arguments lie in, which it may keep: (weak reference, object id, owner).
+        self.holds: list[Any] | None = None
 
-    def arguments(self, push: m.Push, context: TaskContext, submitter: bytes) -> tuple[Any, dict[str, Any], list[Any]]:
-        """Rebuild the arguments; the holds are those of stored values, which the submitter pins until the reply.
+    @property
+    def caller(self) -> Channel:
+        """Who has pushed it."""
+        return self.channel
+
+    # -- the phases ----------------------------------------------------------------------------------------------
+
+    def prepare(self, host: Host) -> tuple[Callable[..., Any], Any, dict[str, Any]]:
+        """Rebuild the function and its arguments.
 
         Raises:
-            PartsLostError: an argument has to be made again first.
+            StoppedError: it was cancelled meanwhile, and the code that ran did not let the interrupt through.
         """
-        holds: list[Any] = []
-        on_ref = self._on_ref(context)
-        if push.location is not None:
-            argument_id = push.task_id + ARGUMENTS_INDEX
-            args, kwargs = self._read(argument_id, submitter, push.location, "the arguments", on_ref, holds)
+        self.state = PREPARING
+        push, definition = self.push, self.definition
+        if self.cancel is not None:  # at the moment in which it was taken
+            raise StoppedError
+        function = definition.function
+        if function is None:
+            function = host.function(definition)
+        if push.arguments or push.location is not None:
+            self.holds = []
+            args, kwargs = host.outcomes.arguments(push, self, self.channel.peer_id, self.holds)
         else:
-            args, kwargs = deserialize(push.arguments, "the arguments", on_ref)
-        if push.dependencies:
-            values = [self._dependency(dependency, on_ref, holds) for dependency in push.dependencies]
-            args = [values[arg.index] if type(arg) is Arg else arg for arg in args]
-            kwargs = {key: values[arg.index] if type(arg) is Arg else arg for key, arg in kwargs.items()}
-        return args, kwargs, holds
+            args, kwargs = (), {}
+        if not definition.plain:
+            if definition.once and host.replies.waiting:
+                host.replies.flush()  # should it end this process, the owner takes the oldest without a reply for it
+            if definition.num_returns == m.STREAMING:
+                self.stream = Stream(host.outcomes, host.replies, self.channel, push, definition, host.work.concurrent)
+        if self.cancel is not None:
+            raise StoppedError
+        return function, args, kwargs
 
-    def _on_ref(self, context: TaskContext) -> Callable[[bytes, bytes], None]:
-        def on_ref(oid: bytes, owner: bytes) -> None:
-            if context.obligation is None:
-                context.obligation = Obligation()
-            self.process.locked(self.process.table.receive, oid, owner, context.obligation)
+    def returned(self, host: Host, holder: list[Any]) -> Any:
+        """Make the reply out of what it returned, to which `holder` has the only reference."""
+        self.state = FINISHING
+        if current.process is not host.process:
+            leave_copy(None)
+        if self.holds:
+            host.outcomes.keep_holds(self.holds, self)
+        reply = host.outcomes.reply(holder, self, self.push, self.channel.peer_id, self.definition)
+        self.state = SETTLING
+        return reply
 
-        return on_ref
+    def raised(self, host: Host, error: BaseException) -> Any:
+        """Make the reply out of what it raised; None for a cancelled call, which needs no other than `settle` makes."""
+        in_user_code = self.state == RUNNING
+        self.state = FAILING
+        if current.process is not host.process:
+            leave_copy(error)
+        # Outside of user code it is our own device that is lost: where arguments go to, or results come from.
+        lost = isinstance(error, DeviceLostError) and not in_user_code
+        broken = str(error) if lost else host.participant.values.parts.devices.broken()
+        if broken:
+            host.leave(broken)
+        if isinstance(error, ActorExit):
+            host.goodbye = "it ended itself"
+            reply = host.outcomes.reply([self._nothing()], self, self.push, self.channel.peer_id, self.definition)
+        elif self.cancel is not None:
+            reply = None
+        else:
+            reply = host.outcomes.failure(self.sequence, self.definition, error, in_user_code, self.channel.peer_id)
+        self.state = SETTLING
+        return reply
 
-    def _read(self, oid: bytes, owner: bytes, location: m.Location, what: str, on_ref: Any, holds: list[Any]) -> Any:
-        """Rebuild a stored argument; what its memory is held by goes into `holds`, as (weak reference, id, owner)."""
+    def _nothing(self) -> Any:
+        """Return what a call has returned that ended its actor instead."""
+        if self.stream is not None:
+            return self.stream.sent
+        return None if self.definition.num_returns == 1 else [None] * self.definition.num_returns
 
-        def hold(slot: int) -> Any:
-            made = self.values.parts.hold(slot, None)
-            holds.append((weakref.ref(made), oid, owner))
-            return made
+    def keep_holds_of_failed(self, host: Host) -> None:
+        """Keep what user code has put aside before it raised; the frames that only took part are gone with the error.
 
-        return self.values.parts.read(oid, location, what, on_ref, hold, priority=ARGUMENT)[0]
+        What it began on the device may end badly only here: then this process cannot go on.
+        """
+        try:
+            host.outcomes.keep_holds(self.holds or [], self)
+        except AfieldError as error:
+            host.leave(str(error))
 
-    def _dependency(self, dependency: m.Dependency, on_ref: Callable[[bytes, bytes], None], holds: list[Any]) -> Any:
-        if dependency.kind != LOCATED:
-            return deserialize(dependency.data, "an argument", on_ref)
-        assert dependency.location is not None
-        where = dependency.location
-        return self._read(dependency.object_id, dependency.owner, where, "an argument", on_ref, holds)
+    def settle(self, host: Host, reply: Any) -> None:
+        """Queue the reply; it waits until the refs that the call keeps are registered with their owners."""
+        if self.cancel is None:
+            self.state = ANSWERED
+        else:
+            reply = self._as_cancelled(host, reply)
+            self.state = CANCELLED
+        enter(None)
+        self.push = _OVER
+        if self.obligation is not None and host.replies.wait_for_registration(self.obligation, self.channel, reply):
+            return
+        host.waiting.append((self.channel, reply))
+        if host.goodbye:
+            host.say_goodbye()
 
-    def keep_holds(self, holds: list[Any], context: TaskContext) -> None:
-        """Memory of arguments that is used beyond the task counts as handles of their objects."""
-        self.values.parts.devices.settle()
-        for reference, oid, owner in holds:
-            hold = reference()
-            if hold is not None:
-                self._on_ref(context)(oid, owner)
-                hold.object_id = oid
+    def _as_cancelled(self, host: Host, reply: Any) -> Any:
+        assert self.cancel is not None
+        if reply is not None:
+            host.outcomes.discard(reply, self.push, self.channel.peer_id)
+        if self.cancel.recursive:  # also what it has submitted after the cancellation, and before it was interrupted
+            host.process.locked(host.participant.cancellation.cancel_children, self.task_id)
+        return self.cancelled(host, "while it ran")
 
-    # -- results -------------------------------------------------------------------------------------------------
+    def cancelled(self, host: Host, when: str) -> Any:
+        """Make the reply of a call that was cancelled."""
+        error = TaskCancelledError(f"{self.name}() was cancelled {when}")
+        return host.outcomes.failure(self.sequence, self.definition, error, False, self.channel.peer_id)
 
-    def reply(self, holder: list[Any], push: m.Push, owner: bytes, definition: Definition) -> Any:
-        """Make the reply of a task that returned; `holder` has the only reference to the value."""
-        if definition.num_returns == 1 or definition.num_returns == m.STREAMING:
-            data = dumps_plain(holder[0])
-            if data is not None and len(data) <= INLINE_BYTES:
-                return m.Reply(push.sequence, INLINE, data)
-            result = self._encode(holder, push, 0, owner, definition.name)
-            return m.Reply(push.sequence, result.kind, result.data, result.location, result.contained)
-        return m.ReplyMany(push.sequence, self._encode_many(holder, push, owner, definition))
+    # -- ways of running -----------------------------------------------------------------------------------------
 
-    def item(self, holder: list[Any], push: m.Push, index: int, owner: bytes, definition: Definition) -> m.Item:
-        """Make the message of one item of a stream; empties `holder`."""
-        result = self._encode(holder, push, index, owner, definition.name)
-        holder.clear()
-        return m.Item(push.sequence, index, result.kind, result.data, result.location, result.contained)
-
-    def _encode(self, holder: list[Any], push: m.Push, index: int, owner: bytes, name: str) -> m.Result:
-        return self._written(holder, self._pickled(holder[0], name), push, index, owner)
-
-    @staticmethod
-    def _pickled(value: Any, name: str) -> Serialized:
-        data = dumps_plain(value)
-        return serialize(value, f"the result of {name}()") if data is None else Serialized(data, [], [])
-
-    def _written(self, holder: list[Any], serialized: Serialized, push: m.Push, index: int, owner: bytes) -> m.Result:
-        """Make the result out of a pickled value, to which `holder` has the only reference; large ones are stored."""
-        location = None
-        if not serialized.fits(INLINE_BYTES):
-            # The refs inside are still held by the value: it is not in a frame of ours, but in the pickle's own list.
-            held = self._hold(serialized.refs)
+    def run(self, host: Host) -> None:
+        """Run on this thread, from the arguments to the answer."""
+        enter(self)
+        failed = False
+        try:
             try:
-                location = self.values.parts.write(object_id(push.task_id, index), owner, serialized, holder)
-            finally:
-                contained = self._hand_on(serialized.refs, owner) if location is not None else None
-                self._let_go(held)
-            return m.Result(LOCATED, b"", location, contained)
-        return m.Result(INLINE, serialized.pack(), None, self._hand_on(serialized.refs, owner))
+                function, args, kwargs = self.prepare(host)
+                self.state = RUNNING
+                holder = [function(*args, **kwargs)]
+                del args, kwargs
+                if not self.definition.plain:
+                    if self.stream is not None:
+                        holder = [self.stream.run(holder)]
+                    elif self.definition.num_returns != 1:
+                        holder.append(in_full(holder.pop(), self.definition.num_returns))
+                reply = self.returned(host, holder)
+            except BaseException as error:
+                reply = self.raised(host, error)
+                failed = True
+        except KeyboardInterrupt as late:
+            reply = self.raised(host, late)
+            failed = True
+        if failed and self.holds:
+            args, kwargs = (), {}  # noqa: F841 - lets go of them
+            self.keep_holds_of_failed(host)
+        self.settle(host, reply)
 
-    def _hold(self, refs: list[bytes]) -> list[bytes]:
-        """Pin refs while the value that has them is on its way into the store."""
-        for ref in refs:
-            self.process.locked(self.process.table.pin, ref)
-        return refs
-
-    def _let_go(self, refs: list[bytes]) -> None:
-        for ref in refs:
-            self.process.locked(self.process.table.unpin, ref)
-
-    def _hand_on(self, refs: list[bytes], owner: bytes) -> m.Contained | None:
-        """Hold the refs inside a result until its receiver holds them itself."""
-        if not refs:
-            return None
-        token = self._next_token()
-        return m.Contained(token, self.process.locked(self.process.table.hand_on, owner, token, refs))
-
-    def _encode_many(self, holder: list[Any], push: m.Push, owner: bytes, definition: Definition) -> list[m.Result]:
-        value = holder.pop()
-        expected = definition.num_returns
-        if expected == 0:
-            return []
-        if not isinstance(value, (tuple, list)) or len(value) != expected:
-            found = f"{len(value)} values" if isinstance(value, (tuple, list)) else f"a {type(value).__name__}"
-            raise ValueError(
-                f"{definition.name}() has num_returns={expected} and must return {expected} values, not {found}"
-            )
-        holders = [[item] for item in value]
-        del value
-        # All are pickled before one is stored: what cannot be pickled then leaves nothing behind.
-        pickled = [self._pickled(holder[0], definition.name) for holder in holders]
-        results: list[m.Result] = []
+    async def run_async(self, host: Host) -> None:
+        """Run on the event loop of the calling task, from the arguments to the answer."""
+        enter(self)
+        failed = False
         try:
-            for index, holder in enumerate(holders):
-                results.append(self._written(holder, pickled[index], push, index, owner))
-        except BaseException:
-            self._unsent(results, push, owner)
-            raise
-        return results
-
-    def _unsent(self, results: list[m.Result], push: m.Push, owner: bytes) -> None:
-        """These were made in vain: nobody will say `Took` for what is in them, and nobody learns where they are stored."""
-        for result in results:
-            if result.contained is not None:
-                self.process.locked(self.process.table.on_took, owner, result.contained.token)
-        stored = [object_id(push.task_id, index) for index, result in enumerate(results) if result.location is not None]
-        if stored:
-            self.process.locked(self.process.daemon.send, m.Free(stored))
-
-    def failure(
-        self, sequence: int, definition: Definition, error: BaseException, in_user_code: bool, receiver: bytes
-    ) -> Any:
-        """Make the reply of a task that raised; an error of the runtime's own goes on as it is."""
-        if isinstance(error, PartsLostError) and not in_user_code:
-            return m.Reply(sequence, m.ARGUMENT_LOST, b"")
-        wrapped: BaseException = error
-        if in_user_code or not isinstance(error, AfieldError):
-            wrapped = _wrap(TaskError, definition.name, error)
-        try:
-            serialized = serialize(wrapped, "the error", stored=False)
-        except Exception:
-            plain = TaskError(definition.name, None, type(error).__name__, describe(error))
-            serialized = serialize(plain, "the error", stored=False)
-        data, refs = serialized.pack(), serialized.refs
-        if definition.num_returns in (1, m.STREAMING):
-            return m.Reply(sequence, FAILED, data, None, self._hand_on(refs, receiver))
-        results = [m.Result(FAILED, data, None, self._hand_on(refs, receiver)) for _ in range(definition.num_returns)]
-        return m.ReplyMany(sequence, results)
-
-    def constructor_failure(self, class_name: str, error: BaseException) -> bytes:
-        """Serialise what an actor's constructor raised."""
-        return serialize_error(_wrap(ActorConstructionError, f"{class_name}.__init__", error))
-
-    # -- who runs what -------------------------------------------------------------------------------------------
-
-    def begin(self, channel: Channel, push: m.Push) -> None:
-        """Remember what runs, so that its children can be cancelled."""
-        self._task_ids[id(channel), push.sequence] = push.task_id
-
-    def end(self, channel: Channel, push: m.Push) -> None:
-        """It runs no longer."""
-        self._task_ids.pop((id(channel), push.sequence), None)
-
-    def task_id_of(self, channel: Channel, sequence: int) -> bytes | None:
-        """Return the task of a push that runs."""
-        return self._task_ids.get((id(channel), sequence))
-
-
-def _wrap(kind: type[TaskError], name: str, error: BaseException) -> TaskError:
-    """Wrap what the user's code raised. It is pickled on trial: the refs in it are not passed on by that."""
-    outer, collector.refs = collector.refs, []
-    try:
-        return kind.from_exception(name, error)
-    finally:
-        collector.refs = outer
+            function, args, kwargs = self.prepare(host)
+            self.state = RUNNING
+            value = function(*args, **kwargs)
+            del args, kwargs
+            if self.stream is not None:
+                value = await self.stream.run_async(value)
+            elif inspect.isawaitable(value):
+                value = await value
+            if self.definition.num_returns != 1:
+                value = in_full(value, self.definition.num_returns)
+            holder = [value]
+            del value
+            reply = self.returned(host, holder)
+        except asyncio.CancelledError:
+            self.state = FAILING
+            reply = self.cancelled(host, "while it ran") if self.cancel is None else None
+            self.state = SETTLING
+            failed = True
+        except BaseException as error:
+            reply = self.raised(host, error)
+            failed = True
+        if failed and self.holds:
+            args, kwargs = (), {}  # noqa: F841 - lets go of them
+            self.keep_holds_of_failed(host)
+        self.settle(host, reply)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import faulthandler
 import os
 import random
 import sys
-from typing import Any
 
 import numpy as np
 
 from afield.runtime.calls import participation
 from afield.runtime.calls.participant import Participant
+from afield.runtime.cores.work import STARTED
 from afield.runtime.process.configuration import ForkServerConfig, ProcessConfig
 from afield.runtime.process.context import reset_root, running
 from afield.runtime.process.environment import Environment
@@ -41,7 +40,7 @@ def run_worker(config: ForkServerConfig, worker_id: bytes, variables: dict[str, 
     answer_questions(participant)
     executor = Executor(participant)
     process = participant.process
-    activity = answer_activity(process.cores, lambda: _calls(executor), lambda: _coroutines(executor))
+    activity = answer_activity(process.cores, lambda: _calls(executor), executor.coroutines)
     process.requests.answer("stack", activity)
     session, node_id, namespace = config.session.name, config.node_id.hex(), config.namespace
     install(Facts(session, node_id, namespace, environment, lambda: executor.assignment, executor.own_actor))
@@ -75,20 +74,14 @@ def run_worker(config: ForkServerConfig, worker_id: bytes, variables: dict[str, 
 
 def _calls(executor: Executor) -> tuple[list[RunningCall], int]:
     """Return the calls that run here, and how many wait behind them."""
-    push = executor._running_push
-    running = [] if push is None else [RunningCall(executor._running_name, push.task_id, "runs")]
-    return running, len(executor.queue)
-
-
-def _coroutines(executor: Executor) -> list[tuple[str, Any]]:
-    """Return the coroutines of an async actor's event loop."""
-    loop = getattr(executor._concurrency, "_loop", None)
-    return [] if loop is None else [(task.get_name(), task.get_coro()) for task in asyncio.all_tasks(loop)]
+    work = executor.work
+    started = [call for call in [work.current, *work.open.values()] if call is not None and call.state in STARTED]
+    return [RunningCall(call.name, call.task_id, call.state) for call in started], len(work.queue)
 
 
 def _retire(executor: Executor, channel: Channel) -> None:
     """End this idle worker, unless somebody depends on it: no record of an object means that it holds and owes nothing."""
-    if executor.process.table.entries or executor.queue:
+    if executor.process.table.entries or executor.work.queue:
         channel.send(m.Retire())
     else:
         os._exit(0)

@@ -1,0 +1,118 @@
+"""An async actor's calls: all on one asyncio event loop in the worker's main thread, with a limit for each concurrency group.
+
+The loop watches the pump's descriptor, so a call goes from the socket to its coroutine without a change of thread. A call
+waits for its group's semaphore as an asyncio task and begins when it has it, unless it was cancelled, or its caller was gone,
+by then. A call that runs is cancelled as an asyncio task is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from contextlib import suppress
+from typing import Any
+
+from afield.runtime.worker.host import Host
+from afield.runtime.worker.invocation import Invocation
+
+
+class EventLoop:
+    """Runs an async actor's calls."""
+
+    def __init__(self, host: Host, limit: int, groups: dict[str, int]) -> None:
+        self._host = host
+        self._limits = {"": limit, **groups}
+        self._semaphores: dict[str, asyncio.Semaphore] = {}
+        self._tasks: dict[Invocation, asyncio.Task[None]] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._early: list[Invocation] = []
+        self._ended: asyncio.Event | None = None
+        self._ending = False
+        self._flush_planned = False
+
+    def coroutines(self) -> list[tuple[str, Any]]:
+        """Return name and object of what the event loop runs."""
+        loop = self._loop
+        return [] if loop is None else [(task.get_name(), task.get_coro()) for task in asyncio.all_tasks(loop)]
+
+    def serve(self) -> None:
+        """Run the event loop until the end."""
+        asyncio.run(self._serve())
+
+    async def _serve(self) -> None:
+        pump = self._host.process.pump
+        self._loop = asyncio.get_running_loop()
+        self._ended = asyncio.Event()
+        self._semaphores = {name: asyncio.Semaphore(limit) for name, limit in self._limits.items()}
+        self._loop.add_reader(self._host.process.loop.fileno(), self._on_readable)
+        with pump.driven_elsewhere():
+            early, self._early = self._early, []
+            for call in early:
+                self._begin(call)
+            if self._ending:
+                self._ended.set()
+            await self._ended.wait()
+            while self._tasks:
+                await asyncio.wait(list(self._tasks.values()))
+            self._host.process.locked(self._host.work.leave)  # what comes now is too late
+            self._host.replies.flush()
+
+    def _on_readable(self) -> None:
+        process = self._host.process
+        process.pump.poll()
+        if process.dead and self._ended is not None:
+            self._ended.set()
+            for task in self._tasks.values():
+                task.cancel()
+
+    def start(self, call: Invocation) -> None:
+        """Begin the call on the event loop, whichever thread received it."""
+        if self._loop is None:
+            self._early.append(call)
+        elif threading.current_thread() is threading.main_thread():
+            self._begin(call)
+        else:
+            self._loop.call_soon_threadsafe(self._begin, call)
+
+    def _begin(self, call: Invocation) -> None:
+        assert self._loop is not None
+        task = self._loop.create_task(self._run(call))
+        self._tasks[call] = task
+        task.add_done_callback(lambda done: self._tasks.pop(call, None))
+
+    async def _run(self, call: Invocation) -> None:
+        host = self._host
+        async with self._semaphores.get(call.definition.group, self._semaphores[""]):
+            if host.start(call):
+                await call.run_async(host)
+                host.work.ended(call)
+                self._flush_soon()
+
+    def _flush_soon(self) -> None:
+        """Send the replies of all calls that end in this turn of the event loop together."""
+        assert self._loop is not None
+        if not self._flush_planned:
+            self._flush_planned = True
+            self._loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._flush_planned = False
+        self._host.replies.flush()
+
+    def interrupt(self, call: Invocation) -> None:
+        """Cancel a call's asyncio task; the caller holds the process's lock."""
+        if self._loop is not None:
+            with suppress(RuntimeError):  # the event loop has ended already
+                self._loop.call_soon_threadsafe(self._cancel_task, call)
+
+    def _cancel_task(self, call: Invocation) -> None:
+        task = self._tasks.get(call)
+        if task is not None:
+            task.cancel()
+
+    def end(self) -> None:
+        """Finish and return from `serve`."""
+        self._ending = True
+        if self._loop is not None and self._ended is not None:
+            with suppress(RuntimeError):  # the event loop has ended already
+                self._loop.call_soon_threadsafe(self._ended.set)

@@ -1,0 +1,76 @@
+"""What all calls of a worker share: its queue, the actor that lives here, the way in and out, and how the process ends.
+
+An actor that ends itself (`exit_actor`) answers the call that did so, then tells the daemon, who tells its callers; nothing
+more starts here. A process that cannot go on, as its device is lost or its context broken, says so and is ended; what it was
+doing fails for that reason and is done elsewhere.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from afield.runtime.calls.participant import Participant
+from afield.runtime.cores.work import Work
+from afield.runtime.process.context import ActorExit
+from afield.runtime.wire import messages as m
+from afield.runtime.worker.outcomes import Definition, Outcomes
+from afield.runtime.worker.replies import Replies
+
+#: A worker that the daemon was asked to end does so itself after this time.
+END_WITHIN_S = 5.0
+
+
+class Host:
+    """One worker, as its calls see it."""
+
+    def __init__(self, participant: Participant) -> None:
+        self.participant = participant
+        self.process = participant.process
+        self.work: Work[Any] = Work()  # of `Invocation`s, which know this class
+        self.outcomes = Outcomes(participant)
+        self.replies = Replies(participant.process)
+        self.waiting = self.replies.waiting
+        #: The actor that lives here, once it is constructed, and its id, from when this worker becomes an actor.
+        self.actor: Any = None
+        self.actor_id = b""
+        #: Why the actor ends by its own will, once it wants to.
+        self.goodbye = ""
+
+    def start(self, call: Any) -> bool:
+        """One of several concurrent calls has its turn; return False if it must not start any more."""
+        with self.process.pump.lock:
+            return self.work.start(call)
+
+    def function(self, definition: Definition) -> Callable[..., Any]:
+        """Return the function of a definition that is not rebuilt yet, or the actor's method."""
+        if not self.actor_id:
+            return definition.rebuild()
+        if definition.name.startswith("__afield_"):
+            return _ready if definition.name == "__afield_ready__" else _exit
+        method: Callable[..., Any] = getattr(self.actor, definition.name)
+        return method
+
+    def leave(self, reason: str) -> NoReturn:
+        """This process is of no use any more: what it was doing failed for that, and is to be done elsewhere."""
+        self.replies.flush()
+        self.process.locked(self.process.daemon.send, m.Unfit(reason))
+        time.sleep(END_WITHIN_S)  # the daemon ends us
+        os._exit(1)
+
+    def say_goodbye(self) -> None:
+        """Tell the daemon that this actor ends by its own will, after its caller has its answer."""
+        reason, self.goodbye = self.goodbye, ""
+        self.process.locked(self.work.leave)
+        self.replies.flush()
+        self.process.locked(self.process.daemon.send, m.KillActor(self.actor_id, True, reason, True))
+
+
+def _ready() -> bool:
+    return True
+
+
+def _exit() -> None:
+    raise ActorExit
