@@ -336,7 +336,7 @@ def has_outlived(path: str) -> bool:
     waiting = [call for call in [*work.queue, *work.open.values()] if call.channel.peer_id == caller]
     if len(waiting) == 10:
         Path(path + ".known").touch()
-    return os.path.exists(path + ".known") and caller not in found.process.channels
+    return os.path.exists(path + ".known") and caller not in found.process.channels._of
 
 
 class Worker:

@@ -11,7 +11,7 @@ import numpy as np
 
 from afield.runtime.calls import participation
 from afield.runtime.calls.participant import Participant
-from afield.runtime.cores.work import STARTED
+from afield.runtime.cores.work import RUNNING, STARTED
 from afield.runtime.process.configuration import ForkServerConfig, ProcessConfig
 from afield.runtime.process.context import reset_root, running
 from afield.runtime.process.environment import Environment
@@ -76,7 +76,9 @@ def _calls(executor: Executor) -> tuple[list[RunningCall], int]:
     """Return the calls that run here, and how many wait behind them."""
     work = executor.work
     started = [call for call in [work.current, *work.open.values()] if call is not None and call.state in STARTED]
-    return [RunningCall(call.name, call.task_id, call.state) for call in started], len(work.queue)
+    return [RunningCall(call.name, call.task_id, "" if call.state == RUNNING else call.state) for call in started], len(
+        work.queue
+    )
 
 
 def _retire(executor: Executor, channel: Channel) -> None:
