@@ -16,7 +16,7 @@ import pytest
 import afield
 from afield.runtime.calls import participation
 from afield.runtime.calls.participant import Participant
-from afield.runtime.wire import messages as m
+from afield.runtime.wire import messages
 from tests.helpers import poll, remote_with
 from tests.test_recovery import stored_objects
 
@@ -245,7 +245,7 @@ def test_a_task_that_comes_back_on_the_way() -> None:
             for sequence, task in list(lease.inflight.items()):
                 if ref.id.startswith(task.task_id):
                     task.cancelled = True  # as `cancel` does, which then sends the request
-                    process.handlers[m.HandBack](lease.channel, m.HandBack([sequence], False))
+                    process.handlers[messages.HandBack](lease.channel, messages.HandBack([sequence], False))
                     return ref
         return None
 
@@ -332,7 +332,7 @@ def has_outlived(path: str) -> bool:
     if not os.path.exists(path):
         return False
     caller = bytes.fromhex(Path(path).read_text())
-    work = found.process.handlers[m.Push].__self__.work  # type: ignore[attr-defined]
+    work = found.process.handlers[messages.Push].__self__.work  # type: ignore[attr-defined]
     waiting = [call for call in [*work.queue, *work.open.values()] if call.channel.peer_id == caller]
     if len(waiting) == 10:
         Path(path + ".known").touch()
