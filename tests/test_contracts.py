@@ -34,8 +34,8 @@ from rich.text import Text
 
 import afield
 from afield.gpu_store.client import View
-from afield.runtime import messages
 from afield.runtime.environment import Environment
+from afield.runtime.wire import messages
 from tests.helpers import HANG_S
 
 PATIENCE_S = 30.0
