@@ -233,5 +233,5 @@ class AllocatorAgainstNaiveMap(RuleBasedStateMachine):
         assert set(extents.free_ranges()) == warm
 
 
-TestAllocatorAgainstNaiveMap = AllocatorAgainstNaiveMap.TestCase
+TestAllocatorAgainstNaiveMap = pytest.mark.slow(AllocatorAgainstNaiveMap.TestCase)
 TestAllocatorAgainstNaiveMap.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)

@@ -415,5 +415,5 @@ class LeasesAgainstNaiveSums(RuleBasedStateMachine):
         assert self.leases.reclaims() == []
 
 
-TestLeasesAgainstNaiveSums = LeasesAgainstNaiveSums.TestCase
+TestLeasesAgainstNaiveSums = pytest.mark.slow(LeasesAgainstNaiveSums.TestCase)
 TestLeasesAgainstNaiveSums.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
