@@ -3,7 +3,7 @@
 Theory of operation. `make test` gives whole files to worker processes (pytest-xdist, `--dist loadfile`), so that what the
 tests of a file share is made once. A file is handed out when a worker has nearly ended the one before, in the order of
 collection; the heaviest come first, or else the last one to start would keep one worker busy while the others are
-idle. A file's weight is what its marks say (`slow`), so there is no table of durations that could be outdated.
+idle. What a file takes is told by its marks: `slow`, or `slow(10)` for a test that takes some ten seconds.
 
 Most tests wait for processes of their own, so there are twice as many workers as CPUs. More than `MOST_WORKERS` gain
 nothing, as no run is shorter than its longest file, and each has half a dozen processes.
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 import resource
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,8 +34,9 @@ PATIENCE = 3.0
 
 WORKERS_PER_CPU = 2
 MOST_WORKERS = 16
-#: What a test that is marked `slow` weighs; one that is not weighs 1.
-SLOW_WEIGHT = 20
+#: What a test takes, for the order of the files: one that is marked `slow` without a number, and one that is not marked.
+USUALLY_SLOW_S = 2.0
+USUALLY_QUICK_S = 0.1
 #: Tests without the mark that a run names, the slowest first.
 MAX_NAMED = 10
 
@@ -42,8 +44,10 @@ _STARTED: pytest.StashKey[float] = pytest.StashKey()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Look at the clock."""
+    """Look at the clock, and let compiled modules be kept: each of some five hundred processes would compile all of afield."""
     config.stash[_STARTED] = time.monotonic()
+    sys.dont_write_bytecode = False
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -57,10 +61,12 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the heaviest files first; within a file nothing changes."""
-    weights: dict[Path, int] = {}
+    seconds: dict[Path, float] = {}
     for item in items:
-        weights[item.path] = weights.get(item.path, 0) + (SLOW_WEIGHT if item.get_closest_marker("slow") else 1)
-    items.sort(key=lambda item: -weights[item.path])
+        slow = item.get_closest_marker("slow")
+        takes_s = USUALLY_QUICK_S if slow is None else slow.args[0] if slow.args else USUALLY_SLOW_S
+        seconds[item.path] = seconds.get(item.path, 0.0) + takes_s
+    items.sort(key=lambda item: -seconds[item.path])
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -29,12 +29,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def _collections_look_at_this_module_alone() -> None:
-    """What earlier modules left (imported libraries, most of all) is no business of this one's leak checks.
+    """What earlier modules left alive (imported libraries, most of all) is no business of this one's leak checks.
 
-    Each of them is a full collection, which takes as long as there are objects to look at. What was left is looked at
-    once more here, so that what dies later than its module does not stay for good.
+    Each of them is a full collection, which takes as long as there are objects to look at.
     """
-    gc.unfreeze()
     gc.collect()
     gc.freeze()
 

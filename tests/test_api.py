@@ -496,6 +496,7 @@ def test_init_again_can_be_ignored_and_shutdown_repeated(no_runtime: None) -> No
     assert afield.get(afield.remote(lambda: 1).remote()) == 1
 
 
+@pytest.mark.slow
 def test_functions_serve_one_runtime_after_another(no_runtime: None) -> None:
     double = afield.remote(lambda x: 2 * x)
     for i in range(3):

@@ -227,7 +227,7 @@ def test_document_is_json() -> None:
     assert document["machine"]["cpus"] == os.cpu_count()
 
 
-@pytest.mark.slow
+@pytest.mark.slow(6)
 def test_micro_quick(tmp_path: Path) -> None:
     """Every case of the real runtime, in small; the asked-for peer does not exist, which costs its column only."""
     path = tmp_path / "micro.json"
@@ -256,6 +256,7 @@ def test_micro_quick(tmp_path: Path) -> None:
             assert data["limit"]["ratio"] > 0
 
 
+@pytest.mark.slow
 def test_references_in_small(tmp_path: Path) -> None:
     """What references cost is printed, and the table is empty afterwards (the benchmark asserts it)."""
     path = tmp_path / "references.json"

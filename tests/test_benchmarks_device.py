@@ -162,7 +162,7 @@ def test_the_peers_pair_copies_on_both_sides() -> None:
     assert callable(cases)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(10)
 def test_device_quick(tmp_path: Path) -> None:
     """Every case, in small; the asked-for peer does not exist, which costs its column only."""
     path = tmp_path / "device.json"

@@ -13,16 +13,19 @@ from tests import budget
 pytest_plugins = ["pytester"]
 
 
-def item(path: str, *marks: str) -> Any:
+def item(path: str, *slow: pytest.Mark) -> Any:
     """Return what stands for a test."""
-    return SimpleNamespace(path=Path(path), get_closest_marker=lambda name: name if name in marks else None)
+    return SimpleNamespace(
+        path=Path(path), get_closest_marker=lambda name: slow[0] if slow and name == "slow" else None
+    )
 
 
 def test_the_heaviest_file_comes_first_and_its_tests_keep_their_order() -> None:
-    light, heavy = [item("a"), item("a")], [item("b"), item("b", "slow"), item("b")]
-    items = [light[0], *heavy, light[1]]
+    light, heavy = [item("a"), item("a")], [item("b"), item("b", pytest.mark.slow.mark), item("b")]
+    heaviest = [item("c", pytest.mark.slow(10).mark)]
+    items = [light[0], *heavy, light[1], *heaviest]
     budget.pytest_collection_modifyitems(items)
-    assert items == [*heavy, *light]
+    assert items == [*heaviest, *heavy, *light]
 
 
 @pytest.mark.parametrize(

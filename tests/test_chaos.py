@@ -21,6 +21,9 @@ import afield
 from afield.runtime.face import lifecycle
 from tests.helpers import HANG_S, Traces, assert_gone, poll, processes, program, traces
 
+#: Most of them start a program or a runtime of their own.
+pytestmark = pytest.mark.slow
+
 PATIENCE_S = 30.0
 
 
@@ -385,7 +388,6 @@ def under_fire(seed: int, victims: str) -> tuple[Traces, dict[str, Any]]:
     return session, facts
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
 def test_work_of_all_kinds_survives_workers_that_are_killed(seed: int) -> None:
     session, facts = under_fire(seed, "afield-worker")
@@ -393,7 +395,6 @@ def test_work_of_all_kinds_survives_workers_that_are_killed(seed: int) -> None:
     assert_gone(session)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("victim", ["afield-node", "afield-fork"])
 def test_the_death_of_the_node_ends_everything_with_its_error(victim: str) -> None:
     session, facts = under_fire(3, victim)

@@ -111,6 +111,7 @@ def test_a_terminal_gets_a_drawn_table(place: str, capsys: Any, no_runtime: None
     assert status == 0 and ref.hex() in out and "│" in out
 
 
+@pytest.mark.slow
 def test_several_sessions_must_be_told_apart(place: str, capsys: Any, no_runtime: None) -> None:
     afield.init(num_cpus=1)
     with program("afield.init(num_cpus=1); report_traces(); input()") as other:
@@ -145,6 +146,7 @@ def test_a_dead_session_is_no_session(place: str) -> None:
 # -- what is left behind ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_session_that_was_killed_whole_is_swept_by_the_next(place: str, capsys: Any, no_runtime: None) -> None:
     with program("afield.init(num_cpus=1); report_traces(); input()") as driver:
         found = driver.read_traces()

@@ -240,5 +240,5 @@ class AllocatorAgainstNaiveMap(RuleBasedStateMachine):
         assert set(free_ranges(extents)) == warm
 
 
-TestAllocatorAgainstNaiveMap = AllocatorAgainstNaiveMap.TestCase
+TestAllocatorAgainstNaiveMap = pytest.mark.slow(AllocatorAgainstNaiveMap.TestCase)
 TestAllocatorAgainstNaiveMap.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)

@@ -30,7 +30,7 @@ from tests.helpers import (
 PATIENCE_S = 30.0
 
 
-@pytest.mark.slow
+@pytest.mark.slow(5)
 def test_ten_sessions_in_one_process_leak_nothing(no_runtime: None) -> None:
     def round_trip() -> Traces:
         afield.init(num_cpus=1)
@@ -71,6 +71,7 @@ def test_many_connections_leak_no_descriptors(runtime: afield.ClusterInfo) -> No
     assert poll(lambda: len(open_files()) <= mine and node.num_fds() <= of_node), (open_files(), node.num_fds())
 
 
+@pytest.mark.slow
 def test_a_forked_child_does_not_disturb_its_parent() -> None:
     source = """
     afield.init(num_cpus=2)
@@ -97,6 +98,7 @@ def test_a_forked_child_does_not_disturb_its_parent() -> None:
         assert driver.end()[0] == 0
 
 
+@pytest.mark.slow
 def test_a_forked_child_may_have_a_runtime_of_its_own() -> None:
     source = """
     afield.init(num_cpus=1)

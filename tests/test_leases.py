@@ -451,5 +451,5 @@ def test_the_story_of_a_lease() -> None:
     assert leases.recorder.story() == ["1 granted aa 7", "1 block granted -> blocked", "1 release blocked -> released"]
 
 
-TestLeasesAgainstNaiveSums = LeasesAgainstNaiveSums.TestCase
+TestLeasesAgainstNaiveSums = pytest.mark.slow(LeasesAgainstNaiveSums.TestCase)
 TestLeasesAgainstNaiveSums.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)

@@ -378,7 +378,7 @@ def simulate(seed: int, *, faults: bool, lineage: type[Lineage] = Lineage) -> An
     return Simulation(seed, processes=3 + seed % 2, faults=faults, losses=True, lineage=lineage).run(STEPS)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(6)
 @pytest.mark.parametrize("faults", [False, True])
 def test_seeds(faults: bool) -> None:
     losses = recomputed = given_up = objects = freed = 0
@@ -449,6 +449,7 @@ class FreesForGood(Lineage):
         entry.state = PENDING
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "lineage",
     [

@@ -192,9 +192,9 @@ def test_a_process_that_does_not_answer_is_left_out(runtime: afield.ClusterInfo)
         afield.put(1)
         return int(ctypes.PyDLL(None).usleep(int(seconds * 1e6)))  # PyDLL keeps the interpreter's lock
 
-    ref = afield.remote(hold_the_interpreter).remote(2.5)
+    ref = afield.remote(hold_the_interpreter).remote(60.0)
     time.sleep(0.3)  # until it holds the lock; if it does not yet, it answers, which is fine as well
     began = time.monotonic()
     entries = afield.memory()
-    assert time.monotonic() - began < 2.0
+    assert time.monotonic() - began < 20.0
     assert ref.hex() in {entry.object_id for entry in entries}

@@ -46,6 +46,7 @@ def available(name: str) -> float:
 # -- amounts ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_fractions_are_counted_exactly(no_runtime: None) -> None:
     afield.init(num_cpus=1, devices="emulated:1", resources={"x": 0.3})
     held = [hold(num_cpus=0.1, num_gpus=0.1, resources={"x": 0.03}) for _ in range(10)]

@@ -228,6 +228,7 @@ def speak(i):
 """
 
 
+@pytest.mark.slow
 def test_everything_arrives_on_its_stream_before_the_end() -> None:
     with program(
         SPEAK
@@ -251,6 +252,7 @@ afield.get(afield.remote(name="speaker")(speak).remote(5))
     assert error.splitlines() == [f"(speaker pid={pid}) to stderr 5", f"(speaker pid={pid}) logged 5"]
 
 
+@pytest.mark.slow
 def test_it_can_be_switched_off_and_an_actor_speaks_as_its_class() -> None:
     with program(
         """
@@ -269,6 +271,7 @@ for wanted in (False, True):
     assert re.fullmatch(r"\(Talker pid=\d+\) hello\n", out)
 
 
+@pytest.mark.slow
 def test_the_same_line_of_many_workers_is_folded() -> None:
     with program(
         """
@@ -289,6 +292,7 @@ afield.get([loader.load.remote() for loader in loaders])
     assert second.endswith(") loading the model [repeated 2x across 3 workers]")
 
 
+@pytest.mark.slow
 def test_a_crash_of_a_worker_says_where() -> None:
     with program(
         """

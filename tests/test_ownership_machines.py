@@ -450,5 +450,5 @@ class DeathMachine(Machine):
 
 SafetyMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
 DeathMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
-TestSafety = pytest.mark.slow(SafetyMachine.TestCase)
-TestDeath = pytest.mark.slow(DeathMachine.TestCase)
+TestSafety = pytest.mark.slow(6)(SafetyMachine.TestCase)
+TestDeath = pytest.mark.slow(6)(DeathMachine.TestCase)

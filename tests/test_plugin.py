@@ -143,7 +143,7 @@ def test_without():
 """
 
 
-@pytest.mark.slow
+@pytest.mark.slow(12)
 def test_a_runtime_for_each_test_and_what_tests_leave_behind(run: Any) -> None:
     result = run(LEAVING)
     result.assert_outcomes(passed=10, failed=1, errors=4)
@@ -201,7 +201,7 @@ def test_the_devices_are_those_of_the_option_or_the_file(run: Any) -> None:
 
 
 @pytest.mark.contract("pytest")
-@pytest.mark.slow
+@pytest.mark.slow(6)
 def test_a_shared_runtime_is_checked_after_each_test(run: Any) -> None:
     result = run(
         """

@@ -18,6 +18,7 @@ MIB = 1 << 20
 PATIENCE_S = 30.0
 
 
+@pytest.mark.slow
 def test_consumers_make_room_for_waiting_producers(no_runtime: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sixty results of 4 MB pass through a store of 64 MiB: what takes results runs before what makes more of them."""
     monkeypatch.setenv("AFIELD_STORE_WAIT_S", "20")

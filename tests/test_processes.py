@@ -29,6 +29,9 @@ from tests.helpers import (
     traces,
 )
 
+#: Most of them start a program or a runtime of their own.
+pytestmark = pytest.mark.slow
+
 PATIENCE_S = 30.0
 
 #: A driver with work on the way: a task that runs long, an actor, values in the store, a task in the queue.
@@ -97,7 +100,6 @@ def test_files_go_where_the_user_says(no_runtime: None, tmp_path: Path) -> None:
 # -- the driver ends ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("end", "status"),
     [
@@ -210,7 +212,6 @@ def test_the_runtime_is_usable_after_ctrl_c(wait: str) -> None:
         assert driver.end()[0] == 0
 
 
-@pytest.mark.slow
 def test_ctrl_c_at_any_moment_leaves_the_state_whole() -> None:
     """Interrupts hit submissions, puts and gets; afterwards all that was not interrupted is right and the store is empty."""
     source = """
@@ -239,7 +240,6 @@ def test_ctrl_c_at_any_moment_leaves_the_state_whole() -> None:
     assert status == 0, error
 
 
-@pytest.mark.slow
 def test_ctrl_c_at_any_moment_leaves_no_pin_and_no_promise() -> None:
     """Interrupts hit reads of values that have to be brought from a device, and puts of device arrays."""
     source = """
@@ -442,12 +442,12 @@ def test_processes_that_a_task_left_behind_do_not_hold_shutdown_up(no_runtime: N
     def spawn() -> int:
         import subprocess
 
-        return subprocess.Popen(["sleep", "20"], close_fds=False).pid
+        return subprocess.Popen(["sleep", "300"], close_fds=False).pid
 
     pid = afield.get(spawn.remote())
     started = time.monotonic()
     afield.shutdown()
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 30
     if psutil.pid_exists(pid):  # a program of the user's own; not ours to end, but it holds nothing of ours
         os.kill(pid, signal.SIGKILL)
     assert_gone(session, memory=False)

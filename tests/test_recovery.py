@@ -36,12 +36,9 @@ def lose_for_real(*refs: afield.ObjectRef, cause: str = "the device fell off the
     """Free stored values at the daemon and tell this process, their owner, that they are lost."""
     process = participant().process
     object_ids = [ref.id for ref in refs]
-
-    def tell() -> None:
-        process.daemon.send(messages.Free(object_ids))
-        process.handlers[messages.Lost](process.daemon, messages.Lost(object_ids, cause, kind))
-
-    process.locked(tell)
+    process.locked(process.daemon.send, messages.Free(object_ids))
+    stored_objects()  # a question, which is answered after that: what is made again must not be there before
+    process.locked(process.handlers[messages.Lost], process.daemon, messages.Lost(object_ids, cause, kind))
 
 
 def state_of(ref: afield.ObjectRef) -> int:
@@ -405,6 +402,7 @@ class _Crashing:
             yield np.ones(LARGE)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("runtime")
 @pytest.mark.parametrize("actor", [False, True])
 @pytest.mark.parametrize("retries", [0, 1])

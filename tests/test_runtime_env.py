@@ -186,6 +186,7 @@ def test_a_worker_serves_one_environment_only(runtime: None) -> None:
     assert poll(lambda: workers() <= 4)
 
 
+@pytest.mark.slow
 def test_idle_workers_with_environments_of_their_own_are_bounded(runtime: None) -> None:
     look = make_look()
     for number in range(12):

@@ -34,7 +34,7 @@ def simulate(seed: int, *, faults: bool, table: type[OwnershipTable] = Ownership
 # -- the core holds --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.slow(8)
 @pytest.mark.parametrize("faults", [False, True])
 def test_seeds(faults: bool) -> None:
     events = deaths = excused = objects = freed = 0
@@ -226,6 +226,7 @@ def test_simulator_catches(table: type[OwnershipTable], faults: bool) -> None:
     pytest.fail(f"{SEEDS} seeds did not notice: {table.__doc__}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("table", "name"),
     [

@@ -26,7 +26,7 @@ from tests.device_helpers import (
     tiers,
     uuids,
 )
-from tests.helpers import poll, remote_with, traces
+from tests.helpers import HANG_S, poll, remote_with, traces, without_waiting
 
 #: Requests for room that cannot be had end after this.
 WAIT_S = 0.5
@@ -79,6 +79,7 @@ def host_values(count: int, size: int = 4 * MIB) -> list[Any]:
 # -- down and up again --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_working_set_of_four_devices_and_a_half() -> None:
     count = 72
     with movement() as moved:
@@ -209,7 +210,7 @@ def test_a_host_store_full_of_what_is_in_use() -> None:
     views = [get(ref) for ref in refs]
     begun = time.monotonic()
     text = raised_by(lambda: afield.put(np.zeros(8 * MIB, np.uint8)), ObjectStoreFullError)
-    assert WAIT_S <= time.monotonic() - begun < WAIT_S + 2
+    assert WAIT_S <= time.monotonic() - begun < WAIT_S + HANG_S
     assert "8388800 bytes" in text and "Capacity 32 MiB" in text and "largest free piece" in text
     assert "Top holders: " in text and "in 7 parts" in text
     del views
@@ -222,10 +223,10 @@ def test_what_never_fits_is_refused_at_once() -> None:
         cp = afield.array_module()
         return [cp.ones(10 * MIB, "u1"), np.ones(9 * MIB, np.uint8)]
 
-    begun = time.monotonic()
-    text = raised_by(lambda: afield.put(np.zeros(33 * MIB, np.uint8)), ObjectStoreFullError)
+    text = without_waiting(
+        WAIT_S, lambda: raised_by(lambda: afield.put(np.zeros(33 * MIB, np.uint8)), ObjectStoreFullError)
+    )
     assert "can never fit" in text and "host_memory=" in text
-    assert time.monotonic() - begun < WAIT_S
     ref = both.remote()
     assert sum(int(array.sum()) for array in get(ref)) == 19 * MIB
 

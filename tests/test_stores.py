@@ -23,7 +23,7 @@ from afield.runtime.wire import messages
 from afield.scheduler.devices import emulated_device
 from afield.transport.auth import Handshake
 from afield.transport.channel import Channel, connect
-from tests.helpers import ROOT
+from tests.helpers import HANG_S, ROOT
 from tests.store_daemon import MIB, FakeDaemon
 
 UUID = emulated_device(0).uuid
@@ -302,7 +302,8 @@ def test_a_source_is_not_given_up_while_a_peer_reads_it(tmp_path: Path) -> None:
         daemon.close()
 
 
-def test_both_ends_of_a_copy_are_killed(daemon: FakeDaemon) -> None:
+def test_both_ends_of_a_copy_are_killed(daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SETTLE_S", HANG_S)  # nobody waits for it
     daemon.start(1, 2)
     os.kill(daemon.pid(2), signal.SIGSTOP)
     daemon.stores.execute(Move(1, (1, 0), (2, 0), 8 * MIB))
