@@ -1,7 +1,12 @@
-"""This interpreter's part in a session: set by `init` or by a worker's main function, read by the public API."""
+"""This interpreter's part in a session: set by `init` or by a worker's main function, read by the public API.
+
+A forked copy of a driver or a worker takes no part: its sockets and threads belong to the parent. That is seen to here, and
+not in the face, which workers load only when code of the user's asks for it.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 from afield.errors import NotInitializedError
@@ -11,6 +16,8 @@ from afield.runtime.process import current
 participant: Participant | None = None
 #: Starts a runtime on first use; the face registers it.
 starter: Callable[[], None] | None = None
+#: In a forked copy of a process that takes part: why a first use must not start a runtime there.
+copied = ""
 
 
 def install(new: Participant | None) -> None:
@@ -21,6 +28,22 @@ def install(new: Participant | None) -> None:
         current.install(None, None)
     else:
         current.install(new.process, new.values)
+
+
+def _after_fork_in_child() -> None:
+    """A copy of a participant is none: it would go on as a second one on the same sockets."""
+    global copied
+    if participant is not None:
+        # Copies of descriptors would keep the session alive after its driver's end.
+        participant.abandon()
+        install(None)
+        copied = (
+            "this process was forked from one that uses afield and has no part in its runtime: leave afield to the "
+            "parent, or call afield.init() here for a runtime of its own"
+        )
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 def ensure() -> Participant:

@@ -31,7 +31,7 @@ _session: Session | None = None
 _printer: Printer | None = None
 _restore_sigint: Callable[[], None] = lambda: None  # noqa: E731
 #: Why a first use must not start the runtime by itself, once it must not.
-_no_auto_init = ""
+_no_auto_init = participation.copied
 #: Held while a runtime starts, so that the first uses of several threads start one.
 _starting = threading.RLock()
 
@@ -197,20 +197,14 @@ atexit.register(shutdown)
 
 
 def _after_fork_in_child() -> None:
-    """A forked copy of a driver is no participant: its sockets and threads belong to the parent."""
+    """A copy of a driver has no session; `participation` has seen to the rest by now, as it was imported first."""
     global _printer, _session, _no_auto_init, _starting
     _starting = threading.RLock()
-    if participation.participant is not None:
-        # Copies of descriptors would keep the session alive after its driver's end.
-        participation.participant.abandon()
+    if participation.copied:
         if _session is not None:
             _session.abandon()
         _session = _printer = None
-        _no_auto_init = (
-            "this process was forked from one that uses afield and has no part in its runtime: leave afield to the "
-            "parent, or call afield.init() here for a runtime of its own"
-        )
-        participation.install(None)
+        _no_auto_init = participation.copied
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
