@@ -217,10 +217,11 @@ def test_a_device_that_fails_after_the_task_has_raised_ends_the_worker(runtime: 
     def fail(array: Any) -> None:
         found = participation.participant
 
-        def settle() -> None:
+        def synchronize() -> None:
             raise DeviceLostError("its device went away at the worst moment")
 
-        found.values.parts.devices.settle = settle  # type: ignore[union-attr]
+        assert callable(found.values.parts.devices.synchronize)  # type: ignore[union-attr]
+        found.values.parts.devices.synchronize = synchronize  # type: ignore[union-attr]
         raise ValueError(array.sum())
 
     class _Plain:

@@ -98,6 +98,10 @@ def test_every_table_of_the_code_is_in_the_document() -> None:
     assert sorted(named) == sorted(found)
 
 
+#: What ends in more than one way, and how.
+ENDS = {"call at a worker": {"answered", "cancelled", "handed_back", "dropped"}}
+
+
 @pytest.mark.parametrize("table", [table for table, _, _ in diagrams.TABLES], ids=lambda table: table.name)
 def test_every_state_can_be_reached_and_left_unless_it_is_the_end(table: Table) -> None:
     reached, waiting = {table.initial}, [table.initial]
@@ -109,4 +113,4 @@ def test_every_state_can_be_reached_and_left_unless_it_is_the_end(table: Table) 
                 reached.add(after)
                 waiting.append(after)
     assert reached == set(table.states)
-    assert len(table.final()) <= 1
+    assert set(table.final()) == ENDS[table.name] if table.name in ENDS else len(table.final()) <= 1

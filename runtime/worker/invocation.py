@@ -8,7 +8,7 @@ asks for its name and ids (`process.context`), and what `cores.work` decides abo
     (the user's code runs)
     returned    the result is made into a reply, or
     raised      the error is
-    settle      the reply is queued; that of a cancelled call is replaced by TaskCancelledError, whatever the call has returned
+    answer      the reply is queued; that of a cancelled call is replaced by TaskCancelledError, whatever the call has returned
                 or raised
 
 `run` does all of it on the thread that calls it: the main thread and thread pools differ only in how they come by a call and
@@ -122,7 +122,7 @@ class Invocation(TaskContext):
         return reply
 
     def raised(self, host: Host, error: BaseException) -> Any:
-        """Make the reply out of what it raised; None for a cancelled call, which needs no other than `settle` makes."""
+        """Make the reply out of what it raised; None for a cancelled call, which needs no other than `answer` makes."""
         in_user_code = self.state == RUNNING
         self.state = FAILING
         if current.process is not host.process:
