@@ -3,7 +3,7 @@
 Theory of operation. The node daemon owns the slab's free space (`residency`). A process leases a chunk of it at a time and
 carves small objects out of the chunk without a round trip; a large object is leased exactly. The rest of a chunk goes back
 when a new one is leased. What is written the caller makes known. Readers map the same slab read-only, so a value's buffers
-are views of shared memory, and stay valid for as long as any of them lives: a `Hold` keeps the part in its place.
+are views of shared memory, and stay valid for as long as any of them lives: a `ViewPin` keeps the part in its place.
 
 `empty` makes an array whose memory is an extent already ("born in the store"). If nothing but the returned value refers to
 it when the value is stored, its memory becomes part of the object as it is; otherwise somebody could still write to it, and
@@ -47,7 +47,7 @@ class Writable(Protocol):
     def write(self, target: memoryview, born: list[tuple[int, int] | None] | None = None) -> int: ...
 
 
-class Hold:
+class ViewPin:
     """What keeps one mapped part in its place; `on_death(hold)` is called when nothing uses the memory any more.
 
     `object_id` is set once the memory counts as a handle of its object.
@@ -55,7 +55,7 @@ class Hold:
 
     __slots__ = ("__weakref__", "object_id", "on_death", "slot")
 
-    def __init__(self, slot: int, object_id: bytes | None, on_death: Callable[[Hold], None]) -> None:
+    def __init__(self, slot: int, object_id: bytes | None, on_death: Callable[[ViewPin], None]) -> None:
         self.slot = slot
         self.object_id = object_id
         self.on_death = on_death
@@ -287,7 +287,7 @@ class HostStoreClient:
 
     # -- reading -------------------------------------------------------------------------------------------------
 
-    def view(self, offset: int, size: int, hold: Hold) -> memoryview:
+    def view(self, offset: int, size: int, hold: ViewPin) -> memoryview:
         """Map `size` bytes read-only; `hold` lives as long as any view of them."""
         view = np.frombuffer(self._readable, np.uint8, size, offset).view(View)
         view.hold = hold

@@ -20,7 +20,7 @@ from afield.errors import ActorDiedError, ActorUnavailableError, TaskCancelledEr
 from afield.ids import FIRST_RETURN
 from afield.machines import FlightRecorder
 from afield.runtime.calls.actor_calls import ActorCalls
-from afield.runtime.calls.submission import Function, Submitter
+from afield.runtime.calls.submission import Callee, Submitter
 from afield.runtime.cores.caller import life_of
 from afield.runtime.cores.dispatch import Task
 from afield.runtime.cores.objects import FAILED, INLINE, PENDING, LifeEnded, Recompute
@@ -28,11 +28,11 @@ from afield.runtime.cores.ownership import OwnershipTable
 from afield.runtime.process.events import RECOMPUTE
 from afield.runtime.process.serialization import deserialize, serialize_error
 from afield.runtime.values.arguments import Arguments
-from afield.runtime.wire import messages as m
+from afield.runtime.wire import messages
 
 ACTOR = b"actor".ljust(16, b"-")
-PLAIN = Function("call", b"", 1)
-RETRIED = Function("call", b"", 1, retry_on=True)
+PLAIN = Callee("call", b"", 1)
+RETRIED = Callee("call", b"", 1, retry_on=True)
 DEAD = serialize_error(ActorDiedError("the actor is dead"))
 FAILURE = serialize_error(TaskError.from_exception("call", ValueError("raised"), ""))
 
@@ -71,7 +71,7 @@ class Incarnation:
     context: Any = None
     alive: bool = True
     outbox: list[Any] = field(default_factory=list)  # as `Channel.outbox`: always sent at once here
-    inbox: deque[m.Push] = field(default_factory=deque)
+    inbox: deque[messages.Push] = field(default_factory=deque)
     answers: deque[Any] = field(default_factory=deque)
     ran: list[int] = field(default_factory=list)
 
@@ -80,7 +80,7 @@ class Incarnation:
         return b"incarnation %d" % self.number
 
     def send(self, message: Any) -> None:
-        if isinstance(message, m.Push):
+        if isinstance(message, messages.Push):
             self.world.on_push(self, message)
 
     def drain(self) -> None:
@@ -144,7 +144,7 @@ class World:
     def __init__(self, script: Script) -> None:
         self.script = script
         self.to_daemon: deque[Any] = deque()
-        self.from_daemon: deque[m.ActorState] = deque()
+        self.from_daemon: deque[messages.ActorState] = deque()
         self.incarnations: list[Incarnation] = []
         # The daemon's view.
         self.known = not script.creator
@@ -189,7 +189,7 @@ class World:
             self.table.own(self.constructor_argument, None)
             self.construction.dependencies = [self.constructor_argument]
             self.construction.pinned = [self.constructor_argument]
-        spec = m.CreateActor(ACTOR, "Actor", b"", {}, b"", None, None, {}, None)
+        spec = messages.CreateActor(ACTOR, "Actor", b"", {}, b"", None, None, {}, None)
         self.actors.create(spec, self.construction, False)
         if self.pending_construction:
             self.table.drop(self.constructor_argument)
@@ -304,16 +304,16 @@ class World:
 
     def _daemon(self) -> None:
         message = self.to_daemon.popleft()
-        if isinstance(message, m.CreateActor):
+        if isinstance(message, messages.CreateActor):
             self.known = self.starting = True
             if self.ended_early:
                 self._over()
-        elif isinstance(message, m.WatchActor):
+        elif isinstance(message, messages.WatchActor):
             self.watched = True
             self.announce()
-        elif isinstance(message, m.ActorGone):
+        elif isinstance(message, messages.ActorGone):
             self.state, self.starting = "dead", False
-        elif isinstance(message, m.KillActor):
+        elif isinstance(message, messages.KillActor):
             if not self.known:
                 self.ended_early = True
             elif self.state != "dead":
@@ -349,9 +349,11 @@ class World:
     def announce(self) -> None:
         if self.watched:
             worker = self.incarnations[-1].peer_id if self.incarnations else b""
-            self.from_daemon.append(m.ActorState(ACTOR, self.state, worker, DEAD if self.state == "dead" else b""))
+            self.from_daemon.append(
+                messages.ActorState(ACTOR, self.state, worker, DEAD if self.state == "dead" else b"")
+            )
 
-    def on_push(self, incarnation: Incarnation, push: m.Push) -> None:
+    def on_push(self, incarnation: Incarnation, push: messages.Push) -> None:
         """The caller has sent a call."""
         index = self.index(push.task_id)
         assert not self.killed, "a call left after kill()"
@@ -366,7 +368,7 @@ class World:
         index = self.index(push.task_id)
         if index in self.misread:
             self.misread.discard(index)
-            self.now.answers.append(m.Reply(push.sequence, m.ARGUMENT_LOST, b""))
+            self.now.answers.append(messages.Reply(push.sequence, messages.ARGUMENT_LOST, b""))
             return
         if index not in self.sent_again:
             assert all(index > other or other in self.sent_again for other in self.now.ran), "out of order"
@@ -374,9 +376,9 @@ class World:
         if index in self.to_raise:
             self.to_raise.discard(index)
             self.sent_again.add(index)
-            self.now.answers.append(m.Reply(push.sequence, FAILED, FAILURE))
+            self.now.answers.append(messages.Reply(push.sequence, FAILED, FAILURE))
         else:
-            self.now.answers.append(m.Reply(push.sequence, INLINE, b"%d" % self.now.number))
+            self.now.answers.append(messages.Reply(push.sequence, INLINE, b"%d" % self.now.number))
 
     # -- what the caller reads ------------------------------------------------------------------------------------
 
@@ -388,7 +390,7 @@ class World:
             for reply in each.answers
             if reply.kind == INLINE and reply.sequence in each.context.inflight
         ]
-        self.process.handlers[m.ActorState](self.process.daemon, message)
+        self.process.handlers[messages.ActorState](self.process.daemon, message)
         if message.state in ("restarting", "dead"):
             for task in answered:
                 state = self.table.entries[task.task_id + FIRST_RETURN].state
@@ -467,7 +469,7 @@ class World:
         if caller is not None:
             names = [self.index(task.task_id) for task in caller.queue]
             on_way = [self.index(task.task_id) for task in caller.on_way.values()]
-            inside = (caller.state, tuple(names), tuple(on_way), caller.held, caller.channel is not None)
+            inside = (caller.state, tuple(names), tuple(on_way), caller.life_pinned, caller.channel is not None)
         return (
             inside,
             tuple((t.retries_left, t.unresolved, t.cancelled, t.rounds) for t in self.tasks),

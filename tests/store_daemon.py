@@ -17,7 +17,7 @@ from afield.runtime.node.stores import StoreProcesses
 from afield.runtime.node.workers import describe_exit
 from afield.runtime.process.configuration import SessionConfig
 from afield.runtime.session.store_process import run_store
-from afield.runtime.wire import messages as m
+from afield.runtime.wire import messages
 from afield.scheduler.devices import Device
 from afield.transport.auth import Handshake
 from afield.transport.channel import Channel, listen
@@ -110,11 +110,13 @@ class FakeDaemon:
             return
         sock.setblocking(False)
         handshake = Handshake(self.config.token, NODE, os.urandom(32), server=True)
-        self.channels.append(Channel(self.loop, sock, handshake, m.decode, self._on_messages, lambda channel: None))
+        self.channels.append(
+            Channel(self.loop, sock, handshake, messages.decode, self._on_messages, lambda channel: None)
+        )
 
     def _on_messages(self, channel: Channel, batch: list[Any]) -> None:
         for message in batch:
-            if isinstance(message, m.Register):
+            if isinstance(message, messages.Register):
                 assert message.kind == "store"
                 self.stores.on_registered(channel, message)
             else:

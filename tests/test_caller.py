@@ -189,7 +189,7 @@ def test_the_constructor_s_arguments_are_kept_while_it_may_run_again() -> None:
     ("spoil", "complaint"),
     [
         (lambda one: setattr(one, "open", False), "not open"),
-        (lambda one: setattr(one, "held", True), "no call is pending"),
+        (lambda one: setattr(one, "life_pinned", True), "no call is pending"),
         (lambda one: one.queue.append(call(b"x")), "could leave"),
         (lambda one: one.on_way.update({1: call(b"x"), 2: call(b"x")}), ""),
         (lambda one: one.on_way.update(dict.fromkeys((1, 2), call(b"x"))), "twice"),

@@ -167,7 +167,7 @@ def make(place: str, name: str, *, lock: bool = True, mode: int = 0o700) -> str:
     directory = os.path.join(place, f"afield-{name}-x")
     os.mkdir(directory)
     if lock:
-        os.close(sessions.hold(directory))
+        os.close(sessions.lock(directory))
     os.chmod(directory, mode)
     return directory
 
@@ -181,10 +181,10 @@ def test_only_dead_sessions_of_ours_are_swept(place: str, monkeypatch: pytest.Mo
     open_to_others = make(place, "3" * 16, mode=0o755)
     strange = make(place, "not-a-session")
     held = make(place, "4" * 16, lock=False)
-    lock = sessions.hold(held)
+    lock = sessions.lock(held)
     elsewhere = os.path.join(place, "elsewhere")
     os.mkdir(elsewhere)
-    os.close(sessions.hold(elsewhere))
+    os.close(sessions.lock(elsewhere))
     os.symlink(elsewhere, os.path.join(place, f"afield-{'5' * 16}-x"))
     try:
         assert sorted(sessions.sweep(place)) == [dead, abandoned]

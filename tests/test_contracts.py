@@ -35,7 +35,7 @@ from rich.text import Text
 import afield
 from afield.gpu_store.client import View
 from afield.runtime.process.environment import Environment
-from afield.runtime.wire import messages as m
+from afield.runtime.wire import messages
 from tests.helpers import HANG_S
 
 PATIENCE_S = 30.0
@@ -163,22 +163,24 @@ encode = msgspec.msgpack.encode
 
 @pytest.mark.contract("msgspec")
 def test_messages_are_arrays_with_their_tag_first() -> None:
-    messages = [m.Took(7), m.Define(0, "f", b"blob", 1, 0, "", False), m.Trim(3)]
-    tag, index, name, *_ = msgspec.msgpack.decode(encode(messages))[1]
+    sent = [messages.Took(7), messages.Define(0, "f", b"blob", 1, 0, "", False), messages.Trim(3)]
+    tag, index, name, *_ = msgspec.msgpack.decode(encode(sent))[1]
     assert (tag, index, name) == (1, 0, "f")
-    assert m.decode(encode(messages)) == messages
-    assert m.decode(encode([[13, 7]])) == [m.Took(7)]
-    short = encode([[*msgspec.msgpack.decode(encode(m.Result(0, b"x")))[:2]]])
-    assert msgspec.msgpack.decode(short, type=list[m.Result]) == [m.Result(0, b"x")], "defaults may be left out"
+    assert messages.decode(encode(sent)) == sent
+    assert messages.decode(encode([[13, 7]])) == [messages.Took(7)]
+    short = encode([[*msgspec.msgpack.decode(encode(messages.Result(0, b"x")))[:2]]])
+    assert msgspec.msgpack.decode(short, type=list[messages.Result]) == [messages.Result(0, b"x")], (
+        "defaults may be left out"
+    )
 
 
 @pytest.mark.contract("msgspec")
 def test_what_was_decoded_does_not_change_with_the_buffer() -> None:
     """The loop reads the next frame into the same buffer."""
-    buffer = bytearray(encode([m.Define(0, "name", b"blob" * 100, 1, 0, "", False)]))
-    (message,) = m.decode(memoryview(buffer))
+    buffer = bytearray(encode([messages.Define(0, "name", b"blob" * 100, 1, 0, "", False)]))
+    (message,) = messages.decode(memoryview(buffer))
     buffer[:] = bytes(len(buffer))
-    assert isinstance(message, m.Define)
+    assert isinstance(message, messages.Define)
     assert type(message.blob) is bytes and message.blob == b"blob" * 100 and message.name == "name"
 
 
@@ -187,8 +189,8 @@ def test_what_was_decoded_does_not_change_with_the_buffer() -> None:
     "frame",
     [
         b"",
-        encode([m.Took(7)])[:-1],
-        encode([m.Took(7)]) + b"\0",
+        encode([messages.Took(7)])[:-1],
+        encode([messages.Took(7)]) + b"\0",
         b"\xc1",
         encode(7),
         encode([[13, "seven"]]),
@@ -203,20 +205,20 @@ def test_what_was_decoded_does_not_change_with_the_buffer() -> None:
 def test_whatever_is_no_message_raises_one_kind_of_error(frame: bytes) -> None:
     """`transport/channel.py` ends the connection for it; anything else would end the process."""
     with pytest.raises(msgspec.MsgspecError):
-        m.decode(frame)
+        messages.decode(frame)
 
 
 @pytest.mark.contract("msgspec")
 def test_structs_cost_the_collector_nothing_and_behave_as_values() -> None:
     """The table of a million objects is not gone through; lanes and environments are keys."""
-    assert not gc.is_tracked(m.Took(7)) and not gc.is_tracked(m.Result(0, b"x"))
+    assert not gc.is_tracked(messages.Took(7)) and not gc.is_tracked(messages.Result(0, b"x"))
     one, same, other = Environment((("A", "1"),)), Environment((("A", "1"),)), Environment((("A", "2"),))
     assert one == same and hash(one) == hash(same) and one != other
     assert one.encode() == same.encode() != other.encode() and Environment.decode(one.encode()) == one
     with pytest.raises(AttributeError):
         one.working_dir = "/"  # type: ignore[misc]
-    took = m.Took(7)
-    assert msgspec.structs.replace(took, sequence=8) == m.Took(8) and took == m.Took(7)
+    took = messages.Took(7)
+    assert msgspec.structs.replace(took, sequence=8) == messages.Took(8) and took == messages.Took(7)
 
 
 @pytest.mark.contract("msgspec")
@@ -228,7 +230,7 @@ def test_nothing_is_converted_silently() -> None:
         msgspec.json.decode(b'["1"]', type=list[int])
     with pytest.raises(msgspec.ValidationError):
         msgspec.msgpack.decode(encode([1, "x"]), type=tuple[bytes, str])
-    assert msgspec.convert([[13, 7]], list[m.Took]) == [m.Took(7)]
+    assert msgspec.convert([[13, 7]], list[messages.Took]) == [messages.Took(7)]
 
 
 # -- numpy: views of shared memory -------------------------------------------------------------------------------------

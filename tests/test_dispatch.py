@@ -229,9 +229,9 @@ def test_a_lost_worker_s_tasks_come_back_oldest_first() -> None:
     lease.window = 8
     add(lane, (task(str(i)) for i in range(5)))
     lane.fill(0.0)
-    assert names(lane.lost(lease)) == ["0", "1", "2", "3", "4"]
+    assert names(lane.worker_died(lease)) == ["0", "1", "2", "3", "4"]
     assert lane.leases == [] and not lease.inflight
-    assert lane.lost(lease) == []
+    assert lane.worker_died(lease) == []
     lane.requeue([task("0")], 0.0)
     assert shell.demands[-1] >= 1
 
@@ -328,7 +328,7 @@ class LaneMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.lane.leases)
     @rule(data=st.data())
     def lose(self, data: st.DataObject) -> None:
-        self.lane.requeue(self.lane.lost(self.lease(data)), self.now)
+        self.lane.requeue(self.lane.worker_died(self.lease(data)), self.now)
 
     @rule(seconds=st.floats(0, 1), all_at_once=st.booleans())
     def pass_time(self, seconds: float, all_at_once: bool) -> None:
@@ -391,7 +391,7 @@ def test_what_was_on_its_way_to_a_worker_that_blocks_is_recalled() -> None:
 def test_a_lease_whose_story_is_impossible_says_so() -> None:
     lane, _ = make_lane()
     lease = grant(lane)
-    lane.lost(lease)
+    lane.worker_died(lease)
     with pytest.raises(InternalError, match=r"(?s)unblock in state over.*1 granted.*1 lose open -> over"):
         lane.unblocked(lease, 0.0)
 

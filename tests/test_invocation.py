@@ -16,11 +16,11 @@ from afield.runtime.cores.objects import FAILED, INLINE
 from afield.runtime.cores.work import ANSWERED, CANCELLED, INTERRUPT, Work
 from afield.runtime.process import current
 from afield.runtime.process.serialization import deserialize, dumps_plain
-from afield.runtime.wire import messages as m
+from afield.runtime.wire import messages
 from afield.runtime.worker import invocation, outcomes, replies, streaming
 from afield.runtime.worker.host import Host
 from afield.runtime.worker.invocation import Invocation
-from afield.runtime.worker.outcomes import Definition
+from afield.runtime.worker.outcomes import LoadedCallee
 from afield.transport.pump import _uninterruptible
 
 #: The files whose bytecodes are interrupted.
@@ -55,10 +55,10 @@ class Peer:
 
 def call_of(function: Callable[..., Any], args: tuple[Any, ...] = (), num_returns: int = 1) -> Invocation:
     """Make a call as a push does."""
-    define = m.Define(1, function.__name__, cloudpickle.dumps(function), num_returns, 0, "", False)
+    define = messages.Define(1, function.__name__, cloudpickle.dumps(function), num_returns, 0, "", False)
     data = (dumps_plain((args, {})) or b"") if args else b""
     peer: Any = Peer()
-    return Invocation(peer, m.Push(7, b"t" * 16, 1, data), Definition(define))
+    return Invocation(peer, messages.Push(7, b"t" * 16, 1, data), LoadedCallee(define))
 
 
 def drive(host: Host, call: Invocation) -> None:
@@ -94,7 +94,7 @@ class Interrupter:
             self.count += 1
             if self.count == self.at:
                 self.where = f"{frame.f_code.co_name}:{frame.f_lineno}:{frame.f_lasti}"
-                _, self.decision = self.host.work.cancel(self.host_channel, 7, m.Cancel(7, True))
+                _, self.decision = self.host.work.cancel(self.host_channel, 7, messages.Cancel(7, True))
                 self.held_back = self.decision == INTERRUPT
             if self.held_back and not self._in_transition(frame):
                 self.held_back = False
@@ -153,7 +153,7 @@ CASES: list[tuple[Callable[..., Any], tuple[Any, ...], int]] = [
     (raises, (1,), 2),
     (swallows, (1,), 1),
     (several, (), 2),
-    (items, (), m.STREAMING),
+    (items, (), messages.STREAMING),
 ]
 
 
@@ -173,7 +173,7 @@ def test_an_interrupt_at_every_bytecode(
             pytest.fail(f"an interrupt came through at {interrupter.where}")
         finally:
             sys.settrace(None)
-        answers = [answer for _, answer in host.waiting if type(answer) is not m.Item]
+        answers = [answer for _, answer in host.waiting if type(answer) is not messages.Item]
         host.waiting.clear()
         assert len(answers) == 1, interrupter.where
         kind = outcome(answers[0])
@@ -190,7 +190,7 @@ def test_an_interrupt_at_every_bytecode(
 
 def outcome(answer: Any) -> str:
     """Say in a word what an answer is."""
-    result = answer.results[0] if type(answer) is m.ReplyMany else answer
+    result = answer.results[0] if type(answer) is messages.ReplyMany else answer
     if result.kind == INLINE:
         return "value"
     assert result.kind == FAILED
@@ -224,7 +224,7 @@ class Rebuilt:
 
 def test_a_call_that_was_marked_while_it_was_taken_never_starts(host: Host) -> None:
     call = call_of(Rebuilt())
-    host.work.missed[call.channel, 7] = m.Cancel(7, False)
+    host.work.missed[call.channel, 7] = messages.Cancel(7, False)
     drive(host, call)
     [(_, answer)] = host.waiting
     assert outcome(answer) == "cancelled"

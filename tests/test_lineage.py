@@ -9,7 +9,7 @@ import pytest
 from afield.runtime.cores.lineage import CONTAINS_OTHERS, DROPPED, NO_TASK, RECORD_BYTES, USED_UP, Lineage, Loss, Record
 from afield.runtime.cores.objects import FAILED, FREED, INLINE, LOCATED, PENDING, Entry, FreeStored, Recompute, Send
 from afield.runtime.cores.ownership import OwnershipTable
-from afield.runtime.wire import messages as m
+from afield.runtime.wire import messages
 from afield.runtime.wire.messages import Lost, Subscribe, Value
 from tests.sim.simulate import Simulation
 from tests.sim.values import InvariantError, place_of
@@ -61,7 +61,7 @@ def again(table: OwnershipTable) -> list[Record]:
 
 def end(table: OwnershipTable, record: Record, output: bytes, kind: int = LOCATED, value: Any = PLACE) -> None:
     """A task that ran again ends."""
-    holds = list(record.holds)
+    holds = list(record.inputs)
     table.fulfil(output, kind, value)
     assert table.lineage is not None
     table.lineage.ended(record, [output])
@@ -72,7 +72,7 @@ def end(table: OwnershipTable, record: Record, output: bytes, kind: int = LOCATE
 def assert_empty(table: OwnershipTable, lineage: Lineage) -> None:
     """Nothing is left."""
     assert not table.entries and not table.lineage_knows
-    assert not lineage._records and not lineage._by_age and not lineage.held
+    assert not lineage._records and not lineage._by_age and not lineage.inputs
     assert not lineage._kept and not lineage._remains and not lineage._early
     assert lineage.bytes == 0
 
@@ -339,7 +339,7 @@ def test_a_borrower_asks_its_owner_again() -> None:
     borrower.receive(b"x", b"owner")
     borrower.when_done(b"x", lambda: None)
     attempt = effects_of(borrower)[0].message.attempt
-    borrower.on_added(m.Added(b"x", attempt, False))
+    borrower.on_added(messages.Added(b"x", attempt, False))
     borrower.lost(b"x")  # not known yet: nothing to ask for
     assert not effects_of(borrower)
     borrower.on_value(Value(b"x", LOCATED, b"", PLACE))
@@ -359,7 +359,7 @@ def test_a_subscription_has_a_freed_value_made_again() -> None:
     table.drop(b"a")
     effects_of(table)
     table.pin(b"a")  # nested in a task that runs again
-    table.on_add(b"worker", m.Add(b"a", 1))
+    table.on_add(b"worker", messages.Add(b"a", 1))
     table.on_subscribe(b"worker", b"a")
     assert table.entries[b"a"].state == PENDING
     [record] = [effect.record for effect in effects_of(table) if isinstance(effect, Recompute)]

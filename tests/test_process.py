@@ -17,7 +17,7 @@ from afield.runtime.calls import participation
 from afield.runtime.process.events import EVENTS, LIFE_ENDED, OBLIGATION_MET, RECOMPUTE, TICK, Event, Subscribers
 from afield.runtime.process.frees import FREE_DELAY_S, MAX_FREED, Frees
 from afield.runtime.process.process import Process
-from afield.runtime.wire import messages as m
+from afield.runtime.wire import messages
 from tests.helpers import poll
 
 
@@ -36,7 +36,7 @@ def test_a_message_type_has_one_handler(shared_runtime: None) -> None:
     with pytest.raises(
         InternalError, match=f"^Added is handled by {re.escape(first)} already; print cannot be a second"
     ):
-        process_here().register(m.Added, print)
+        process_here().register(messages.Added, print)
     assert process_here().handlers == before
 
 

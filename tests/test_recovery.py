@@ -18,7 +18,7 @@ from afield.runtime.calls import participation
 from afield.runtime.calls.participant import Participant
 from afield.runtime.calls.recovery import MAX_ROUNDS
 from afield.runtime.cores.objects import FREED, LOCATED, PENDING
-from afield.runtime.wire import messages as m
+from afield.runtime.wire import messages
 from afield.runtime.worker.invocation import Invocation
 from tests.helpers import poll, remote_with
 
@@ -38,8 +38,8 @@ def lose_for_real(*refs: afield.ObjectRef, cause: str = "the device fell off the
     object_ids = [ref.id for ref in refs]
 
     def tell() -> None:
-        process.daemon.send(m.Free(object_ids))
-        process.handlers[m.Lost](process.daemon, m.Lost(object_ids, cause, kind))
+        process.daemon.send(messages.Free(object_ids))
+        process.handlers[messages.Lost](process.daemon, messages.Lost(object_ids, cause, kind))
 
     process.locked(tell)
 
@@ -52,7 +52,7 @@ def state_of(ref: afield.ObjectRef) -> int:
 def stored_objects() -> int:
     """Return how many objects are in the store."""
     process = participant().process
-    answer: dict[str, int] = process.requests.ask(lambda request: m.Query(request, "store"))
+    answer: dict[str, int] = process.requests.ask(lambda request: messages.Query(request, "store"))
     return answer["objects"]
 
 
@@ -464,8 +464,8 @@ def test_a_task_whose_argument_is_lost_is_pushed_again_and_again_but_not_for_eve
         on_batch(
             channel,
             [
-                m.Reply(message.sequence, m.ARGUMENT_LOST, b"")
-                if type(message) is m.Reply and message.sequence in refused
+                messages.Reply(message.sequence, messages.ARGUMENT_LOST, b"")
+                if type(message) is messages.Reply and message.sequence in refused
                 else message
                 for message in batch
             ],

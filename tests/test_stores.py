@@ -19,7 +19,7 @@ from afield.gpu_store.backends import faults
 from afield.gpu_store.tiers import DISK, DeleteFile, Move, ReadFile, WriteFile
 from afield.runtime.node import stores as module
 from afield.runtime.node.stores import State
-from afield.runtime.wire import messages as m
+from afield.runtime.wire import messages
 from afield.scheduler.devices import emulated_device
 from afield.transport.auth import Handshake
 from afield.transport.channel import Channel, connect
@@ -130,11 +130,11 @@ def test_a_stranger_is_shown_out(daemon: FakeDaemon) -> None:
         daemon.loop,
         connect(daemon.config.address(b"")),
         handshake,
-        m.decode,
+        messages.decode,
         lambda channel, batch: None,
         closed.append,
     )
-    channel.send(m.Register("store", os.getpid()))
+    channel.send(messages.Register("store", os.getpid()))
     daemon.until(lambda: closed)
 
 

@@ -18,7 +18,7 @@ from afield.runtime.face.api import query
 from afield.runtime.process import current
 from afield.runtime.values import devices
 from afield.runtime.values.devices import Devices
-from afield.runtime.wire import messages as m
+from afield.runtime.wire import messages
 from tests.device_helpers import MIB, on_device, runtime_with, tiers, uuids
 from tests.helpers import poll
 
@@ -47,7 +47,7 @@ def test_a_deferred_message_that_makes_no_sense_costs_its_sender_alone(device: s
     def ask_for_nonsense() -> None:
         process = current.process
         assert process is not None
-        process.locked(process.daemon.send, m.StoreLease(1 << 40, -1, 1.0, 1))
+        process.locked(process.daemon.send, messages.StoreLease(1 << 40, -1, 1.0, 1))
         signal.pause()
 
     with pytest.raises(afield.WorkerCrashedError):

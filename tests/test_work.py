@@ -31,8 +31,8 @@ from afield.runtime.cores.work import (
     NOTHING,
     PREPARING,
     QUEUED,
+    REPLYING,
     RUNNING,
-    SETTLING,
     TABLE,
     Work,
 )
@@ -59,7 +59,7 @@ def begin(work: Work[Job]) -> Job:
 
 def end(work: Work[Job], job: Job) -> None:
     """Answer a call, as the main thread does."""
-    job.state = SETTLING
+    job.state = REPLYING
     job.state = CANCELLED if job.cancel is not None else ANSWERED
     work.current = None
 
@@ -135,7 +135,7 @@ def test_a_burst_does_not_spare_the_running_one() -> None:
     assert [job.state for job in jobs] == [RUNNING] + [CANCELLED] * 24
 
 
-@pytest.mark.parametrize("state", [PREPARING, RUNNING, FINISHING, FAILING, SETTLING])
+@pytest.mark.parametrize("state", [PREPARING, RUNNING, FINISHING, FAILING, REPLYING])
 def test_a_late_signal_finds_another_call(state: str) -> None:
     work: Work[Job] = Work()
     first, second = push(work, 1, 2)
@@ -243,9 +243,9 @@ class Machine(RuleBasedStateMachine):
         nexts = {
             PREPARING: [RUNNING, FAILING],
             RUNNING: [FINISHING, FAILING],
-            FINISHING: [SETTLING, FAILING],
-            FAILING: [SETTLING],
-            SETTLING: [ANSWERED],
+            FINISHING: [REPLYING, FAILING],
+            FAILING: [REPLYING],
+            REPLYING: [ANSWERED],
         }
         job.state = data.draw(st.sampled_from(nexts[job.state]))
         if job.state == ANSWERED:
@@ -305,7 +305,7 @@ class Machine(RuleBasedStateMachine):
     @rule(caller=st.sampled_from(CALLERS))
     def lose(self, caller: str) -> None:
         expected = [job for job in self.waiting if job.caller == caller]
-        assert set(self.work.lost(caller)) == set(expected)
+        assert set(self.work.caller_gone(caller)) == set(expected)
         self._gone(expected, DROPPED)
 
     @precondition(lambda self: self.number > 12)
@@ -440,12 +440,12 @@ def test_a_cancellation_at_every_moment_of_the_taking() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("event", ["recall", "caller lost"])
+@pytest.mark.parametrize("event", ["recall", "caller gone"])
 def test_a_call_leaves_the_queue_once(event: str) -> None:
     def setup() -> tuple[Work[Job], Callable[[], Any], Callable[[], Any]]:
         work: Work[Job] = Work()
         push(work, 1)
-        return work, work.take, lambda: work.recall("a", 1) if event == "recall" else work.lost("a")
+        return work, work.take, lambda: work.recall("a", 1) if event == "recall" else work.caller_gone("a")
 
     def check(work: Work[Job], taken: Job | None, gone: list[Any]) -> None:
         assert (taken is None) == bool(gone)

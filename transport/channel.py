@@ -147,7 +147,7 @@ class Channel:
             self.sock.close()
             self.outbox = []
 
-    def _lost(self) -> None:
+    def _disconnected(self) -> None:
         if not self.closed:
             self.close()
             self.on_closed(self)
@@ -175,7 +175,7 @@ class Channel:
         except OSError:
             count = 0
         if not count:
-            self._lost()
+            self._disconnected()
             return False
         if not self._partial:
             self._parse(buffer[:count])
@@ -193,7 +193,7 @@ class Channel:
             size = int.from_bytes(data[position : position + 4], "little")
             start = position + 4
             if size > (MAX_FRAME_BYTES if self.ready else MAX_HANDSHAKE_BYTES):
-                self._lost()
+                self._disconnected()
                 return
             if end - start < size:
                 self._needed = 4 + size
@@ -203,7 +203,7 @@ class Channel:
                 try:
                     messages = self._decode(data[start:position])
                 except msgspec.MsgspecError:  # not one of our messages: another version, or an intruder with the token
-                    self._lost()
+                    self._disconnected()
                     return
                 self.on_messages(self, messages)
             else:
@@ -217,7 +217,7 @@ class Channel:
         try:
             answer = self._handshake.feed(frame)
         except AuthenticationError:
-            self._lost()
+            self._disconnected()
             return
         if answer:
             self._write(_frame(answer))

@@ -232,7 +232,7 @@ class Catalogue:
         elif copy in part.object.extras:
             part.object.extras.remove(copy)
 
-    def settle(self, copy: Copy) -> None:
+    def bury_if_unused(self, copy: Copy) -> None:
         """A job or a process does not need the copy any more: free it if only that was waited for."""
         if copy.state == "dying" and not copy.in_use and copy.arena in self.arenas:
             self.arenas[copy.arena].bury(copy)

@@ -297,7 +297,7 @@ class Copying:
         else:
             self._made(job, job.making, error)
         for copy in job.sources:
-            self._catalogue.settle(copy)
+            self._catalogue.bury_if_unused(copy)
         return True
 
     def _written(self, job: Job, error: str) -> None:
@@ -409,7 +409,7 @@ class Copying:
             del self.jobs[job.number]
             for copy in job.sources:
                 copy.busy -= 1
-                self._catalogue.settle(copy)
+                self._catalogue.bury_if_unused(copy)
             making = job.making
             if making is None or making.state == "over":  # it went with the device that it was to come to
                 continue

@@ -90,7 +90,7 @@ class Needs:
         self._go(need, "mapped")
         for copy in need.promised:
             copy.promised -= 1
-            self._catalogue.settle(copy)
+            self._catalogue.bury_if_unused(copy)
 
     def object_freed(self, stored: StoredObject) -> None:
         """Nobody gets parts of it any more."""

@@ -106,7 +106,7 @@ class Residency:
             raise StoreUsageError(f"arena {arena} is there already, or is not a device's")
         alignment = self._device_alignment
         self._arenas[arena] = ArenaBooks(arena, label, capacity_bytes, alignment, self._marks, self.recorder, life)
-        return self._settle()
+        return self._conclude()
 
     def remove_arena(self, arena: int, cause: str) -> list[Effect]:
         """A device is lost, with all that was in its slab; of an arena that was not there only the cause is noted.
@@ -128,14 +128,14 @@ class Residency:
             )
         self._copying.arena_lost(books, cause)
         self._unblock()
-        return self._settle()
+        return self._conclude()
 
     def reserve(self, arena: int, size: int) -> list[Effect]:
         """Of the arena, `size` bytes in all are for tasks' own use: what is sealed is kept below the rest."""
         books = self._arenas.get(arena)
         if books is not None:
             books.reserved = min(size, books.capacity)
-        return self._settle()
+        return self._conclude()
 
     # -- room -----------------------------------------------------------------------------------------------------
 
@@ -173,7 +173,7 @@ class Residency:
             if offset is not None:
                 books.lease(client, offset, room)
                 granted = Granted(client, request_id, arena, offset, room, books.life)
-                return [granted, *self._settle()] if books.pressed else [granted]
+                return [granted, *self._conclude()] if books.pressed else [granted]
         request = LeaseRequest(key, room, client, request_id, arena, size, deadline)
         if not books.queue:
             books.trimming = False
@@ -185,7 +185,7 @@ class Residency:
             del self._leases[client, request_id]
             books.queue.discard(request)
             self._catalogue.effects.append(Refused(client, request_id, arena, reason))
-        return self._settle()
+        return self._conclude()
 
     def give_back(self, client: bytes, arena: int, offset: int, size: int, life: int = FIRST_LIFE) -> list[Effect]:
         """Free [offset, offset + size), a leased and unsealed part (usually the tail) of a chunk of `client`.
@@ -198,7 +198,7 @@ class Residency:
         books.check_leased(client, [(offset, size)])
         books.extents.free(offset, books.cut(client, offset, size))
         books.trimming = False
-        return self._settle()
+        return self._conclude()
 
     def client_died(self, client: bytes) -> list[Effect]:
         """Free what `client` leased and did not seal, and forget its waiting requests; its sealed objects stay."""
@@ -211,7 +211,7 @@ class Residency:
             books.end_leases(client)
             books.trimming = False
         self._unblock()
-        return self._settle()
+        return self._conclude()
 
     # -- objects --------------------------------------------------------------------------------------------------
 
@@ -224,7 +224,7 @@ class Residency:
         stored = self._catalogue.seal(client, object_id, owner, parts)
         if stored is not None:
             self._needs.sealed(stored)
-        return self._settle()
+        return self._conclude()
 
     def free(self, object_id: bytes, sealer: bytes | None = None) -> list[Effect]:
         """Free all copies of the object now, or, if it is not sealed yet, as soon as it is.
@@ -240,7 +240,7 @@ class Residency:
                 self._needs.object_freed(stored)
             self._copying.object_freed(stored.parts)
         self._catalogue.free(object_id, sealer)
-        return self._settle()
+        return self._conclude()
 
     def owner_died(self, owner: bytes) -> list[bytes]:
         """Return the ids of the objects of `owner`, oldest first; what becomes of them the caller decides."""
@@ -285,24 +285,24 @@ class Residency:
         """
         key = self._next_key(priority)
         self._needs.ask(Need(key, client, request_id, object_id, list(wants), deadline))
-        return self._settle()
+        return self._conclude()
 
     def mapped(self, client: bytes, request_id: int) -> list[Effect]:
         """`client` has pinned what it was promised as `request_id`, or does not want it any more."""
         self._needs.mapped(client, request_id)
-        return self._settle()
+        return self._conclude()
 
     def prefetch(self, object_id: bytes, wants: Sequence[tuple[int, int]]) -> list[Effect]:
         """Have parts brought to arenas when there is room to spare; nobody is told."""
         self._needs.prefetch(object_id, wants, self._next_key(PREFETCH))
-        return self._settle()
+        return self._conclude()
 
     def finished(self, job: int, error: str = "") -> list[Effect]:
         """A Move, WriteFile or ReadFile is done, or failed and `error` says how."""
         if self._copying.finished(job, error):
             for books in self._arenas.values():
                 books.blocked = books.blocked and bool(error)
-        return self._settle()
+        return self._conclude()
 
     # -- time -----------------------------------------------------------------------------------------------------
 
@@ -324,7 +324,7 @@ class Residency:
                 elif books.due <= now:
                     books.blocked = False
                     books.trimming = False  # what clients had in use then may be free by now
-        return self._settle()
+        return self._conclude()
 
     def next_deadline(self) -> float | None:
         """Return when to call `expire` at the latest; the times of what has just begun are known after the next call."""
@@ -389,7 +389,7 @@ class Residency:
         for books in self._arenas.values():
             books.blocked = False
 
-    def _settle(self) -> list[Effect]:
+    def _conclude(self) -> list[Effect]:
         """Do all that follows from an event, and return what is to be done."""
         self._work_off()
         return self._catalogue.flush()

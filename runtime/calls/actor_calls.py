@@ -20,7 +20,7 @@ from afield.errors import (
     TaskError,
 )
 from afield.ids import TASK_ID_BYTES
-from afield.runtime.calls.submission import Function, PeerState, Submitter
+from afield.runtime.calls.submission import Callee, PeerState, Submitter
 from afield.runtime.cores.caller import (
     CANCELLED,
     DIED,
@@ -36,7 +36,7 @@ from afield.runtime.cores.caller import (
 from afield.runtime.cores.dispatch import Task
 from afield.runtime.process.process import Process
 from afield.runtime.process.serialization import deserialize_error, serialize_error
-from afield.runtime.wire import messages as m
+from afield.runtime.wire import messages
 from afield.transport.channel import Channel
 from afield.transport.pump import uninterruptible
 
@@ -52,18 +52,18 @@ class ActorCalls:
         self.submitter = submitter
         self.core = Callers()
         self.callers = self.core.by_id
-        process.register(m.ActorState, self._on_state)
-        process.register(m.WatchActor, self._on_asked)
+        process.register(messages.ActorState, self._on_state)
+        process.register(messages.WatchActor, self._on_asked)
         submitter.recovery.call_again = self._call_again
 
-    def create(self, spec: m.CreateActor, task: Task, detached: bool) -> None:
+    def create(self, spec: messages.CreateActor, task: Task, detached: bool) -> None:
         """Send the actor to the daemon once its constructor's arguments are there; the task keeps them pinned."""
 
         def send(ready: Task) -> None:
             error = self.submitter.arguments.failure(ready)
             if error is not None:
                 self._die(caller, self._argument_failed(spec.class_name, error))
-                self.process.daemon.send(m.ActorGone(spec.actor_id, caller.error))
+                self.process.daemon.send(messages.ActorGone(spec.actor_id, caller.error))
                 return
             spec.arguments, spec.location = ready.arguments, ready.location
             spec.dependencies = self.submitter.arguments.describe(ready)
@@ -92,19 +92,19 @@ class ActorCalls:
         if caller is None:
             caller = self.core.add(actor_id)
             life = self.process.table.entries.get(caller.life)
-            self.process.daemon.send(m.WatchActor(actor_id, life.owner if life is not None else b""))
+            self.process.daemon.send(messages.WatchActor(actor_id, life.owner if life is not None else b""))
         return caller
 
-    def _on_asked(self, channel: Channel, message: m.WatchActor) -> None:
+    def _on_asked(self, channel: Channel, message: messages.WatchActor) -> None:
         """Somebody has a handle to an actor that the daemon does not know."""
         caller = self.callers.get(message.actor_id)
         if caller is None or caller.state == "dead":
-            channel.send(m.ActorGone(message.actor_id, caller.error if caller is not None else b""))
+            channel.send(messages.ActorGone(message.actor_id, caller.error if caller is not None else b""))
 
     def submit(
         self,
         actor_id: bytes,
-        function: Function,
+        function: Callee,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         retries: int,
@@ -141,8 +141,8 @@ class ActorCalls:
             if task.retries_left:
                 task.actor = actor_id
             caller = self.callers.get(actor_id) or self.caller(actor_id)
-            if not caller.held:
-                self._hold_life(caller)
+            if not caller.life_pinned:
+                self._pin_life(caller)
             if caller.leaves_at_once(task):
                 self._send(caller, task)
             else:
@@ -201,7 +201,7 @@ class ActorCalls:
                 self.submitter.use_retry(effect.task)
             elif isinstance(effect, Interrupt):
                 if caller.channel is not None:  # else its process is gone, and the call with it
-                    caller.channel.send(m.Cancel(effect.sequence, effect.recursive))
+                    caller.channel.send(messages.Cancel(effect.sequence, effect.recursive))
             elif isinstance(effect, ForgetCreation):
                 self.submitter.arguments.unpin(effect.task)
             elif isinstance(effect, LetGo):
@@ -229,7 +229,7 @@ class ActorCalls:
 
     def kill(self, actor_id: bytes, no_restart: bool) -> None:
         """End an actor's process; the caller holds the lock."""
-        self.process.daemon.send(m.KillActor(actor_id, no_restart, "it was ended by kill()"))
+        self.process.daemon.send(messages.KillActor(actor_id, no_restart, "it was ended by kill()"))
         # The worker may go on until the daemon has read this: a call that is made now must not run there. Without a caller
         # the next call asks the daemon first, which knows by then.
         caller = self.callers.get(actor_id)
@@ -245,7 +245,7 @@ class ActorCalls:
                 self._advance(caller)  # it may have been the first of those that wait
                 return
 
-    def _on_state(self, channel: Channel, message: m.ActorState) -> None:
+    def _on_state(self, channel: Channel, message: messages.ActorState) -> None:
         caller = self.callers.get(message.actor_id)
         if caller is None:
             return
@@ -300,12 +300,12 @@ class ActorCalls:
     def _call_again(self, task: Task) -> None:
         """Call a method again whose stored result was lost; the call comes after those that wait."""
         caller = self.callers.get(task.actor) or self.caller(task.actor)
-        self._hold_life(caller)
+        self._pin_life(caller)
         self._wait(caller, task)
 
-    def _hold_life(self, caller: Caller) -> None:
-        if not caller.held and caller.life in self.process.table.entries:
-            caller.held = True
+    def _pin_life(self, caller: Caller) -> None:
+        if not caller.life_pinned and caller.life in self.process.table.entries:
+            caller.life_pinned = True
             self.process.table.pin(caller.life)
 
     def _let_go_if_idle(self, caller: Caller) -> None:
@@ -317,7 +317,7 @@ class ActorCalls:
         """Nobody can reach an actor of ours any more: it ends after the calls that it has."""
         actor_id = life[:TASK_ID_BYTES]
         if not self.process.dead:
-            self.process.daemon.send(m.KillActor(actor_id, True, "all handles to it are gone", True))
+            self.process.daemon.send(messages.KillActor(actor_id, True, "all handles to it are gone", True))
         caller = self.callers.get(actor_id)
         if caller is not None:
             caller.ends()

@@ -11,7 +11,7 @@ from afield.runtime.calls.streams import Streams
 from afield.runtime.calls.submission import Submitter
 from afield.runtime.cores.dispatch import Task
 from afield.runtime.process.process import Process
-from afield.runtime.wire import messages as m
+from afield.runtime.wire import messages
 from afield.transport.channel import Channel
 
 
@@ -23,9 +23,9 @@ class Cancellation:
         self.submitter = submitter
         self.actors = actors
         self.streams = streams
-        process.register(m.CancelObject, self._on_cancel_object)
+        process.register(messages.CancelObject, self._on_cancel_object)
 
-    def _on_cancel_object(self, channel: Channel, message: m.CancelObject) -> None:
+    def _on_cancel_object(self, channel: Channel, message: messages.CancelObject) -> None:
         with contextlib.suppress(ValueError):  # the borrower's own call was checked there
             self.cancel(message.object_id, message.force, message.recursive)
 
@@ -41,7 +41,7 @@ class Cancellation:
         if entry.owner:
             channel = self.process.channel_to(entry.owner)
             if channel is not None:
-                channel.send(m.CancelObject(object_id, force, recursive))
+                channel.send(messages.CancelObject(object_id, force, recursive))
         elif entry.task is not None:
             self.cancel_task(entry.task, force, recursive)
 
@@ -70,9 +70,9 @@ class Cancellation:
             for position, (sequence, other) in enumerate(lease.inflight.items()):
                 if other is task:
                     if force and position == 0:
-                        self.process.daemon.send(m.KillWorker(lease.lease_id))
+                        self.process.daemon.send(messages.KillWorker(lease.lease_id))
                     else:
-                        lease.channel.send(m.Cancel(sequence, recursive))
+                        lease.channel.send(messages.Cancel(sequence, recursive))
                     return
 
     def cancel_children(self, task_id: bytes) -> None:

@@ -60,13 +60,13 @@ class ObjectRefGenerator:
         if stream is None:
             raise StopIteration
 
-        def settled() -> bool:
-            if not stream.settled():
+        def next_is_known() -> bool:
+            if not stream.next_is_known():
                 stream.waiters.append(waiter.finish)
                 return False
             return True
 
-        if not process.locked(settled):
+        if not process.locked(next_is_known):
             deadline = None if timeout_s is None else time.monotonic() + timeout_s
             try:
                 if not streams.blocking_wait(waiter, deadline):
@@ -84,12 +84,12 @@ class ObjectRefGenerator:
     def next_ready(self) -> bool:
         """Tell whether `next` would return (or raise StopIteration) without waiting."""
         stream = self._streams().get(self._task_id)
-        return stream is None or stream.settled()
+        return stream is None or stream.next_is_known()
 
     def when_ready(self, notify: Callable[[], None]) -> bool:
         """Call `notify` once the next item is there; return True (and do not call) if it is there. For `wait`."""
         stream = self._streams().get(self._task_id)
-        if stream is None or stream.settled():
+        if stream is None or stream.next_is_known():
             return True
         stream.waiters.append(notify)
         return False

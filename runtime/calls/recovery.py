@@ -28,7 +28,7 @@ from afield.runtime.process.events import RECOMPUTE
 from afield.runtime.process.process import Process
 from afield.runtime.process.serialization import serialize_error
 from afield.runtime.values.arguments import Arguments
-from afield.runtime.wire import messages as m
+from afield.runtime.wire import messages
 from afield.transport.channel import Channel
 from afield.units import format_bytes
 
@@ -72,7 +72,7 @@ class Recovery:
         self.running: dict[bytes, Record] = {}
         self.call_again: Callable[[Task], None] = lambda task: None
         self.tasks_recomputed = 0
-        process.register(m.Lost, lambda channel, message: process.table.on_lost(message))
+        process.register(messages.Lost, lambda channel, message: process.table.on_lost(message))
         process.subscribe(RECOMPUTE, self._recompute)
 
     def close(self) -> None:
@@ -96,7 +96,7 @@ class Recovery:
             task,
             outputs,
             # An actor is not kept alive for this: a task that runs again without it finds it dead.
-            [held for held in task.pinned or () if not entries[held].life],
+            [each for each in task.pinned or () if not entries[each].life],
             size=len(task.arguments),
             left=left,
             freeable=task.lane is not None,  # an actor may be gone by the time that it is needed
@@ -119,7 +119,7 @@ class Recovery:
             if entry is None or (entry.state != LOCATED and not self.lineage.has_remains(oid)):
                 unwanted.append(oid)
         if unwanted:
-            self.process.daemon.send(m.Free(unwanted, worker))
+            self.process.daemon.send(messages.Free(unwanted, worker))
 
     # -- what is lost --------------------------------------------------------------------------------------------
 
@@ -129,7 +129,7 @@ class Recovery:
         # A task of its own: what still waits for arguments of the last execution must not take part in this one.
         task = record.task = msgspec.structs.replace(
             old,
-            pinned=list(record.holds) or None,
+            pinned=list(record.inputs) or None,
             retries_left=_retries(old),
             retries_used=0,
             unresolved=0,

@@ -18,7 +18,7 @@ from afield.runtime.cores.objects import FAILED, INLINE, LOCATED
 from afield.runtime.process.process import Process
 from afield.runtime.process.refs import ObjectRef
 from afield.runtime.process.serialization import deserialize
-from afield.runtime.wire import messages as m
+from afield.runtime.wire import messages
 from afield.transport.pump import Waiter
 
 
@@ -36,7 +36,7 @@ class Stream:
         #: Tells the worker how many items were consumed, while it wants to know.
         self.report: Callable[[int], None] | None = None
 
-    def settled(self) -> bool:
+    def next_is_known(self) -> bool:
         """Tell whether the next item, or the end, is there."""
         return self.consumed < self.produced or self.total is not None
 
@@ -75,7 +75,9 @@ class Streams:
         stream = self._streams.get(task_id)
         return 0 if stream is None else stream.produced
 
-    def on_item(self, task: Task, item: m.Item, contained: list[bytes], report: Callable[[int], None] | None) -> None:
+    def on_item(
+        self, task: Task, item: messages.Item, contained: list[bytes], report: Callable[[int], None] | None
+    ) -> None:
         """An item arrived; the refs inside it are pinned for it."""
         stream = self._streams.get(task.task_id)
         oid = object_id(task.task_id, item.index)
@@ -118,7 +120,7 @@ class Streams:
                 self.finish(stream.task, FAILED, error)
 
     def consume(self, task_id: bytes) -> ObjectRef | None:
-        """Take the next item if it is there; the caller holds the lock and has seen `settled`."""
+        """Take the next item if it is there; the caller holds the lock and has seen `next_is_known`."""
         stream = self._streams[task_id]
         if stream.consumed >= stream.produced:
             return None

@@ -20,7 +20,7 @@ from afield.runtime.process.process import Process
 from afield.runtime.process.refs import ObjectRef
 from afield.runtime.process.serialization import deserialize_error, serialize_error
 from afield.runtime.values.arguments import Arguments
-from afield.runtime.wire import messages as m
+from afield.runtime.wire import messages
 from afield.transport.channel import Channel
 from afield.transport.pump import uninterruptible
 
@@ -30,7 +30,7 @@ POLL_EVERY = 32
 RetryOn = bool | tuple[type[BaseException], ...]
 
 
-class Function:
+class Callee:
     """What a push names: a remote function, or an actor's method (then `blob` is empty)."""
 
     __slots__ = ("backpressure", "blob", "group", "index", "name", "num_returns", "once", "retry_on")
@@ -47,7 +47,7 @@ class Function:
         retry_on: RetryOn = False,
         once: bool = False,
     ) -> None:
-        self.index = next(Function._indexes)
+        self.index = next(Callee._indexes)
         self.name = name
         self.blob = blob
         self.num_returns = num_returns
@@ -56,9 +56,11 @@ class Function:
         self.retry_on = retry_on
         self.once = once
 
-    def define(self) -> m.Define:
+    def define(self) -> messages.Define:
         """Return the message that makes a worker know it."""
-        return m.Define(self.index, self.name, self.blob, self.num_returns, self.backpressure, self.group, self.once)
+        return messages.Define(
+            self.index, self.name, self.blob, self.num_returns, self.backpressure, self.group, self.once
+        )
 
 
 class PeerState:
@@ -93,13 +95,13 @@ class Submitter:
         self._next_look = 0.0  # when to look for idle leases again
         self.tasks_submitted = 0
         self.tasks_retried = 0
-        process.register(m.ReplyMany, self._on_reply_many)
-        process.register(m.Item, self._on_item)
-        process.register(m.HandBack, self._on_hand_back)
-        process.register(m.Unblocked, self._on_unblocked)
-        process.register(m.Grant, self._on_grant)
-        process.register(m.Infeasible, self._on_infeasible)
-        process.register(m.Reclaim, self._on_reclaim)
+        process.register(messages.ReplyMany, self._on_reply_many)
+        process.register(messages.Item, self._on_item)
+        process.register(messages.HandBack, self._on_hand_back)
+        process.register(messages.Unblocked, self._on_unblocked)
+        process.register(messages.Grant, self._on_grant)
+        process.register(messages.Infeasible, self._on_infeasible)
+        process.register(messages.Reclaim, self._on_reclaim)
         self.recovery = Recovery(process, arguments, self)
         process.handle_batches_by(self._on_batch)
         process.subscribe(TICK, self._tick)
@@ -107,7 +109,7 @@ class Submitter:
 
     # -- submitting ----------------------------------------------------------------------------------------------
 
-    def lane(self, shape: tuple[tuple[str, int], ...], placement: m.Placement | None = None) -> Lane:
+    def lane(self, shape: tuple[tuple[str, int], ...], placement: messages.Placement | None = None) -> Lane:
         """Return the lane for tasks of this shape whose workers need this."""
         lane = self.lanes.get((shape, placement))
         if lane is None:
@@ -118,7 +120,7 @@ class Submitter:
 
     def call(
         self,
-        function: Function,
+        function: Callee,
         lane: Lane | None,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -136,7 +138,7 @@ class Submitter:
             self.arguments.encode(task, args, kwargs, function.name)
         if num_returns == 1:
             object_ids = [task_id + FIRST_RETURN]
-        elif num_returns == m.STREAMING:
+        elif num_returns == messages.STREAMING:
             object_ids = [task_id + STREAM_END_INDEX]
         else:
             object_ids = [object_id(task_id, index) for index in range(num_returns)]
@@ -156,13 +158,11 @@ class Submitter:
         enter(task, object_ids)
         if task.num_returns == 1:
             return ObjectRef(object_ids[0])
-        if task.num_returns == m.STREAMING:
+        if task.num_returns == messages.STREAMING:
             return ObjectRefGenerator(task.task_id, self.streams)
         return [ObjectRef(oid) for oid in object_ids] or None
 
-    def submit(
-        self, function: Function, lane: Lane, args: tuple[Any, ...], kwargs: dict[str, Any], retries: int
-    ) -> Any:
+    def submit(self, function: Callee, lane: Lane, args: tuple[Any, ...], kwargs: dict[str, Any], retries: int) -> Any:
         """Submit a task; return its ref, its list of refs, or its generator at once."""
         return self.call(function, lane, args, kwargs, retries, self._enter)
 
@@ -174,7 +174,7 @@ class Submitter:
             self.process.table.own(oid, task)
         if task.num_returns == 1:
             task.output = object_ids[0]
-        if task.num_returns == m.STREAMING:
+        if task.num_returns == messages.STREAMING:
             self.streams.open(task)
         if task.pinned is not None:
             self.arguments.pin(task)
@@ -232,23 +232,23 @@ class Submitter:
             channel.send(function.define())
         sequence = self._next_sequence()
         dependencies = None if task.dependencies is None else self.arguments.describe(task)
-        channel.send(m.Push(sequence, task.task_id, function.index, task.arguments, task.location, dependencies))
+        channel.send(messages.Push(sequence, task.task_id, function.index, task.arguments, task.location, dependencies))
         return sequence
 
     def demand(self, lane: Lane, count: int) -> None:
         """Tell the daemon how many more leases the lane wants."""
         if not self.process.dead:
-            self.process.daemon.send(m.Demand(lane.key, lane.shape, count, lane.placement))
+            self.process.daemon.send(messages.Demand(lane.key, lane.shape, count, lane.placement))
 
     def return_lease(self, lease: Lease) -> None:
         """Give a lease back; the connection stays for the next time."""
         self.leases.pop(lease.worker, None)
         lease.channel.context.lease = None
-        self.process.daemon.send(m.ReturnLease(lease.lease_id))
+        self.process.daemon.send(messages.ReturnLease(lease.lease_id))
 
     def recall(self, lease: Lease, count: int) -> None:
         """Ask for tasks that have not started."""
-        lease.channel.send(m.Recall(count))
+        lease.channel.send(messages.Recall(count))
 
     def _tick(self, now: float) -> float | None:
         wanted = now < self._wanted_until
@@ -257,7 +257,7 @@ class Submitter:
             self._return_idle(0.0 if wanted else IDLE_LEASE_S, now)
         return self._next_look if self.leases else None
 
-    def _on_reclaim(self, channel: Channel, message: m.Reclaim) -> None:
+    def _on_reclaim(self, channel: Channel, message: messages.Reclaim) -> None:
         # Also what becomes idle a little later: the daemon asks once, and whoever waits goes on waiting.
         now = time.monotonic()
         self._wanted_until = now + IDLE_LEASE_S
@@ -285,18 +285,18 @@ class Submitter:
             message = batch[at]
             at += 1
             kind = type(message)
-            if kind is m.Reply:
+            if kind is messages.Reply:
                 replies += self._on_reply(channel, inflight.pop(message.sequence, None), message)
             else:
                 handlers[kind](channel, message)
-                replies += kind is m.ReplyMany
+                replies += kind is messages.ReplyMany
         if replies and state is not None:
             if lease is not None:
                 lease.lane.replied(lease, replies, time.monotonic())
             elif state.on_batch is not None:
                 state.on_batch(replies)
 
-    def _on_reply(self, channel: Channel, task: Task | None, reply: m.Reply) -> bool:
+    def _on_reply(self, channel: Channel, task: Task | None, reply: messages.Reply) -> bool:
         """Handle a reply that takes more than writing down its value; return False if nobody waits for it any more."""
         if task is None:
             return False
@@ -309,16 +309,16 @@ class Submitter:
             return {}
         return state.lease.inflight if state.lease is not None else state.inflight
 
-    def _finish(self, channel: Channel, task: Task, reply: m.Reply) -> bool:
+    def _finish(self, channel: Channel, task: Task, reply: messages.Reply) -> bool:
         """Record an outcome; return True if the task runs again instead."""
         if reply.kind == FAILED and self._retry(channel, task, reply.data):
             return True
-        if reply.kind == m.ARGUMENT_LOST:
+        if reply.kind == messages.ARGUMENT_LOST:
             if task.cancelled:  # it has not run, and does not run again
                 self.fail_with(task, TaskCancelledError(f"{task.function.name}() was cancelled before it started"))
                 return True
             return self.recovery.argument_lost(channel, task)
-        if task.num_returns == m.STREAMING:
+        if task.num_returns == messages.STREAMING:
             self.streams.finish(task, reply.kind, reply.data, self._receive(channel, reply.contained))
         else:
             self._fulfil(channel, task, 0, reply)
@@ -326,18 +326,18 @@ class Submitter:
                 self.recovery.ended(task)
         return False
 
-    def _receive(self, channel: Channel, contained: m.Contained | None) -> list[bytes]:
+    def _receive(self, channel: Channel, contained: messages.Contained | None) -> list[bytes]:
         """Hold the refs inside a result."""
         if contained is None:
             return []
         return self.process.table.receive_contained(contained.refs, channel.peer_id, contained.token)
 
-    def _fulfil(self, channel: Channel, task: Task, index: int, result: m.Result | m.Reply) -> None:
+    def _fulfil(self, channel: Channel, task: Task, index: int, result: messages.Result | messages.Reply) -> None:
         contained = self._receive(channel, result.contained)
         value = result.location if result.kind == LOCATED else result.data
         self.process.table.fulfil(object_id(task.task_id, index), result.kind, value, contained)
 
-    def _on_reply_many(self, channel: Channel, message: m.ReplyMany) -> None:
+    def _on_reply_many(self, channel: Channel, message: messages.ReplyMany) -> None:
         task = self._inflight(channel.context).pop(message.sequence, None)
         if task is None:
             return
@@ -353,13 +353,13 @@ class Submitter:
             self.recovery.ended(task)
         self.arguments.unpin(task)
 
-    def _on_item(self, channel: Channel, item: m.Item) -> None:
+    def _on_item(self, channel: Channel, item: messages.Item) -> None:
         task = self._inflight(channel.context).get(item.sequence)
         if task is None:
             return
         report = None
         if task.function.backpressure:
-            report = lambda count: self.process.locked(channel.send, m.Consumed(item.sequence, count))  # noqa: E731
+            report = lambda count: self.process.locked(channel.send, messages.Consumed(item.sequence, count))  # noqa: E731
         self.streams.on_item(task, item, self._receive(channel, item.contained), report)
 
     def _retry(self, channel: Channel, task: Task, data: bytes) -> bool:
@@ -389,7 +389,7 @@ class Submitter:
 
     def fail(self, task: Task, error: bytes) -> None:
         """The task ends with an error instead of a value; the caller holds the lock."""
-        if task.num_returns == m.STREAMING:
+        if task.num_returns == messages.STREAMING:
             self.streams.finish(task, FAILED, error)
         for index in range(task.num_returns):
             self.process.table.fulfil(object_id(task.task_id, index), FAILED, error)
@@ -403,12 +403,12 @@ class Submitter:
 
     # -- leases --------------------------------------------------------------------------------------------------
 
-    def _on_grant(self, channel: Channel, message: m.Grant) -> None:
+    def _on_grant(self, channel: Channel, message: messages.Grant) -> None:
         process = self.process
         lane = self._lanes_by_key[message.key]
         worker = process.channel_to(message.worker)
         if worker is None:
-            process.daemon.send(m.ReturnLease(message.lease_id))
+            process.daemon.send(messages.ReturnLease(message.lease_id))
             lane.grant_failed()
             return
         if worker.context is None:
@@ -418,13 +418,13 @@ class Submitter:
         self.leases[message.worker] = lease
         lane.granted(lease, time.monotonic())
 
-    def _on_infeasible(self, channel: Channel, message: m.Infeasible) -> None:
+    def _on_infeasible(self, channel: Channel, message: messages.Infeasible) -> None:
         lane = self._lanes_by_key[message.key]
         lane.demanded = 0
         while lane.ready:
             self.fail_with(lane.ready.popleft(), TaskUnschedulableError(message.reason))
 
-    def _on_hand_back(self, channel: Channel, message: m.HandBack) -> None:
+    def _on_hand_back(self, channel: Channel, message: messages.HandBack) -> None:
         lease: Lease | None = channel.context.lease
         if lease is not None:
             tasks = [lease.inflight.pop(sequence) for sequence in message.sequences if sequence in lease.inflight]
@@ -434,7 +434,7 @@ class Submitter:
             tasks = [task for task in tasks if not task.cancelled]
             lease.lane.handed_back(lease, tasks, message.blocked, time.monotonic())
 
-    def _on_unblocked(self, channel: Channel, message: m.Unblocked) -> None:
+    def _on_unblocked(self, channel: Channel, message: messages.Unblocked) -> None:
         lease: Lease | None = channel.context.lease
         if lease is not None:
             lease.lane.unblocked(lease, time.monotonic())
@@ -445,7 +445,7 @@ class Submitter:
         if lease is None:
             return
         requeue = []
-        for position, task in enumerate(lease.lane.lost(lease)):
+        for position, task in enumerate(lease.lane.worker_died(lease)):
             if position == 0:
                 self.cut_short(process_id, task)
             if task.cancelled:
@@ -463,8 +463,8 @@ class Submitter:
     def cut_short(self, worker: bytes, task: Task) -> None:
         """A worker died that may have been running a task; comes before the task ends or runs again."""
         # Of the items of a stream those that have arrived are located, and one may have been on its way.
-        first = self.streams.produced(task.task_id) if task.num_returns == m.STREAMING else 0
-        last = first + 1 if task.num_returns == m.STREAMING else task.num_returns
+        first = self.streams.produced(task.task_id) if task.num_returns == messages.STREAMING else 0
+        last = first + 1 if task.num_returns == messages.STREAMING else task.num_returns
         self.recovery.forget_stored(worker, (object_id(task.task_id, index) for index in range(first, last)))
 
     def _crashed(self, task: Task, reason: str) -> None:

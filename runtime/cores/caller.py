@@ -160,7 +160,7 @@ class Caller:
         "channel",
         "creation",
         "error",
-        "held",
+        "life_pinned",
         "incarnation",
         "life",
         "on_way",
@@ -188,7 +188,7 @@ class Caller:
         self.error = b""
         #: The object that stands for it, and whether it is pinned for the sake of calls that are pending.
         self.life = life_of(actor_id)
-        self.held = False
+        self.life_pinned = False
         self.creation = creation
         self._restarts_left = creation.retries_left if creation is not None else 0
         self._recorder = recorder
@@ -202,7 +202,7 @@ class Caller:
     def enter(self, task: Task) -> list[Effect]:
         """A call is made that does not leave at once."""
         if self.state == "dead":
-            return [self._end(task, "waiting", "fails", DIED), *self._settle()]
+            return [self._end(task, "waiting", "fails", DIED), *self._conclude()]
         self.queue.append(task)
         return []
 
@@ -234,7 +234,7 @@ class Caller:
         """Cancel a call; None: it is not one of this actor, or is over."""
         if task in self.queue:
             self.queue.remove(task)
-            return [self._end(task, "waiting", "cancelled", CANCELLED), *self._settle()]
+            return [self._end(task, "waiting", "cancelled", CANCELLED), *self._conclude()]
         for sequence, other in self.on_way.items():
             if other is task:
                 self._note(task, "on_its_way", "cancelled")
@@ -248,8 +248,8 @@ class Caller:
 
     def lets_go(self) -> bool:
         """Let go of the actor's life if nothing is pending, and tell whether it was: to be asked when a call has ended."""
-        if self.held and not self.queue and not self.on_way:
-            self.held = False
+        if self.life_pinned and not self.queue and not self.on_way:
+            self.life_pinned = False
             return True
         return False
 
@@ -290,7 +290,7 @@ class Caller:
             else:
                 effects.append(self._end(task, "on_its_way", "cut_short", UNAVAILABLE))
         self.queue.extendleft(reversed(again))
-        return [*effects, *self._settle()]
+        return [*effects, *self._conclude()]
 
     def ends(self) -> None:
         """This process has ended it for good, or nothing can reach it any more."""
@@ -304,7 +304,7 @@ class Caller:
         effects: list[Effect] = [self._end(task, "on_its_way", "cut_short", DIED) for task in self._interrupted()]
         effects += [self._end(task, "waiting", "fails", DIED) for task in self.queue]
         self.queue.clear()
-        return [*effects, *self._forget_creation(), *self._settle()]
+        return [*effects, *self._forget_creation(), *self._conclude()]
 
     # -- inside ---------------------------------------------------------------------------------------------------
 
@@ -328,7 +328,7 @@ class Caller:
     def _note(self, task: Task, state: str, event: str) -> None:
         CALL.after(state, event, task.task_id, self._recorder)
 
-    def _settle(self) -> list[Effect]:
+    def _conclude(self) -> list[Effect]:
         return [LetGo()] if self.lets_go() else []
 
     def _forget_creation(self) -> list[Effect]:
@@ -342,9 +342,9 @@ class Caller:
             found.append(f"is {self.state}, and {'open' if self.open else 'not open'}")
         if self.on_way and self.state not in ("alive", "gone", "ending"):
             found.append(f"is {self.state}, and {len(self.on_way)} calls are on their way to it")
-        if self.state == "dead" and (self.queue or self.held or self.creation is not None):
+        if self.state == "dead" and (self.queue or self.life_pinned or self.creation is not None):
             found.append(f"is dead, and {len(self.queue)} calls wait, its life or its constructor's arguments are held")
-        if self.held and not self.pending:
+        if self.life_pinned and not self.pending:
             found.append("is held, and no call is pending")
         if self.open and self.queue and not self.queue[0].unresolved:
             found.append("is alive, and the first of the calls that wait could leave")

@@ -344,7 +344,7 @@ class Lane:
         lease.blocked = state.startswith("blocked")
         lease.recalled = state.endswith("recalled")
 
-    def lost(self, lease: Lease) -> list[Task]:
+    def worker_died(self, lease: Lease) -> list[Task]:
         """The worker is gone; return what was in flight, oldest first."""
         if lease in self.leases:
             self.leases.remove(lease)

@@ -59,7 +59,7 @@ class Record(msgspec.Struct, eq=False):
 
     task: Any
     outputs: set[bytes]  # those that are stored, or would be if they were made again
-    holds: list[bytes]
+    inputs: list[bytes]
     number: int  # grows with time
     size: int  # bytes
     left: int  # how often it may run again; -1: any number of times
@@ -85,7 +85,7 @@ class Lineage:
         self.table = table
         self.limit_bytes = limit_bytes
         self.bytes = 0
-        self.held: dict[bytes, int] = {}
+        self.inputs: dict[bytes, int] = {}
         self.recorder = FlightRecorder()
         self._explain = explain
         self._known = table.lineage_knows
@@ -105,7 +105,7 @@ class Lineage:
         self,
         task: Any,
         outputs: Iterable[bytes],
-        holds: Sequence[bytes] = (),
+        inputs: Sequence[bytes] = (),
         *,
         size: int = 0,
         left: int = 0,
@@ -117,7 +117,7 @@ class Lineage:
         Args:
             task: comes back in a `Recompute` effect.
             outputs: all of them; those that are stored count.
-            holds: the objects among its arguments.
+            inputs: the objects among its arguments.
             size: bytes that the task itself keeps.
             left: how often it may run again; -1 for any number of times.
             freeable: see `Record`.
@@ -130,10 +130,10 @@ class Lineage:
             record = Record(task, stored, [], 0, 0, 0, False, refused)
         else:
             self._count += 1
-            record = Record(task, stored, list(holds), self._count, RECORD_BYTES + size, left, freeable)
-            for held in record.holds:
-                self._known.add(held)
-                self.held[held] = self.held.get(held, 0) + 1
+            record = Record(task, stored, list(inputs), self._count, RECORD_BYTES + size, left, freeable)
+            for each in record.inputs:
+                self._known.add(each)
+                self.inputs[each] = self.inputs.get(each, 0) + 1
             self._by_age[record.number] = record
             self.bytes += record.size
         for output in stored:
@@ -170,7 +170,7 @@ class Lineage:
 
     def clear(self) -> None:
         """The process leaves its cluster: forget everything."""
-        for kept in (self._records, self._by_age, self._kept, self._early, self.held, self._known, self._remains):
+        for kept in (self._records, self._by_age, self._kept, self._early, self.inputs, self._known, self._remains):
             kept.clear()
 
     def _is_stored(self, object_id: bytes) -> bool:
@@ -232,8 +232,8 @@ class Lineage:
             elif record.running == _NOT:
                 record.running = _ASKED
                 record.left -= 1 if record.left > 0 else 0
-                for held in record.holds:
-                    self.table.pin(held)
+                for each in record.inputs:
+                    self.table.pin(each)
                 self.recorder.note((object_id, "makes record", record.number, "run again, left", record.left))
                 self.table.effects.append(Recompute(record))
 
@@ -250,7 +250,7 @@ class Lineage:
         """Tell whether a second execution would put the same refs into the value."""
         for inner in entry.contained or ():
             held = self.table.entries[inner]
-            if held.owner and inner not in record.holds and not self.table.is_dead(held.owner):
+            if held.owner and inner not in record.inputs and not self.table.is_dead(held.owner):
                 return False
         return True
 
@@ -258,7 +258,7 @@ class Lineage:
 
     def retain(self, object_id: bytes, entry: Entry) -> bool:
         """Nothing but lineage can hold the object any more: tell whether its entry stays, and free its value if it may."""
-        if object_id not in self.held:
+        if object_id not in self.inputs:
             return False
         if entry.state in (PENDING, FREED):
             return True
@@ -336,15 +336,15 @@ class Lineage:
         self._dropping = True
         while self._doomed:
             doomed = self._doomed.pop()
-            holds, doomed.holds = doomed.holds, []
-            for held in holds:
-                self._release(held)
+            inputs, doomed.inputs = doomed.inputs, []
+            for each in inputs:
+                self._release(each)
         self._dropping = False
 
     def _release(self, object_id: bytes) -> None:
-        self.held[object_id] -= 1
-        if not self.held[object_id]:
-            del self.held[object_id]
+        self.inputs[object_id] -= 1
+        if not self.inputs[object_id]:
+            del self.inputs[object_id]
             self.bytes -= self._kept.pop(object_id, 0)
             self.table.reconsider(object_id)
 
@@ -355,18 +355,18 @@ class Lineage:
         records = list(islice(self._by_age.values(), MOST_VALIDATED))
         complaints = [f"record {record.number} {text}" for record in records for text in self._complaints(record)]
         if len(records) == len(self._by_age):
-            holds = Counter(held for record in records for held in record.holds)
-            if holds != self.held:
-                complaints.append(f"the records hold {_shown(holds)}, and {_shown(self.held)} is held")
+            inputs = Counter(each for record in records for each in record.inputs)
+            if inputs != self.inputs:
+                complaints.append(f"the records hold {_shown(inputs)}, and {_shown(self.inputs)} is held")
             size = sum(record.size for record in records) + sum(self._kept.values())
             if size != self.bytes:
                 complaints.append(f"the records and what they keep take {size} bytes, and {self.bytes} are counted")
-        for what, object_ids in (("held", self.held), ("made by a record", self._records), ("lost", self._early)):
+        for what, object_ids in (("held", self.inputs), ("made by a record", self._records), ("lost", self._early)):
             for object_id in islice(object_ids, MOST_VALIDATED):
                 if object_id not in self.table.entries or object_id not in self._known:
                     complaints.append(f"{object_id.hex()} is {what}, and the table does not know it")
         for object_id in [*islice(self._kept, MOST_VALIDATED), *self._unheld()]:
-            if object_id not in self.held:
+            if object_id not in self.inputs:
                 complaints.append(f"{object_id.hex()} is there for the sake of lineage, and no record holds it")
         for output, record in islice(self._records.items(), MOST_VALIDATED):
             entry = self.table.entries.get(output)

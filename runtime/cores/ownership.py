@@ -111,7 +111,7 @@ class OwnershipTable(Entries):
 
     def receive(self, object_id: bytes, owner: bytes, obligation: Obligation | None = None) -> None:
         """A ref was deserialised here: it has one more handle. `obligation` names its carrier's hold."""
-        entry = self._hold(object_id, owner, obligation)
+        entry = self._entry_for(object_id, owner, obligation)
         entry.handles += 1
         if entry.state == FREED:
             self._revived(object_id, entry)
@@ -121,13 +121,13 @@ class OwnershipTable(Entries):
         obligation = Obligation(message=Send(sender, Took(sequence)))
         pinned = []
         for object_id, owner in refs:
-            self._hold(object_id, owner, obligation).pins += 1
+            self._entry_for(object_id, owner, obligation).pins += 1
             pinned.append(object_id)
         if not obligation.remaining:
             self._fulfil_obligation(obligation)
         return pinned
 
-    def _hold(self, object_id: bytes, owner: bytes, obligation: Obligation | None) -> Entry:
+    def _entry_for(self, object_id: bytes, owner: bytes, obligation: Obligation | None) -> Entry:
         """Return the entry, registering it where needed. The caller adds its hold before anything else happens."""
         entry = self.entries.get(object_id)
         if entry is None:

@@ -42,7 +42,7 @@ PREPARING = "preparing"
 RUNNING = "running"
 FINISHING = "finishing"
 FAILING = "failing"
-SETTLING = "settling"
+REPLYING = "replying"
 ANSWERED = "answered"
 CANCELLED = "cancelled"
 HANDED_BACK = "handed_back"
@@ -56,22 +56,22 @@ TABLE = Table(
         (QUEUED, "cancel"): CANCELLED,
         (QUEUED, "recall"): HANDED_BACK,
         (QUEUED, "block"): HANDED_BACK,
-        (QUEUED, "caller lost"): DROPPED,
+        (QUEUED, "caller gone"): DROPPED,
         (QUEUED, "actor leaves"): DROPPED,
         (PREPARING, "run"): RUNNING,
         (RUNNING, "return"): FINISHING,
         (PREPARING, "raise"): FAILING,
         (RUNNING, "raise"): FAILING,
         (FINISHING, "raise"): FAILING,
-        (FINISHING, "encode"): SETTLING,
-        (FAILING, "encode"): SETTLING,
-        (SETTLING, "answer"): ANSWERED,
-        (SETTLING, "answer as cancelled"): CANCELLED,
+        (FINISHING, "encode"): REPLYING,
+        (FAILING, "encode"): REPLYING,
+        (REPLYING, "answer"): ANSWERED,
+        (REPLYING, "answer as cancelled"): CANCELLED,
         (PREPARING, "cancel"): PREPARING,
         (RUNNING, "cancel"): RUNNING,
         (FINISHING, "cancel"): FINISHING,
         (FAILING, "cancel"): FAILING,
-        (SETTLING, "cancel"): SETTLING,
+        (REPLYING, "cancel"): REPLYING,
     },
     {
         QUEUED: "waits for its turn",
@@ -79,7 +79,7 @@ TABLE = Table(
         RUNNING: "the user's code runs",
         FINISHING: "what it returned is pickled and stored, what it keeps of its arguments is noted",
         FAILING: "it raised: the error is made into a reply",
-        SETTLING: "the reply is there, nothing interrupts it any more; a cancelled call's outcome is replaced now",
+        REPLYING: "the reply is there, nothing interrupts it any more; a cancelled call's outcome is replaced now",
         ANSWERED: "the reply is queued",
         CANCELLED: "answered with TaskCancelledError",
         HANDED_BACK: "its caller has it again, to push it elsewhere",
@@ -90,7 +90,7 @@ TABLE = Table(
 #: In these phases an interrupt is raised: code of the user's may be running.
 INTERRUPTIBLE = frozenset([PREPARING, RUNNING, FINISHING])
 #: In these a call has been started and not been answered.
-STARTED = frozenset([PREPARING, RUNNING, FINISHING, FAILING, SETTLING])
+STARTED = frozenset([PREPARING, RUNNING, FINISHING, FAILING, REPLYING])
 
 # What whoever handles a cancellation has to do.
 NOTHING, ANSWER, INTERRUPT, FLAGGED = "nothing", "answer", "interrupt", "flagged"
@@ -222,13 +222,13 @@ class Work(Generic[C]):
         """Return all who have calls that wait here."""
         return list({call.caller: None for call in [*list(self.queue), *self.open.values()]})
 
-    def lost(self, caller: Any) -> list[C]:
+    def caller_gone(self, caller: Any) -> list[C]:
         """A caller is gone: return those of its calls that were waiting, which never start; what has started goes on."""
         waiting = [call for call in list(self.queue) if call.caller is caller]
-        dropped = [call for call in waiting if self._claim(call, "caller lost")]
+        dropped = [call for call in waiting if self._claim(call, "caller gone")]
         for key in [key for key, call in self.open.items() if call.caller is caller and call.state == QUEUED]:
             call = self.open.pop(key)
-            self._move(call, "caller lost")
+            self._move(call, "caller gone")
             dropped.append(call)
         return dropped
 

@@ -13,12 +13,12 @@ from afield.runtime.cores.dispatch import Task
 from afield.runtime.face.handles import OWN_HANDLE_OPTIONS, ActorHandle, check_group, describe_actor, methods_of
 from afield.runtime.face.options import ACTOR_OPTIONS, shape_of, validate
 from afield.runtime.face.runtime_context import get_runtime_context
-from afield.runtime.face.strategies import placement_of, settle
+from afield.runtime.face.strategies import placement_of, with_environment
 from afield.runtime.process.context import calling_context
 from afield.runtime.process.facts import inherited_environment
 from afield.runtime.process.refs import ObjectRef
 from afield.runtime.process.serialization import serialize
-from afield.runtime.wire import messages as m
+from afield.runtime.wire import messages
 from afield.tracebacks import trim
 
 
@@ -27,7 +27,7 @@ class ActorClass:
 
     def __init__(self, cls: type, options: dict[str, Any]) -> None:
         validate(options, ACTOR_OPTIONS, f"@remote on class {cls.__name__}")
-        self._set(cls, settle(options))
+        self._set(cls, with_environment(options))
 
     def _set(self, cls: type, options: dict[str, Any]) -> None:
         self._cls = cls
@@ -93,7 +93,7 @@ class ActorClass:
             **{option: description[option] for option in OWN_HANDLE_OPTIONS},
         }
         placement = placement_of(self._options, inherited_environment())
-        spec = m.CreateActor(
+        spec = messages.CreateActor(
             actor_id, self.__name__, self._blob, dict(self._shape), b"", None, None, options, placement
         )
         participant.actors.create(spec, task, detached)
@@ -149,7 +149,7 @@ def _reserve(
     namespace = options.get("namespace")
     argument = {"namespace": namespace, "name": name, "description": description}
     taken: dict[str, Any] | None = participant.process.requests.ask(
-        lambda n: m.Query(n, "reserve_actor_name", argument)
+        lambda n: messages.Query(n, "reserve_actor_name", argument)
     )
     if taken is not None and not options.get("get_if_exists"):
         raise ValueError(
@@ -166,7 +166,7 @@ def get_actor(name: str, namespace: str | None = None) -> ActorHandle:
     """
     participant = participation.participant or participation.ensure()
     argument = {"namespace": namespace, "name": name}
-    description = participant.process.requests.ask(lambda n: m.Query(n, "find_actor", argument))
+    description = participant.process.requests.ask(lambda n: messages.Query(n, "find_actor", argument))
     if description is None:
         raise ValueError(
             f"there is no living actor named {name!r}"
@@ -180,5 +180,7 @@ def list_named_actors(all_namespaces: bool = False) -> list[str] | list[dict[str
     """Return the names of the living actors that have one, or for all namespaces dicts of `namespace` and `name`."""
     participant = participation.participant or participation.ensure()
     namespace = None if all_namespaces else get_runtime_context().namespace
-    named: list[dict[str, str]] = participant.process.requests.ask(lambda n: m.Query(n, "actor_names", namespace))
+    named: list[dict[str, str]] = participant.process.requests.ask(
+        lambda n: messages.Query(n, "actor_names", namespace)
+    )
     return named if all_namespaces else [each["name"] for each in named]

@@ -18,7 +18,7 @@ from afield.runtime.process import current
 from afield.runtime.process.context import ActorExit
 from afield.runtime.process.refs import ObjectRef
 from afield.runtime.tools.memory import MemoryEntry, assemble
-from afield.runtime.wire import messages as m
+from afield.runtime.wire import messages
 from afield.tracebacks import trim
 
 P = ParamSpec("P")
@@ -240,7 +240,7 @@ def _require() -> Participant:
 def query(what: str, argument: Any = None) -> Any:
     """Ask the node daemon."""
     return (participation.participant or participation.ensure()).process.requests.ask(
-        lambda n: m.Query(n, what, argument)
+        lambda n: messages.Query(n, what, argument)
     )
 
 

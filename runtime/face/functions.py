@@ -7,10 +7,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
 
 from afield.runtime.calls import participation
-from afield.runtime.calls.submission import Function
+from afield.runtime.calls.submission import Callee
 from afield.runtime.face.options import TASK_OPTIONS, check_task, retry_on, returns_of, shape_of, validate
 from afield.runtime.face.parameters import Parameters, describe
-from afield.runtime.face.strategies import placement_of, settle
+from afield.runtime.face.strategies import placement_of, with_environment
 from afield.runtime.process.facts import inherited_environment
 from afield.runtime.process.serialization import serialize
 from afield.tracebacks import trim
@@ -31,7 +31,7 @@ class RemoteFunction(Generic[P, R]):
     def __init__(self, function: Callable[P, R], options: dict[str, Any]) -> None:
         validate(options, TASK_OPTIONS, f"@remote on {function.__name__}()")
         check_task(function)
-        self._set(function, settle(options))
+        self._set(function, with_environment(options))
 
     def _set(self, function: Callable[P, R], options: dict[str, Any]) -> None:
         self._function = function
@@ -44,7 +44,7 @@ class RemoteFunction(Generic[P, R]):
         self._shape = shape_of(options, default_cpus=1)
         # Known once the function is used in a session: its key, what is pushed, and the lane for its shape. One tuple, as
         # another thread may use the function in the next session already.
-        self._bound: tuple[object, Function, Lane] | None = None
+        self._bound: tuple[object, Callee, Lane] | None = None
         functools.update_wrapper(self, function, updated=())
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -78,11 +78,11 @@ class RemoteFunction(Generic[P, R]):
             trim(error)
             raise  # without a frame of this method
 
-    def _bind(self, participant: Participant) -> tuple[object, Function, Lane]:
+    def _bind(self, participant: Participant) -> tuple[object, Callee, Lane]:
         serialized = serialize(self._function, f"the function {self._name}()", stored=False)
         for ref in serialized.refs:  # captured by the function: they live as long as it may be called
             participant.process.pin_for_ever(ref, f"captured by the function {self._name}()")
-        pushed = Function(
+        pushed = Callee(
             self._name,
             serialized.pack(),
             self._num_returns,

@@ -9,7 +9,7 @@ from typing import Any
 
 from afield.errors import InvalidOptionError, NotInitializedError
 from afield.runtime.calls import participation
-from afield.runtime.calls.submission import Function, RetryOn
+from afield.runtime.calls.submission import Callee, RetryOn
 from afield.runtime.cores.caller import life_of
 from afield.runtime.face.options import METHOD_OPTIONS, retry_on, returns_of, validate
 from afield.runtime.face.parameters import Parameters, describe
@@ -148,7 +148,7 @@ class ActorMethod:
         self._retries: int = description["max_task_retries"] if retries is None else retries
         self._max_pending: int = description["max_pending_calls"]
         self._parameters = Parameters(known.get("parameters"), f"{handle._class_name}.{name}")
-        self._function = Function(
+        self._function = Callee(
             name,
             b"",
             known["num_returns"],

@@ -20,7 +20,7 @@ from afield.runtime.session.bootstrap import Session, SessionOptions
 from afield.runtime.session.init_options import session_options
 from afield.runtime.tools.memory import answer_questions
 from afield.runtime.values import accelerators
-from afield.runtime.wire import messages as m
+from afield.runtime.wire import messages
 from afield.transport.pump import Waiter
 from afield.units import format_bytes
 
@@ -142,7 +142,7 @@ def _install_driver(participant: Participant) -> None:
         colour="NO_COLOR" not in os.environ,
     )
     post = _printer.post
-    process.register(m.Log, lambda channel, message: post(message))
+    process.register(messages.Log, lambda channel, message: post(message))
     answer_questions(participant)
     process.requests.answer("stack", answer_activity(process.cores))
     participation.install(participant)
@@ -151,7 +151,7 @@ def _install_driver(participant: Participant) -> None:
 
 def _acknowledge(process: Process, size: int) -> None:
     if not process.dead:
-        process.locked(process.daemon.send, m.Printed(size))
+        process.locked(process.daemon.send, messages.Printed(size))
 
 
 def auto_init() -> None:
@@ -179,7 +179,7 @@ def shutdown() -> None:
         if not process.dead:
             ended = Waiter()
             process.expect_end(ended.finish)
-            process.locked(process.daemon.send, m.Shutdown())
+            process.locked(process.daemon.send, messages.Shutdown())
             process.pump.wait_for(ended, 2.0)
     finally:  # also if the user presses Ctrl-C once more
         participation.install(None)

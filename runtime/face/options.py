@@ -60,7 +60,7 @@ def _resource(value: Any) -> str:
 
 
 def _environment(value: Any) -> str:
-    return ""  # `strategies.settle` checks it, and names the key
+    return ""  # `strategies.with_environment` checks it, and names the key
 
 
 _COMMON: dict[str, Check] = {

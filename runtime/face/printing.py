@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from afield.runtime.wire import messages as m
+from afield.runtime.wire import messages
 
 FOLD_WINDOW_S = 2.0
 #: Lines remembered for folding; beyond it the oldest window ends early.
@@ -63,7 +63,7 @@ class Fold:
         self._window_s = window_s
         self._seen: dict[tuple[str, str, str], _Seen] = {}  # in the order in which their windows end
 
-    def feed(self, message: m.Log, now: float) -> list[Line]:
+    def feed(self, message: messages.Log, now: float) -> list[Line]:
         """Take lines of one worker; return what is to be printed at once."""
         lines = self.expire(now)
         stream, name, pid = message.stream, message.name, message.pid
@@ -128,10 +128,10 @@ class Printer:
         self._acknowledge = acknowledge
         self._fold = Fold() if fold else Fold(0)
         self._colour = colour
-        self._queue: queue.SimpleQueue[m.Log | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[messages.Log | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
-    def post(self, message: m.Log) -> None:
+    def post(self, message: messages.Log) -> None:
         """Leave a message to be printed; does not block."""
         self._queue.put(message)
         if self._thread is None:
@@ -164,9 +164,9 @@ class Printer:
             if batch:
                 self._acknowledge(sum(message.size for message in batch))
 
-    def _next_batch(self) -> tuple[list[m.Log], bool]:
+    def _next_batch(self) -> tuple[list[messages.Log], bool]:
         """Wait for messages or for the end of a window; return what is there and whether it is the end."""
-        batch: list[m.Log] = []
+        batch: list[messages.Log] = []
         due = self._fold.next_deadline()
         timeout = None if due is None else max(0.0, due - time.monotonic())
         try:

@@ -14,7 +14,7 @@ from afield.errors import NotInitializedError
 from afield.runtime.calls import participation
 from afield.runtime.face.handles import ActorHandle, describe_actor
 from afield.runtime.process import context, current, facts
-from afield.runtime.wire import messages as m
+from afield.runtime.wire import messages
 from afield.scheduler.resources import UNIT
 
 
@@ -43,7 +43,7 @@ class RuntimeContext:
             raise NotInitializedError("the runtime was shut down; call afield.init() to start it again")
         return facts.facts
 
-    def _actor(self) -> m.ActorFacts | None:
+    def _actor(self) -> messages.ActorFacts | None:
         assignment = self._known().assigned()
         return assignment.actor if assignment is not None else None
 

@@ -54,7 +54,7 @@ def strategy_problem(value: Any) -> str:
     return "'DEFAULT', 'SPREAD' or a NodeAffinitySchedulingStrategy"
 
 
-def settle(options: dict[str, Any]) -> dict[str, Any]:
+def with_environment(options: dict[str, Any]) -> dict[str, Any]:
     """Return options whose `runtime_env` is checked and no longer depends on the present directory.
 
     Raises:
@@ -66,7 +66,7 @@ def settle(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def placement_of(options: Mapping[str, Any], inherited: Environment) -> Placement | None:
-    """Return what workers for these (settled) options need besides resources; None for nothing in particular."""
+    """Return what workers for these (checked) options need besides resources; None for nothing in particular."""
     environment: Environment = options.get("runtime_env") or Environment()
     encoded = environment.over(inherited).encode()
     strategy = options.get("scheduling_strategy")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from afield.errors import ActorDiedError, ActorUnschedulableError
-from afield.runtime.wire import messages as m
+from afield.runtime.wire import messages
 from afield.scheduler.leases import Grant, Infeasible
 from afield.scheduler.resources import ResourceSet
 from afield.transport.channel import Channel
@@ -30,7 +30,7 @@ class Actor:
 
     __slots__ = ("creator", "error", "kill_reason", "restarts", "restarts_left", "spec", "state", "watchers", "worker")
 
-    def __init__(self, spec: m.CreateActor, creator: bytes) -> None:
+    def __init__(self, spec: messages.CreateActor, creator: bytes) -> None:
         self.spec = spec
         self.creator = creator
         self.state = "pending"
@@ -67,7 +67,7 @@ class ActorDirectory:
         """Tell whether a lease is for an actor."""
         return owner.startswith(_ACTOR_OWNER)
 
-    def on_create(self, channel: Channel, spec: m.CreateActor) -> None:
+    def on_create(self, channel: Channel, spec: messages.CreateActor) -> None:
         """A process creates an actor."""
         actor = self.actors[spec.actor_id] = Actor(spec, channel.peer_id)
         _, watchers = self._early.pop(spec.actor_id, (b"", set()))
@@ -132,9 +132,9 @@ class ActorDirectory:
         worker.actor_id = actor.spec.actor_id
         worker.name = actor.spec.class_name
         actor.worker = worker
-        self._daemon.send(worker.id, m.BecomeActor(actor.spec, actor.creator, actor.restarts))
+        self._daemon.send(worker.id, messages.BecomeActor(actor.spec, actor.creator, actor.restarts))
 
-    def on_born(self, channel: Channel, message: m.ActorBorn) -> None:
+    def on_born(self, channel: Channel, message: messages.ActorBorn) -> None:
         """A constructor returned or raised."""
         actor = self.actors.get(message.actor_id)
         if actor is None or actor.worker is None or actor.worker.id != channel.peer_id:
@@ -145,29 +145,29 @@ class ActorDirectory:
             actor.state = "alive"
             self._announce(actor)
 
-    def on_watch(self, channel: Channel, message: m.WatchActor) -> None:
+    def on_watch(self, channel: Channel, message: messages.WatchActor) -> None:
         """A process wants to call an actor."""
         actor = self.actors.get(message.actor_id)
         if actor is not None:
             actor.watchers.add(channel.peer_id)
             channel.send(self._state_of(actor))
         elif message.actor_id in self._dead:
-            channel.send(m.ActorState(message.actor_id, "dead", b"", self._dead[message.actor_id]))
+            channel.send(messages.ActorState(message.actor_id, "dead", b"", self._dead[message.actor_id]))
         else:
             self._ask_creator(channel, message)
 
-    def _ask_creator(self, channel: Channel, message: m.WatchActor) -> None:
+    def _ask_creator(self, channel: Channel, message: messages.WatchActor) -> None:
         """An actor may be unknown because its creator waits for the constructor's arguments, or because it is forgotten."""
         actor_id, creator = message.actor_id, message.creator
         if not creator:
             creator = next((known.creator for known in self._names.values() if known.actor_id == actor_id), b"")
         if creator in self._daemon.channels:
             self._early.setdefault(actor_id, (creator, set()))[1].add(channel.peer_id)
-            self._daemon.send(creator, m.WatchActor(actor_id))
+            self._daemon.send(creator, messages.WatchActor(actor_id))
         else:
-            channel.send(m.ActorState(actor_id, "dead", b"", _FORGOTTEN))
+            channel.send(messages.ActorState(actor_id, "dead", b"", _FORGOTTEN))
 
-    def on_gone(self, channel: Channel, message: m.ActorGone) -> None:
+    def on_gone(self, channel: Channel, message: messages.ActorGone) -> None:
         """An actor that others may wait for will not be created; the creator sends this after all that it did create."""
         actor_id = message.actor_id
         if actor_id in self.actors:
@@ -177,22 +177,22 @@ class ActorDirectory:
         self._forget_names(lambda reserved: reserved.actor_id == actor_id)
         self._ended_early.pop(actor_id, None)
         for watcher in self._early.pop(actor_id, (b"", set()))[1]:
-            self._daemon.send(watcher, m.ActorState(actor_id, "dead", b"", error))
+            self._daemon.send(watcher, messages.ActorState(actor_id, "dead", b"", error))
 
     @staticmethod
     def _trim(remembered: dict[bytes, Any]) -> None:
         if len(remembered) > MAX_DEAD:
             del remembered[next(iter(remembered))]
 
-    def _state_of(self, actor: Actor) -> m.ActorState:
+    def _state_of(self, actor: Actor) -> messages.ActorState:
         worker = actor.worker.id if actor.worker is not None else b""
-        return m.ActorState(actor.spec.actor_id, actor.state, worker, actor.error)
+        return messages.ActorState(actor.spec.actor_id, actor.state, worker, actor.error)
 
     def _announce(self, actor: Actor) -> None:
         for watcher in actor.watchers:
             self._daemon.send(watcher, self._state_of(actor))
 
-    def on_kill(self, channel: Channel, message: m.KillActor) -> None:
+    def on_kill(self, channel: Channel, message: messages.KillActor) -> None:
         """A process ends an actor."""
         actor = self.actors.get(message.actor_id)
         if actor is None:
@@ -205,7 +205,7 @@ class ActorDirectory:
         actor.kill_reason = message.reason
         worker = actor.worker
         if message.gracefully and worker is not None and actor.state == "alive":
-            self._daemon.send(worker.id, m.Terminate())
+            self._daemon.send(worker.id, messages.Terminate())
             actor.worker = None  # it ends by itself
         elif worker is not None and not message.no_restart:
             self._daemon.workers.kill(worker)
@@ -254,7 +254,7 @@ class ActorDirectory:
             if creator == process_id:
                 del self._early[actor_id]
                 for watcher in watchers:
-                    self._daemon.send(watcher, m.ActorState(actor_id, "dead", b"", _FORGOTTEN))
+                    self._daemon.send(watcher, messages.ActorState(actor_id, "dead", b"", _FORGOTTEN))
         for actor in list(self.actors.values()):
             actor.watchers.discard(process_id)
             if actor.creator == process_id and not actor.spec.options.get("detached"):

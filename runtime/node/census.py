@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from afield.runtime.process.stacks import describe_activity, state_of
 from afield.runtime.tools.stack import ProcessStack
-from afield.runtime.wire import messages as m
+from afield.runtime.wire import messages
 from afield.transport.channel import Channel
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class _Round:
 
     __slots__ = ("answers", "argument", "asked", "asker", "deadline", "request", "what")
 
-    def __init__(self, asker: Channel, message: m.Query, asked: set[bytes], deadline: float) -> None:
+    def __init__(self, asker: Channel, message: messages.Query, asked: set[bytes], deadline: float) -> None:
         self.asker = asker
         self.request = message.request
         self.what = message.what
@@ -57,10 +57,10 @@ class Census:
         self._last_stats: dict[bytes, dict[str, float]] = {}
         self._departed: Counter[str] = Counter()
 
-    def ask(self, asker: Channel, message: m.Query) -> None:
+    def ask(self, asker: Channel, message: messages.Query) -> None:
         """Begin a round; `asker` gets the answer."""
         if len(self._rounds) >= MAX_ROUNDS:
-            asker.send(m.Answer(message.request, None, "too many questions at once; ask again"))
+            asker.send(messages.Answer(message.request, None, "too many questions at once; ask again"))
             return
         self._next_round += 1
         number = self._next_round
@@ -70,11 +70,11 @@ class Census:
         asked = {channel.peer_id for channel in channels}
         self._rounds[number] = _Round(asker, message, asked, time.monotonic() + PATIENCE_S)
         for channel in channels:
-            channel.send(m.Query(number, message.what, message.argument))
+            channel.send(messages.Query(number, message.what, message.argument))
         if not asked:
             self._finish(number)
 
-    def on_answer(self, channel: Channel, message: m.Answer) -> None:
+    def on_answer(self, channel: Channel, message: messages.Answer) -> None:
         """One process has answered."""
         current = self._rounds.get(message.request)
         if current is None or channel.peer_id not in current.asked:
@@ -106,7 +106,7 @@ class Census:
         current = self._rounds.pop(number)
         if current.asker.closed:
             return
-        current.asker.send(m.Answer(current.request, self.questions[current.what](current)))
+        current.asker.send(messages.Answer(current.request, self.questions[current.what](current)))
 
     def _stats(self, current: _Round) -> dict[str, float]:
         self._last_stats.update(

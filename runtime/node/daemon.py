@@ -25,7 +25,7 @@ from afield.runtime.node.tiers import Tiers
 from afield.runtime.node.workers import Worker, WorkerPool
 from afield.runtime.process.configuration import ForkServerConfig
 from afield.runtime.process.environment import Environment
-from afield.runtime.wire import messages as m
+from afield.runtime.wire import messages
 from afield.scheduler.leases import Grant, Infeasible, LeaseManager
 from afield.scheduler.resources import ResourceSet
 from afield.transport.auth import Handshake
@@ -53,29 +53,31 @@ class NodeDaemon:
         self.tiers = Tiers(self, config.devices)
         self.actors = ActorDirectory(self)
         self.census = Census(self)
-        self._placements: dict[bytes, dict[int, m.Placement]] = {}  # owner -> key of its demand -> what workers need
+        self._placements: dict[
+            bytes, dict[int, messages.Placement]
+        ] = {}  # owner -> key of its demand -> what workers need
         self._device_numbers = {device.uuid: device.index for device in config.devices}
         self._store_waits: set[int] = set()  # leases whose workers gave their CPUs back while they wait for room
         self._stopping = False
         self._listener = listen(self.session.address(b""))
         self.loop.register(self._listener.fileno(), self._accept)
         self._handlers: dict[type, Callable[[Channel, Any], None]] = {
-            m.Register: self._on_register,
-            m.Demand: self._on_demand,
-            m.ReturnLease: self._on_return_lease,
-            m.Blocked: self._on_blocked,
-            m.CreateActor: self._on_create_actor,
-            m.Retire: self.workers.on_retire_refused,
-            m.Unfit: self.workers.on_unfit,
-            m.ActorBorn: self.actors.on_born,
-            m.WatchActor: self.actors.on_watch,
-            m.ActorGone: self.actors.on_gone,
-            m.KillActor: self.actors.on_kill,
-            m.KillWorker: lambda c, x: self.workers.kill_leased(x.lease_id),
-            m.Query: self._on_query,
-            m.Answer: self.census.on_answer,
-            m.Printed: self.output.on_printed,
-            m.Shutdown: self._on_shutdown,
+            messages.Register: self._on_register,
+            messages.Demand: self._on_demand,
+            messages.ReturnLease: self._on_return_lease,
+            messages.Blocked: self._on_blocked,
+            messages.CreateActor: self._on_create_actor,
+            messages.Retire: self.workers.on_retire_refused,
+            messages.Unfit: self.workers.on_unfit,
+            messages.ActorBorn: self.actors.on_born,
+            messages.WatchActor: self.actors.on_watch,
+            messages.ActorGone: self.actors.on_gone,
+            messages.KillActor: self.actors.on_kill,
+            messages.KillWorker: lambda c, x: self.workers.kill_leased(x.lease_id),
+            messages.Query: self._on_query,
+            messages.Answer: self.census.on_answer,
+            messages.Printed: self.output.on_printed,
+            messages.Shutdown: self._on_shutdown,
             **self.tiers.handlers,
         }
 
@@ -119,7 +121,7 @@ class NodeDaemon:
                 sock.close()
                 continue
             handshake = Handshake(self.session.token, self.node_id, os.urandom(32), server=True)
-            Channel(self.loop, sock, handshake, m.decode, self._on_messages, self._lost)
+            Channel(self.loop, sock, handshake, messages.decode, self._on_messages, self._disconnected)
 
     def _on_messages(self, channel: Channel, batch: list[Any]) -> None:
         self.tiers.read_notes()
@@ -134,10 +136,10 @@ class NodeDaemon:
         except Exception:
             traceback.print_exc()
             channel.close()
-            self._lost(channel)
+            self._disconnected(channel)
             self.workers.kill_process(channel.peer_id)
 
-    def _on_register(self, channel: Channel, message: m.Register) -> None:
+    def _on_register(self, channel: Channel, message: messages.Register) -> None:
         if message.kind == "client":
             self.clients[channel.peer_id] = channel
             return
@@ -157,7 +159,7 @@ class NodeDaemon:
         if channel is not None:
             channel.send(message)
 
-    def _lost(self, channel: Channel) -> None:
+    def _disconnected(self, channel: Channel) -> None:
         process_id = channel.peer_id
         if self.channels.get(process_id) is not channel:
             self.clients.pop(process_id, None)
@@ -182,31 +184,31 @@ class NodeDaemon:
             self.workers.kill_leased(lease_id)
         self.actors.on_process_died(process_id)
         for channel in self.channels.values():
-            channel.send(m.ProcessDied(process_id, reason))
+            channel.send(messages.ProcessDied(process_id, reason))
         self.tiers.process_died(process_id)
 
     # -- leases --------------------------------------------------------------------------------------------------
 
-    def _on_demand(self, channel: Channel, message: m.Demand) -> None:
+    def _on_demand(self, channel: Channel, message: messages.Demand) -> None:
         if message.placement is not None:
             reason = self._misplaced(message.placement)
             if reason and message.count:
-                channel.send(m.Infeasible(message.key, reason))
+                channel.send(messages.Infeasible(message.key, reason))
                 return
             self._placements.setdefault(channel.peer_id, {})[message.key] = message.placement
         for refusal in self.leases.demand(channel.peer_id, ResourceSet(message.shape), message.count, message.key):
-            channel.send(m.Infeasible(refusal.key, refusal.reason))
+            channel.send(messages.Infeasible(refusal.key, refusal.reason))
 
-    def _on_create_actor(self, channel: Channel, spec: m.CreateActor) -> None:
+    def _on_create_actor(self, channel: Channel, spec: messages.CreateActor) -> None:
         reason = self._misplaced(spec.placement) if spec.placement is not None else ""
         if reason:
             error = pickle.dumps(ActorUnschedulableError(f"{spec.class_name}: {reason}"), 5)
-            self.actors.on_gone(channel, m.ActorGone(spec.actor_id, error))
-            channel.send(m.ActorState(spec.actor_id, "dead", b"", error))
+            self.actors.on_gone(channel, messages.ActorGone(spec.actor_id, error))
+            channel.send(messages.ActorState(spec.actor_id, "dead", b"", error))
         else:
             self.actors.on_create(channel, spec)
 
-    def _misplaced(self, placement: m.Placement) -> str:
+    def _misplaced(self, placement: messages.Placement) -> str:
         """Return why this node cannot be or provide what is needed, or ""."""
         if placement.node and placement.node != self.node_id.hex():
             return (
@@ -230,13 +232,13 @@ class NodeDaemon:
             self.actors.on_granted(grant, worker)  # and it has died: the directory decides about a restart
         else:
             self.leases.demand(grant.owner, grant.shape, 0, grant.key)
-            self.send(grant.owner, m.Infeasible(grant.key, f"{reason}; what it printed says why"))
+            self.send(grant.owner, messages.Infeasible(grant.key, f"{reason}; what it printed says why"))
 
-    def _on_return_lease(self, channel: Channel, message: m.ReturnLease) -> None:
+    def _on_return_lease(self, channel: Channel, message: messages.ReturnLease) -> None:
         self.leases.release(message.lease_id)
         self.workers.on_lease_returned(message.lease_id)
 
-    def _on_blocked(self, channel: Channel, message: m.Blocked) -> None:
+    def _on_blocked(self, channel: Channel, message: messages.Blocked) -> None:
         worker = self.workers.by_id.get(channel.peer_id)
         if worker is None or not worker.lease_id:
             return
@@ -258,7 +260,7 @@ class NodeDaemon:
             self.workers.provide(grant)
         self.tiers.reserve()
         for owner in self.leases.reclaims():
-            self.send(owner, m.Reclaim())
+            self.send(owner, messages.Reclaim())
         for refusal in self.leases.refusals():
             self._refuse(refusal)
 
@@ -267,7 +269,7 @@ class NodeDaemon:
         if self.actors.is_actor_lease(refusal.owner):
             self.actors.on_refused(refusal)
         else:
-            self.send(refusal.owner, m.Infeasible(refusal.key, refusal.reason))
+            self.send(refusal.owner, messages.Infeasible(refusal.key, refusal.reason))
 
     def granted(self, worker: Worker) -> None:
         """A worker is ready for its lease."""
@@ -277,24 +279,26 @@ class NodeDaemon:
         if self.actors.is_actor_lease(grant.owner):
             self.actors.on_granted(grant, worker)
         elif grant.owner in self.channels:
-            self.send(grant.owner, m.Grant(grant.key, grant.lease_id, worker.id))
+            self.send(grant.owner, messages.Grant(grant.key, grant.lease_id, worker.id))
         else:
             self.leases.release(grant.lease_id)
             self.workers.on_lease_returned(grant.lease_id)
 
-    def _assignment(self, grant: Grant) -> m.Assign:
+    def _assignment(self, grant: Grant) -> messages.Assign:
         facts = None
         if self.actors.is_actor_lease(grant.owner):
             actor = self.actors.actors.get(grant.owner[-TASK_ID_BYTES:])
             if actor is not None:
                 spec = actor.spec
-                facts = m.ActorFacts(spec.actor_id, spec.class_name, spec.options.get("name") or "", actor.restarts)
+                facts = messages.ActorFacts(
+                    spec.actor_id, spec.class_name, spec.options.get("name") or "", actor.restarts
+                )
         numbers = [self._device_numbers[uuid] for uuid in grant.device_uuids]
-        return m.Assign(grant.lease_id, list(grant.device_uuids), numbers, grant.shape.units(), facts)
+        return messages.Assign(grant.lease_id, list(grant.device_uuids), numbers, grant.shape.units(), facts)
 
     # -- questions -----------------------------------------------------------------------------------------------
 
-    def _on_query(self, channel: Channel, message: m.Query) -> None:
+    def _on_query(self, channel: Channel, message: messages.Query) -> None:
         answers: dict[str, Callable[[Any], Any]] = {
             "total": lambda argument: self.leases.total(),
             "available": lambda argument: self.leases.available(),
@@ -314,10 +318,10 @@ class NodeDaemon:
         elif message.what in self.tiers.questions:
             self.tiers.questions[message.what](channel, message)
         elif make is None:
-            channel.send(m.Answer(message.request, None, f"the node daemon does not know {message.what!r}"))
+            channel.send(messages.Answer(message.request, None, f"the node daemon does not know {message.what!r}"))
         else:
-            channel.send(m.Answer(message.request, make(message.argument)))
+            channel.send(messages.Answer(message.request, make(message.argument)))
 
-    def _on_shutdown(self, channel: Channel, message: m.Shutdown) -> None:
+    def _on_shutdown(self, channel: Channel, message: messages.Shutdown) -> None:
         if channel.peer_id == self.primary:
             self.stop()

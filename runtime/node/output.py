@@ -18,7 +18,7 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING
 
-from afield.runtime.wire import messages as m
+from afield.runtime.wire import messages
 from afield.runtime.wire.records import LineParser
 from afield.transport.channel import Channel
 
@@ -56,7 +56,7 @@ class _Waiting:
 
     __slots__ = ("dropped", "message", "size")
 
-    def __init__(self, message: m.Log, size: int) -> None:
+    def __init__(self, message: messages.Log, size: int) -> None:
         self.message = message
         self.size = size
         self.dropped = 0
@@ -65,13 +65,13 @@ class _Waiting:
 class _Driver:
     """What is on its way to one driver, in bytes."""
 
-    __slots__ = ("dropping", "held", "total", "unprinted", "waiting")
+    __slots__ = ("dropping", "total", "unprinted", "waiting", "waiting_bytes")
 
     def __init__(self) -> None:
         self.unprinted = 0
         self.total = 0
         self.waiting: deque[_Waiting] = deque()
-        self.held: dict[int, int] = {}  # pid -> bytes in `waiting`
+        self.waiting_bytes: dict[int, int] = {}  # pid -> bytes in `waiting`
         self.dropping: dict[tuple[int, str], _Waiting] = {}
 
 
@@ -126,14 +126,16 @@ class OutputRelay:
         worker = pipe.worker
         wanting = self._wanting()
         for name, group in itertools.groupby(lines, operator.itemgetter(0)):
-            self._spread(wanting, m.Log(name or worker.name, worker.pid, pipe.stream, [line for _, line in group]))
+            self._spread(
+                wanting, messages.Log(name or worker.name, worker.pid, pipe.stream, [line for _, line in group])
+            )
 
     def _wanting(self) -> list[bytes]:
         return [driver for driver, wanted in self._daemon.drivers.items() if wanted]
 
     # -- drivers -------------------------------------------------------------------------------------------------
 
-    def _spread(self, wanting: list[bytes], message: m.Log) -> None:
+    def _spread(self, wanting: list[bytes], message: messages.Log) -> None:
         size = sum(map(len, message.lines)) + LINE_OVERHEAD_BYTES * len(message.lines)
         for driver_id in wanting:
             driver = self._drivers.setdefault(driver_id, _Driver())
@@ -142,25 +144,25 @@ class OutputRelay:
             else:
                 self._hold(driver, message, size)
 
-    def _send(self, driver_id: bytes, driver: _Driver, message: m.Log, size: int) -> None:
+    def _send(self, driver_id: bytes, driver: _Driver, message: messages.Log, size: int) -> None:
         driver.unprinted += size
-        self._daemon.send(driver_id, m.Log(message.name, message.pid, message.stream, message.lines, size))
+        self._daemon.send(driver_id, messages.Log(message.name, message.pid, message.stream, message.lines, size))
 
-    def _hold(self, driver: _Driver, message: m.Log, size: int) -> None:
-        held = driver.held.get(message.pid, 0)
-        if held + size <= WAITING_PER_WORKER_BYTES and driver.total + size <= WAITING_BYTES:
+    def _hold(self, driver: _Driver, message: messages.Log, size: int) -> None:
+        before = driver.waiting_bytes.get(message.pid, 0)
+        if before + size <= WAITING_PER_WORKER_BYTES and driver.total + size <= WAITING_BYTES:
             driver.waiting.append(_Waiting(message, size))
-            driver.held[message.pid] = held + size
+            driver.waiting_bytes[message.pid] = before + size
             driver.total += size
             return
         marker = driver.dropping.get((message.pid, message.stream))
         if marker is None:
-            marker = _Waiting(m.Log(message.name, message.pid, message.stream, []), 0)
+            marker = _Waiting(messages.Log(message.name, message.pid, message.stream, []), 0)
             driver.dropping[message.pid, message.stream] = marker
             driver.waiting.append(marker)
         marker.dropped += len(message.lines)
 
-    def on_printed(self, channel: Channel, message: m.Printed) -> None:
+    def on_printed(self, channel: Channel, message: messages.Printed) -> None:
         """A driver has put out `size` bytes of what we sent."""
         driver = self._drivers.get(channel.peer_id)
         if driver is not None:
@@ -176,9 +178,9 @@ class OutputRelay:
                 del driver.dropping[message.pid, message.stream]
                 message.lines = [f"… {item.dropped} lines dropped: they came faster than this driver prints"]
             else:
-                driver.held[message.pid] -= item.size
-                if not driver.held[message.pid]:
-                    del driver.held[message.pid]
+                driver.waiting_bytes[message.pid] -= item.size
+                if not driver.waiting_bytes[message.pid]:
+                    del driver.waiting_bytes[message.pid]
             self._send(driver_id, driver, message, item.size)
 
     def driver_left(self, process_id: bytes) -> None:

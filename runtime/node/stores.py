@@ -18,7 +18,7 @@ its process was reaped, and no other store still copies out of its slab (or afte
 is gone; or FAILED. A device that is LOST is looked at: the board of emulated ones is in this process; of others nobody
 tells, so a new life is tried now and then.
 
-The jobs of a life that ended are forgotten: what involved a lost arena is settled by `on_lost`. The disk is different, since
+The jobs of a life that ended are forgotten: what involved a lost arena is ended by `on_lost`. The disk is different, since
 its files outlive the process: its jobs fail one by one, and `on_lost` is never called for it, nor `on_ready`. Completions
 that come from here and not from a store are handed out by `expire`, never inside of `execute`.
 """
@@ -40,8 +40,7 @@ from afield.gpu_store.backends.select import create_emulated, cuda_spec
 from afield.gpu_store.tiers import DISK, HOST, DeleteFile, Move, ReadFile, WriteFile
 from afield.ids import new_process_id
 from afield.runtime.process.configuration import StoreConfig
-from afield.runtime.wire import messages as m
-from afield.runtime.wire import store_messages as s
+from afield.runtime.wire import messages, store_messages
 from afield.scheduler.devices import Device
 from afield.transport.channel import Channel
 
@@ -158,10 +157,10 @@ class StoreProcesses:
         self._spec = ""
         #: To be merged into the daemon's handlers; `on_registered` is for a `Register` of kind "store".
         self.handlers: dict[type, Callable[[Channel, Any], None]] = {
-            s.StoreReady: self._on_ready,
-            s.StoreFailed: self._on_failed,
-            s.MoveDone: self._on_done,
-            s.DeviceNews: self._on_news,
+            store_messages.StoreReady: self._on_ready,
+            store_messages.StoreFailed: self._on_failed,
+            store_messages.MoveDone: self._on_done,
+            store_messages.DeviceNews: self._on_news,
         }
 
     # -- what the daemon asks --------------------------------------------------------------------------------------
@@ -223,25 +222,27 @@ class StoreProcesses:
         if isinstance(effect, Move):
             self._move(effect)
         elif isinstance(effect, WriteFile):
-            self._give(disk, effect.job, s.WriteFile(effect.job, effect.file, effect.pieces))
+            self._give(disk, effect.job, store_messages.WriteFile(effect.job, effect.file, effect.pieces))
         elif isinstance(effect, ReadFile):
-            message = s.ReadFile(effect.job, effect.file, effect.file_offset, effect.size, effect.host_offset)
+            message = store_messages.ReadFile(
+                effect.job, effect.file, effect.file_offset, effect.size, effect.host_offset
+            )
             self._give(disk, effect.job, message)
         elif disk.state is State.READY and disk.channel is not None:
-            disk.channel.send(s.DeleteFile(effect.file))
+            disk.channel.send(store_messages.DeleteFile(effect.file))
         else:
-            disk.waiting.append((-1, s.DeleteFile(effect.file)))
+            disk.waiting.append((-1, store_messages.DeleteFile(effect.file)))
 
     def _move(self, effect: Move) -> None:
         (source, source_offset), (target, target_offset) = effect.source, effect.target
         store = self._stores[source if target == HOST else target]
         peer = self._stores[source] if HOST not in (source, target) else None
         if peer is not None and peer.state is not State.READY:
-            if peer.state is not State.ENDING:  # then `on_lost` settles it
+            if peer.state is not State.ENDING:  # then `on_lost` ends it
                 self._later.append((effect.job, "import", f"{peer.name} is not served"))
             return
         export = peer.export if peer is not None else None
-        message = s.Move(effect.job, source, source_offset, target, target_offset, effect.size, export)
+        message = store_messages.Move(effect.job, source, source_offset, target, target_offset, effect.size, export)
         self._give(store, effect.job, message, peer)
 
     def _give(self, store: _Store, job: int, message: Any, peer: _Store | None = None) -> None:
@@ -284,7 +285,7 @@ class StoreProcesses:
             if store.state is State.ENDING:
                 self._kill(store)
 
-    def on_registered(self, channel: Channel, message: m.Register) -> None:
+    def on_registered(self, channel: Channel, message: messages.Register) -> None:
         """A store process has connected."""
         store = self._by_process.get(channel.peer_id)
         if store is None or store.state is not State.STARTING:
@@ -292,7 +293,7 @@ class StoreProcesses:
         else:
             store.channel = channel
 
-    def _on_ready(self, channel: Channel, message: s.StoreReady) -> None:
+    def _on_ready(self, channel: Channel, message: store_messages.StoreReady) -> None:
         store = self._by_process.get(channel.peer_id)
         if store is None or store.state is not State.STARTING:
             return
@@ -309,26 +310,26 @@ class StoreProcesses:
 
     # -- what a store tells ----------------------------------------------------------------------------------------
 
-    def _on_failed(self, channel: Channel, message: s.StoreFailed) -> None:
+    def _on_failed(self, channel: Channel, message: store_messages.StoreFailed) -> None:
         store = self._by_process.get(channel.peer_id)
         if store is not None and store.state is State.STARTING:
             self._end(store, message.text, device_lost=message.kind == "device_lost")
 
-    def _on_done(self, channel: Channel, message: s.MoveDone) -> None:
+    def _on_done(self, channel: Channel, message: store_messages.MoveDone) -> None:
         store, peer = self._jobs.pop(message.job, (None, None))
         if store is None:
             return
         if message.kind in ("device_lost", "poisoned"):
             self._end(store, message.text, device_lost=message.kind == "device_lost")
         elif message.kind == "import" and peer is not None and self._is_over(peer):
-            # `on_lost` settles the job, and has what was to be copied made elsewhere.
+            # `on_lost` ends the job, and has what was to be copied made elsewhere.
             self._end(peer, message.text, device_lost=bool(self._gone(peer)))
         else:
             self._on_done_callback(message.job, message.kind, message.text)
         if peer is not None:
-            self._settle(peer)
+            self._end_if_unused(peer)
 
-    def _on_news(self, channel: Channel, news: s.DeviceNews) -> None:
+    def _on_news(self, channel: Channel, news: store_messages.DeviceNews) -> None:
         store = self._by_process.get(channel.peer_id)
         if store is None:
             return
@@ -348,7 +349,7 @@ class StoreProcesses:
         store.reaped = True
         gone = self._gone(store)
         self._end(store, gone or f"its store process ended: {words}", device_lost=bool(gone))
-        self._settle(store)
+        self._end_if_unused(store)
 
     def _end(self, store: _Store, cause: str, *, device_lost: bool = False) -> None:
         """A life is over, if it was not before."""
@@ -358,14 +359,14 @@ class StoreProcesses:
         store.cause, store.device_lost = cause, device_lost
         store.due = self._clock() + SETTLE_S
         self._kill(store)
-        self._settle(store)
+        self._end_if_unused(store)
 
     def _kill(self, store: _Store) -> None:
         if store.pid and not store.reaped:
             with suppress(ProcessLookupError):
                 os.kill(store.pid, signal.SIGKILL)
 
-    def _settle(self, store: _Store, *, patient: bool = True) -> None:
+    def _end_if_unused(self, store: _Store, *, patient: bool = True) -> None:
         """Tell the end of a life and prepare the next, once nothing of it touches memory any more."""
         if store.state is not State.ENDING:
             return
@@ -388,7 +389,7 @@ class StoreProcesses:
         if store.state is State.PAUSED and store.due <= self._clock():
             self._start(store)
         for peer in peers:
-            self._settle(peer)
+            self._end_if_unused(peer)
 
     def _forget_jobs(self, store: _Store) -> list[_Store]:
         """Drop the jobs of a life that is over; those of the disk fail, but for what it was never given.
@@ -436,7 +437,7 @@ class StoreProcesses:
             self._on_done_callback(*self._later.popleft())
         for store in self._stores.values():
             if store.state is State.ENDING and now >= store.due:
-                self._settle(store, patient=False)
+                self._end_if_unused(store, patient=False)
             elif (store.state is State.PAUSED and now >= store.due) or (
                 store.state is State.LOST
                 and (now >= store.due or (self._machine is not None and not self._gone(store)))

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from afield.gpu_store import tiers as t
+from afield.gpu_store import tiers
 from afield.gpu_store.backends.base import SlabExport
 from afield.gpu_store.books.residency import Residency
 from afield.gpu_store.pins import PinBoard
@@ -26,7 +26,7 @@ from afield.gpu_store.rings import Rings
 from afield.gpu_store.tiers import DISK, HOST, PartCopy
 from afield.runtime.node.stores import StoreProcesses
 from afield.runtime.process.configuration import DRIVER_INDEX
-from afield.runtime.wire import messages as m
+from afield.runtime.wire import messages
 from afield.scheduler.devices import Device
 from afield.transport.channel import Channel
 
@@ -38,7 +38,7 @@ MAX_SLOTS = 4096
 #: While a dead owner's objects are still mapped somewhere, ask again this often.
 ORPHAN_CHECK_S = 1.0
 
-_decode_seal = msgspec.msgpack.Decoder(m.Seal).decode
+_decode_seal = msgspec.msgpack.Decoder(messages.Seal).decode
 
 
 class Tiers:
@@ -69,13 +69,15 @@ class Tiers:
         self._still_held: set[bytes] = set()
         self._next_orphan_check = 0.0
         self.handlers: dict[type, Callable[[Channel, Any], None]] = {
-            m.StoreLease: self._on_lease,
-            m.GiveBack: lambda c, x: self.run(self.books.give_back(c.peer_id, x.arena, x.offset, x.size, x.life)),
-            m.Seal: self._on_seal,
-            m.Free: self._on_free,
-            m.Need: self._on_need,
-            m.Mapped: lambda c, x: self.run(self.books.mapped(c.peer_id, x.request)),
-            m.Held: self._on_held,
+            messages.StoreLease: self._on_lease,
+            messages.GiveBack: lambda c, x: self.run(
+                self.books.give_back(c.peer_id, x.arena, x.offset, x.size, x.life)
+            ),
+            messages.Seal: self._on_seal,
+            messages.Free: self._on_free,
+            messages.Need: self._on_need,
+            messages.Mapped: lambda c, x: self.run(self.books.mapped(c.peer_id, x.request)),
+            messages.Held: self._on_held,
             **self.stores.handlers,
         }
         self.begin_process(daemon.primary, DRIVER_INDEX)
@@ -83,10 +85,10 @@ class Tiers:
 
     # -- what processes ask ----------------------------------------------------------------------------------------
 
-    def _on_lease(self, channel: Channel, message: m.StoreLease) -> None:
+    def _on_lease(self, channel: Channel, message: messages.StoreLease) -> None:
         if message.arena != HOST and not self._is_ready(message.arena, channel, message):
             return
-        if message.request == m.AHEAD and not self.books.has_plenty(message.arena, message.size):
+        if message.request == messages.AHEAD and not self.books.has_plenty(message.arena, message.size):
             return
         self.run(
             self.books.lease(
@@ -112,12 +114,12 @@ class Tiers:
         return False
 
     def _refuse(self, channel: Channel, message: Any, reason: str) -> None:
-        if isinstance(message, m.StoreLease):
-            channel.send(m.StoreGrant(message.request, 0, 0, reason, message.arena, message.life, True))
-        elif isinstance(message, m.Need):
-            channel.send(m.Found(message.request, [], "device_lost", reason))
+        if isinstance(message, messages.StoreLease):
+            channel.send(messages.StoreGrant(message.request, 0, 0, reason, message.arena, message.life, True))
+        elif isinstance(message, messages.Need):
+            channel.send(messages.Found(message.request, [], "device_lost", reason))
         else:
-            channel.send(m.Answer(message.request, None, reason))
+            channel.send(messages.Answer(message.request, None, reason))
 
     def read_notes(self) -> None:
         """Take note of what processes have sealed; comes before anything else is done."""
@@ -129,22 +131,22 @@ class Tiers:
                 traceback.print_exc()
                 self._daemon.workers.kill_process(process_id)
 
-    def _on_seal(self, channel: Channel, message: m.Seal) -> None:
+    def _on_seal(self, channel: Channel, message: messages.Seal) -> None:
         self._seal(channel.peer_id, self._indexes[channel.peer_id], message)
 
-    def _seal(self, client: bytes, index: int, message: m.Seal) -> None:
+    def _seal(self, client: bytes, index: int, message: messages.Seal) -> None:
         self.board.adopt([part.slot for part in message.parts], index)
         parts = [PartCopy(p.arena, p.offset, p.size, p.slot, p.serial, p.home, p.life) for p in message.parts]
         self.run(self.books.seal(client, message.object_id, message.owner, parts), "device")
 
-    def _on_free(self, channel: Channel, message: m.Free) -> None:
+    def _on_free(self, channel: Channel, message: messages.Free) -> None:
         for object_id in message.object_ids:
             self.run(self.books.free(object_id, message.sealer or None))
 
-    def _on_need(self, channel: Channel, message: m.Need) -> None:
+    def _on_need(self, channel: Channel, message: messages.Need) -> None:
         lost = self.books.lost_from(message.object_id)
         if lost is not None:  # the owner was told, perhaps before it knew of the object
-            self._daemon.send(lost, m.Lost([message.object_id], "it was in no tier when it was needed"))
+            self._daemon.send(lost, messages.Lost([message.object_id], "it was in no tier when it was needed"))
         for _, arena in message.wants:
             if arena != HOST and not self._is_ready(arena, channel, message):
                 return
@@ -159,18 +161,18 @@ class Tiers:
             )
         )
 
-    def _on_slots(self, channel: Channel, message: m.Query) -> None:
+    def _on_slots(self, channel: Channel, message: messages.Query) -> None:
         """A process wants slots of the pin board for what it is going to write."""
         slots = self.board.lease_slots(min(int(message.argument), MAX_SLOTS), self._indexes[channel.peer_id])
-        channel.send(m.Answer(message.request, slots))
+        channel.send(messages.Answer(message.request, slots))
 
-    def _on_slab(self, channel: Channel, message: m.Query) -> None:
+    def _on_slab(self, channel: Channel, message: messages.Query) -> None:
         """A process wants to map a device's slab; one of a life that is over would be of no use."""
         self.stores.look(message.argument)
         if self._is_ready(message.argument, channel, message):
             export: SlabExport = self.stores.export(message.argument)
             life = self.stores.life(message.argument)
-            channel.send(m.Answer(message.request, (life, msgspec.msgpack.encode(export))))
+            channel.send(messages.Answer(message.request, (life, msgspec.msgpack.encode(export))))
 
     # -- what the books decide -------------------------------------------------------------------------------------
 
@@ -178,25 +180,27 @@ class Tiers:
         """Execute what the books decided; `kind_of_loss` as in `Lost`."""
         for effect in effects:
             kind = type(effect)
-            if kind is t.Granted:
-                grant = m.StoreGrant(effect.request_id, effect.offset, effect.size, "", effect.arena, effect.life)
+            if kind is tiers.Granted:
+                grant = messages.StoreGrant(
+                    effect.request_id, effect.offset, effect.size, "", effect.arena, effect.life
+                )
                 self._daemon.send(effect.client, grant)
-            elif kind is t.Refused:
+            elif kind is tiers.Refused:
                 reason = self._with_names(effect.reason)
                 self._daemon.send(
-                    effect.client, m.StoreGrant(effect.request_id, 0, 0, reason, effect.arena, lost=effect.lost)
+                    effect.client, messages.StoreGrant(effect.request_id, 0, 0, reason, effect.arena, lost=effect.lost)
                 )
-            elif kind is t.Found:
+            elif kind is tiers.Found:
                 parts = [(i, _as_part(copy)) for i, copy in effect.parts]
-                self._daemon.send(effect.client, m.Found(effect.request_id, parts))
-            elif kind is t.NotFound:
+                self._daemon.send(effect.client, messages.Found(effect.request_id, parts))
+            elif kind is tiers.NotFound:
                 reason = self._with_names(effect.reason)
-                self._daemon.send(effect.client, m.Found(effect.request_id, [], effect.kind, reason))
-            elif kind is t.Lost:
-                self._daemon.send(effect.owner, m.Lost(list(effect.object_ids), effect.cause, kind_of_loss))
-            elif kind is t.Trim:
+                self._daemon.send(effect.client, messages.Found(effect.request_id, [], effect.kind, reason))
+            elif kind is tiers.Lost:
+                self._daemon.send(effect.owner, messages.Lost(list(effect.object_ids), effect.cause, kind_of_loss))
+            elif kind is tiers.Trim:
                 for channel in self._daemon.channels.values():
-                    channel.send(m.Trim(effect.arena))
+                    channel.send(messages.Trim(effect.arena))
             else:
                 self.stores.execute(effect)
 
@@ -300,9 +304,9 @@ class Tiers:
         self._still_held = set()
         self._asked = set(self._daemon.channels)
         for channel in self._daemon.channels.values():
-            channel.send(m.Held(self._question, list(self._orphans)))
+            channel.send(messages.Held(self._question, list(self._orphans)))
 
-    def _on_held(self, channel: Channel, message: m.Held) -> None:
+    def _on_held(self, channel: Channel, message: messages.Held) -> None:
         if message.question != self._question:
             return
         self._still_held.update(message.object_ids)
@@ -339,5 +343,5 @@ class Tiers:
         }
 
 
-def _as_part(copy: PartCopy) -> m.Part:
-    return m.Part(copy.arena, copy.offset, copy.size, copy.slot, copy.serial, copy.home, copy.life)
+def _as_part(copy: PartCopy) -> messages.Part:
+    return messages.Part(copy.arena, copy.offset, copy.size, copy.slot, copy.serial, copy.home, copy.life)

@@ -22,7 +22,7 @@ import msgspec
 
 from afield.ids import new_process_id
 from afield.runtime.process.configuration import DRIVER_INDEX, ProcessConfig
-from afield.runtime.wire import messages as m
+from afield.runtime.wire import messages
 from afield.scheduler.leases import Grant
 from afield.transport.channel import Channel
 
@@ -169,7 +169,7 @@ class WorkerPool:
         if len(spare) > limit:
             _, oldest = spare.popitem(last=False)
             self._remove_idle(oldest)
-            self._daemon.send(oldest.id, m.Retire())
+            self._daemon.send(oldest.id, messages.Retire())
 
     def _not_spare(self, worker: Worker) -> None:
         self._spare.pop(worker.id, None)
@@ -182,7 +182,7 @@ class WorkerPool:
             if not idle:
                 del self._idle[worker.pool]
 
-    def on_retire_refused(self, channel: Channel, message: m.Retire) -> None:
+    def on_retire_refused(self, channel: Channel, message: messages.Retire) -> None:
         """Somebody depends on a worker that was asked to end: it stays, and is not asked again before its next lease."""
         worker = self.by_id.get(channel.peer_id)
         if worker is not None:
@@ -213,7 +213,7 @@ class WorkerPool:
                 worker.ended_for = reason
                 self.kill(worker)
 
-    def on_unfit(self, channel: Channel, message: m.Unfit) -> None:
+    def on_unfit(self, channel: Channel, message: messages.Unfit) -> None:
         """A worker cannot go on with its devices."""
         worker = self.by_id.get(channel.peer_id)
         if worker is not None:

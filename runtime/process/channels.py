@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from afield.runtime.process.configuration import SessionConfig
-from afield.runtime.wire import messages as m
+from afield.runtime.wire import messages
 from afield.transport.auth import Handshake
 from afield.transport.channel import Channel, connect, listen, same_user
 from afield.transport.loop import Loop
@@ -29,7 +29,7 @@ class Channels:
         process_id: who we are.
         loop: drives them.
         on_batch: handles one frame: called with its channel and its messages.
-        on_lost: called with the id of a process that cannot be reached any more.
+        on_disconnected: called with the id of a process that cannot be reached any more.
         on_out_of_files: called with a text when this process has no descriptors left.
     """
 
@@ -39,14 +39,14 @@ class Channels:
         process_id: bytes,
         loop: Loop,
         on_batch: Callable[[Channel, list[Any]], None],
-        on_lost: Callable[[bytes], None],
+        on_disconnected: Callable[[bytes], None],
         on_out_of_files: Callable[[str], None],
     ) -> None:
         self._config = config
         self._process_id = process_id
         self._loop = loop
         self._on_batch = on_batch
-        self._on_lost = on_lost
+        self._on_disconnected = on_disconnected
         self._on_out_of_files = on_out_of_files
         self._of: dict[bytes, Channel] = {}
         self._listener = listen(config.address(process_id))
@@ -62,7 +62,7 @@ class Channels:
                 channel = self._open(connect(self._config.address(process_id)), server=False)
             except OSError as error:
                 self._check_files(error)
-                self._on_lost(process_id)
+                self._on_disconnected(process_id)
                 return None
             channel.peer_id = process_id
             self._of[process_id] = channel
@@ -90,7 +90,7 @@ class Channels:
 
     def _open(self, sock: Any, *, server: bool) -> Channel:
         handshake = Handshake(self._config.token, self._process_id, os.urandom(32), server=server)
-        return Channel(self._loop, sock, handshake, m.decode, self._on_batch, self._closed, self._ready)
+        return Channel(self._loop, sock, handshake, messages.decode, self._on_batch, self._closed, self._ready)
 
     def _accept(self, events: int) -> None:
         while True:
@@ -111,7 +111,7 @@ class Channels:
     def _closed(self, channel: Channel) -> None:
         if channel.peer_id:
             self._of.pop(channel.peer_id, None)
-            self._on_lost(channel.peer_id)
+            self._on_disconnected(channel.peer_id)
 
     def _check_files(self, error: OSError) -> None:
         """Without descriptors there are no connections: this process can take no further part."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from afield.runtime.process.environment import Environment
-from afield.runtime.wire import messages as m
+from afield.runtime.wire import messages
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,7 +14,7 @@ class OwnActor:
     """The actor that lives in a worker: its class, and what its creator said of it. `owner` is empty if it is detached."""
 
     cls: type
-    spec: m.CreateActor
+    spec: messages.CreateActor
     owner: bytes
 
 
@@ -28,7 +28,7 @@ class Facts:
     #: What the tasks and actors that this process submits inherit.
     environment: Environment = field(default_factory=Environment)
     #: Returns what this process, a worker, has leased at the moment.
-    assigned: Callable[[], m.Assign | None] = lambda: None
+    assigned: Callable[[], messages.Assign | None] = lambda: None
     #: Returns the actor that this process is, or None.
     own_actor: Callable[[], OwnActor | None] = lambda: None
 

@@ -35,7 +35,7 @@ from afield.runtime.process.configuration import ProcessConfig, SessionConfig
 from afield.runtime.process.frees import Frees
 from afield.runtime.process.requests import Requests
 from afield.runtime.process.serialization import serialize_error
-from afield.runtime.wire import messages as m
+from afield.runtime.wire import messages
 from afield.transport.channel import Channel
 from afield.transport.loop import Loop
 from afield.transport.pump import Pump, uninterruptible
@@ -104,11 +104,11 @@ class Process:
             process_id,
             self.loop,
             lambda channel, batch: self._on_batch(channel, batch),
-            self._peer_lost,
+            self._peer_disconnected,
             self.fail_everything,
         )
-        self.daemon.on_closed = self._daemon_lost
-        self.daemon.send(m.Register(own.kind, os.getpid(), log_to_driver))
+        self.daemon.on_closed = self._daemon_gone
+        self.daemon.send(messages.Register(own.kind, os.getpid(), log_to_driver))
 
     @property
     def daemon(self) -> Channel:
@@ -153,16 +153,18 @@ class Process:
 
     def _install_handlers(self) -> None:
         table = self.table
-        self.register(m.Add, lambda channel, message: table.on_add(channel.peer_id, message))
-        self.register(m.Added, lambda channel, message: table.on_added(message))
-        self.register(m.Release, lambda channel, message: table.on_release(channel.peer_id, message.object_id))
-        self.register(m.Subscribe, lambda channel, message: table.on_subscribe(channel.peer_id, message.object_id))
-        self.register(m.Value, lambda channel, message: table.on_value(message))
-        self.register(m.Took, lambda channel, message: table.on_took(channel.peer_id, message.sequence))
-        self.register(m.ProcessDied, self._on_process_died)
-        self.register(m.Held, self._on_held)
-        self.register(m.Answer, self.requests.on_answer)
-        self.register(m.Query, self.requests.on_query)
+        self.register(messages.Add, lambda channel, message: table.on_add(channel.peer_id, message))
+        self.register(messages.Added, lambda channel, message: table.on_added(message))
+        self.register(messages.Release, lambda channel, message: table.on_release(channel.peer_id, message.object_id))
+        self.register(
+            messages.Subscribe, lambda channel, message: table.on_subscribe(channel.peer_id, message.object_id)
+        )
+        self.register(messages.Value, lambda channel, message: table.on_value(message))
+        self.register(messages.Took, lambda channel, message: table.on_took(channel.peer_id, message.sequence))
+        self.register(messages.ProcessDied, self._on_process_died)
+        self.register(messages.Held, self._on_held)
+        self.register(messages.Answer, self.requests.on_answer)
+        self.register(messages.Query, self.requests.on_query)
 
     # -- who is there, and who is not ----------------------------------------------------------------------------
 
@@ -170,20 +172,20 @@ class Process:
         """Return the channel to a process, connecting if needed; None if the process is gone."""
         return self.channels.to(process_id)
 
-    def _peer_lost(self, process_id: bytes) -> None:
+    def _peer_disconnected(self, process_id: bytes) -> None:
         self.table.on_peer_died(process_id)
-        for tell in self._subscribers.of(events.PEER_LOST):
+        for tell in self._subscribers.of(events.PEER_DISCONNECTED):
             tell(process_id)
 
-    def _on_process_died(self, channel: Channel, message: m.ProcessDied) -> None:
+    def _on_process_died(self, channel: Channel, message: messages.ProcessDied) -> None:
         self.channels.forget(message.process)
         self.table.on_peer_died(message.process)
         for tell in self._subscribers.of(events.PROCESS_DIED):
             tell(message.process, message.reason)
 
-    def _on_held(self, channel: Channel, message: m.Held) -> None:
+    def _on_held(self, channel: Channel, message: messages.Held) -> None:
         held = [object_id for object_id in message.object_ids if object_id in self.table.entries]
-        channel.send(m.Held(message.question, held))
+        channel.send(messages.Held(message.question, held))
 
     # -- the shell of the table ----------------------------------------------------------------------------------
 
@@ -236,7 +238,7 @@ class Process:
 
     def _send_freed(self, object_ids: list[bytes]) -> None:
         if not self.dead:
-            self.daemon.send(m.Free(object_ids))
+            self.daemon.send(messages.Free(object_ids))
 
     def tidy(self) -> None:
         """Do what has been left for later, as it may make the room that is about to be asked for; the caller holds the lock."""
@@ -308,7 +310,7 @@ class Process:
         self.table.effects.clear()
         self.requests.fail_all(reason)
 
-    def _daemon_lost(self, channel: Channel) -> None:
+    def _daemon_gone(self, channel: Channel) -> None:
         words = self._last_words().strip().rpartition("\n")[2]
         self.fail_everything(
             f"the node daemon is gone{f' ({words})' if words else ''}; "

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from afield.errors import AfieldError, InternalError, RuntimeDiedError
 from afield.runtime.process.events import name_of
-from afield.runtime.wire import messages as m
+from afield.runtime.wire import messages
 from afield.transport.channel import Channel
 from afield.transport.pump import Pump, Waiter
 
@@ -102,7 +102,7 @@ class Requests:
         slot[0].finish()
         return True
 
-    def on_answer(self, channel: Channel, message: m.Answer) -> None:
+    def on_answer(self, channel: Channel, message: messages.Answer) -> None:
         """The daemon has answered."""
         self.answered(message.request, AfieldError(message.error) if message.error else message.value)
 
@@ -127,10 +127,10 @@ class Requests:
             )
         self._answers[what] = how
 
-    def on_query(self, channel: Channel, message: m.Query) -> None:
+    def on_query(self, channel: Channel, message: messages.Query) -> None:
         """The daemon asks."""
         how = self._answers.get(message.what)
         if how is None:
-            channel.send(m.Answer(message.request, None, f"this process does not know {message.what!r}"))
+            channel.send(messages.Answer(message.request, None, f"this process does not know {message.what!r}"))
         else:
-            channel.send(m.Answer(message.request, how(message.argument)))
+            channel.send(messages.Answer(message.request, how(message.argument)))

@@ -86,7 +86,7 @@ class Session:
         """Make what the processes share, start them and join them; `opened` is closed in any case, `failed` after errors."""
         token = secrets.token_bytes(32)
         driver_id = secrets.token_bytes(8)
-        lock_fd = sessions.hold(self.directory)
+        lock_fd = sessions.lock(self.directory)
         opened.callback(os.close, lock_fd)
         slab_fd = os.memfd_create(f"afield-{self.name}")
         opened.callback(os.close, slab_fd)

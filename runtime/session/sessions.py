@@ -43,7 +43,7 @@ class SessionInfo:
             return bytes.fromhex(file.read())
 
 
-def hold(directory: str) -> int:
+def lock(directory: str) -> int:
     """Lock a new session's directory; return the descriptor that its processes inherit."""
     making = os.path.join(directory, "lock.new")
     fd = os.open(making, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)

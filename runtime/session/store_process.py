@@ -24,8 +24,7 @@ from afield.gpu_store.spill_files import SpillFiles
 from afield.gpu_store.tiers import DISK, HOST
 from afield.runtime.process.configuration import SessionConfig, StoreConfig
 from afield.runtime.process.stacks import answer_activity
-from afield.runtime.wire import messages as m
-from afield.runtime.wire import store_messages as s
+from afield.runtime.wire import messages, store_messages
 from afield.transport.auth import Handshake
 from afield.transport.channel import Channel, connect
 from afield.transport.loop import Loop
@@ -53,9 +52,9 @@ class StoreProcess:
         self._backend: DeviceBackend | None = None
         handshake = Handshake(config.token, store_id, os.urandom(32), server=False)
         self._daemon = Channel(
-            self._loop, connect(config.address(b"")), handshake, m.decode, self._on_messages, self._on_closed
+            self._loop, connect(config.address(b"")), handshake, messages.decode, self._on_messages, self._on_closed
         )
-        self._daemon.send(m.Register("store", os.getpid()))
+        self._daemon.send(messages.Register("store", os.getpid()))
         self._handlers: dict[type, Callable[[Any], None]] = {}
         self._stack = answer_activity({})
 
@@ -66,7 +65,7 @@ class StoreProcess:
         except AfieldError as error:
             kind, text = describe(error)
             kind = "full" if isinstance(error, OutOfDeviceMemoryError) else kind
-            self._daemon.send(s.StoreFailed(self._own.arena, self._own.life, kind, text))
+            self._daemon.send(store_messages.StoreFailed(self._own.arena, self._own.life, kind, text))
             while not (self._ended or (self._daemon.ready and self._daemon.drained)):
                 self._loop.step(None)
             return
@@ -81,26 +80,26 @@ class StoreProcess:
             self._loop.flush()
             self._loop.step(None if poll_s is None else due - now)
 
-    def _open_disk(self) -> s.StoreReady:
+    def _open_disk(self) -> store_messages.StoreReady:
         files = SpillFiles(self._directory)
         mover = DiskMover(files, self._host, self._done)
         self._handlers = {
-            m.Query: self._on_query,
-            s.WriteFile: lambda x: mover.write(x.job, x.file, x.pieces),
-            s.ReadFile: lambda x: mover.read(x.job, x.file, x.file_offset, x.size, x.host_offset),
-            s.DeleteFile: lambda x: mover.delete(x.file),
+            messages.Query: self._on_query,
+            store_messages.WriteFile: lambda x: mover.write(x.job, x.file, x.pieces),
+            store_messages.ReadFile: lambda x: mover.read(x.job, x.file, x.file_offset, x.size, x.host_offset),
+            store_messages.DeleteFile: lambda x: mover.delete(x.file),
         }
-        return s.StoreReady(DISK, self._own.life, files.free_bytes(), None)
+        return store_messages.StoreReady(DISK, self._own.life, files.free_bytes(), None)
 
-    def _open_device(self) -> s.StoreReady:
+    def _open_device(self) -> store_messages.StoreReady:
         spec = self._own.device_backend
         self._backend = open_backend(spec)
         share = _share() if spec.startswith("cuda:") else 1.0
         self._mover = DeviceMover(self._backend, self._own.device, self._host, self._done, share=share)
-        self._handlers = {m.Query: self._on_query, s.Move: self._on_move}
-        return s.StoreReady(self._own.arena, self._own.life, self._mover.capacity, self._mover.export)
+        self._handlers = {messages.Query: self._on_query, store_messages.Move: self._on_move}
+        return store_messages.StoreReady(self._own.arena, self._own.life, self._mover.capacity, self._mover.export)
 
-    def _on_move(self, x: s.Move) -> None:
+    def _on_move(self, x: store_messages.Move) -> None:
         if x.target_arena == HOST:
             self._mover.to_host(x.job, x.source_offset, x.target_offset, x.size)
         elif x.source_arena == HOST:
@@ -109,8 +108,8 @@ class StoreProcess:
             assert x.peer is not None
             self._mover.from_peer(x.job, x.peer, x.source_offset, x.target_offset, x.size)
 
-    def _on_query(self, x: m.Query) -> None:
-        self._daemon.send(m.Answer(x.request, self._stack(x.argument)))
+    def _on_query(self, x: messages.Query) -> None:
+        self._daemon.send(messages.Answer(x.request, self._stack(x.argument)))
 
     def _on_messages(self, channel: Channel, batch: list[Any]) -> None:
         for message in batch:
@@ -121,7 +120,7 @@ class StoreProcess:
         if any(kind == "device_lost" for _, kind, _ in completions):
             self._poll_health()  # whether it was a reset is told first
         for completion in completions:
-            self._daemon.send(s.MoveDone(*completion))
+            self._daemon.send(store_messages.MoveDone(*completion))
 
     def _on_closed(self, channel: Channel) -> None:
         self._ended = True
@@ -132,7 +131,9 @@ class StoreProcess:
         uuid = self._own.device
         for event in self._backend.poll_health():
             if event.device_uuid == uuid:
-                self._daemon.send(s.DeviceNews(uuid, event.epoch, event.kind, event.code, event.fatal, event.text))
+                self._daemon.send(
+                    store_messages.DeviceNews(uuid, event.epoch, event.kind, event.code, event.fatal, event.text)
+                )
 
 
 def run_store(config: SessionConfig, directory: str, store_id: bytes, variables: dict[str, str]) -> None:

@@ -14,7 +14,7 @@ from afield.errors import AfieldError, GetTimeoutError, RuntimeDiedError
 from afield.ids import new_process_id
 from afield.runtime.process.configuration import address_of
 from afield.runtime.session.sessions import SessionInfo
-from afield.runtime.wire import messages as m
+from afield.runtime.wire import messages
 from afield.transport.auth import Handshake
 from afield.transport.channel import Channel, connect
 from afield.transport.loop import Loop
@@ -34,7 +34,7 @@ class Client:
     def __init__(self, session: SessionInfo, timeout_s: float = 10.0) -> None:
         self._session = session
         self._timeout_s = timeout_s
-        self._answers: list[m.Answer] = []
+        self._answers: list[messages.Answer] = []
         try:
             token = session.token()
             sock = connect(address_of(session.name))
@@ -42,14 +42,14 @@ class Client:
             raise self._gone() from None
         self._loop = Loop()
         handshake = Handshake(token, new_process_id(), os.urandom(32), server=False)
-        self._channel = Channel(self._loop, sock, handshake, m.decode, self._on_messages, lambda channel: None)
-        self._channel.send(m.Register("client", os.getpid()))
+        self._channel = Channel(self._loop, sock, handshake, messages.decode, self._on_messages, lambda channel: None)
+        self._channel.send(messages.Register("client", os.getpid()))
 
     def _gone(self) -> RuntimeDiedError:
         return RuntimeDiedError(f"the session {self._session.name} does not answer: it is starting or has just ended")
 
     def _on_messages(self, channel: Channel, batch: list[Any]) -> None:
-        self._answers += [message for message in batch if isinstance(message, m.Answer)]
+        self._answers += [message for message in batch if isinstance(message, messages.Answer)]
 
     def ask(self, what: str, argument: Any = None) -> Any:
         """Return the daemon's answer.
@@ -60,7 +60,7 @@ class Client:
             AfieldError: the daemon does not know the question.
         """
         self._answers.clear()
-        self._channel.send(m.Query(1, what, argument))
+        self._channel.send(messages.Query(1, what, argument))
         self._loop.flush()
         deadline = time.monotonic() + self._timeout_s
         while not self._answers:

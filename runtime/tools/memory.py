@@ -74,7 +74,7 @@ def describe(participant: Participant) -> list[Row]:
     process = participant.process
     entries = process.table.entries
     pins = _reasons_for_pins(entries, process.kept_for_ever)
-    views = Counter(participant.values.parts.held())
+    views = Counter(participant.values.parts.viewed())
     for object_id, reasons in _lineage(participant).items():
         pins[object_id].update(reasons)
     rows = (_row(object_id, entry, pins.get(object_id), views) for object_id, entry in entries.items())
@@ -103,8 +103,8 @@ def _lineage(participant: Participant) -> dict[bytes, Counter[str]]:
     """Return what lineage holds, and for the sake of which results."""
     reasons: dict[bytes, Counter[str]] = defaultdict(Counter)
     for record in participant.submitter.recovery.lineage.records():
-        for held in record.holds:
-            reasons[held][f"{_LINEAGE} {record.task.function.name}()"] += 1
+        for each in record.inputs:
+            reasons[each][f"{_LINEAGE} {record.task.function.name}()"] += 1
     return reasons
 
 

@@ -13,7 +13,7 @@ from afield.runtime.process.process import INLINE_BYTES, Process
 from afield.runtime.process.refs import ObjectRef
 from afield.runtime.process.serialization import Arg, Serialized, dumps_plain, serialize
 from afield.runtime.values.values import Values
-from afield.runtime.wire import messages as m
+from afield.runtime.wire import messages
 from afield.transport.pump import uninterruptible
 
 
@@ -111,7 +111,7 @@ class Arguments:
         """Tell whether a top-level argument is to be waited for once more, as its value was lost since it was there."""
         return any(self.table.entries[dependency].state == PENDING for dependency in task.dependencies or ())
 
-    def describe(self, task: Task) -> list[m.Dependency] | None:
+    def describe(self, task: Task) -> list[messages.Dependency] | None:
         """Describe the values of the task's top-level refs for its push."""
         if task.dependencies is None:
             return None
@@ -120,9 +120,9 @@ class Arguments:
             entry = self.table.entries[oid]
             owner = entry.owner or self.process.process_id
             if entry.state == LOCATED:
-                described.append(m.Dependency(oid, owner, LOCATED, b"", entry.value))
+                described.append(messages.Dependency(oid, owner, LOCATED, b"", entry.value))
             else:
-                described.append(m.Dependency(oid, owner, entry.state, entry.value))
+                described.append(messages.Dependency(oid, owner, entry.state, entry.value))
         return described
 
 

@@ -33,13 +33,13 @@ from afield.gpu_store.backends.base import (
     SlabImportError,
 )
 from afield.gpu_store.backends.select import open_backend
-from afield.gpu_store.client import Hold
+from afield.gpu_store.client import ViewPin
 from afield.gpu_store.interop import DevicePlace
 from afield.gpu_store.interop.interop_cupy import cupy_module, cupy_stream, install_cupy
 from afield.gpu_store.interop.interop_numba import install_numba
 from afield.gpu_store.tiers import HOST
 from afield.runtime.process.process import Process
-from afield.runtime.wire import messages as m
+from afield.runtime.wire import messages
 from afield.transport.pump import uninterruptible
 
 #: While memory stays short the daemon asks for it again and again, and to look at all objects of a process takes its time.
@@ -116,7 +116,7 @@ class Devices:
         if self._in_worker:
             return self.bound
         if self._known is None:
-            answer = self._process.requests.ask(lambda request: m.Query(request, "devices"))
+            answer = self._process.requests.ask(lambda request: messages.Query(request, "devices"))
             self._spec = answer["backend"]
             self._known = {device["arena"]: device["uuid"] for device in answer["devices"]}
         return self._known
@@ -209,7 +209,7 @@ class Devices:
     def _export(self, number: int) -> tuple[int, bytes]:
         """Return the number of an arena's present life, and its slab as the backend exports it."""
         try:
-            life, raw = self._process.requests.ask(lambda request: m.Query(request, "slab", number))
+            life, raw = self._process.requests.ask(lambda request: messages.Query(request, "slab", number))
         except AfieldError as error:
             raise DeviceLostError(str(error)) from None
         return life, raw
@@ -241,7 +241,7 @@ class Devices:
                     self._next_collection = time.monotonic() + COLLECT_EVERY_S
                     arena.trim()
 
-    def place(self, number: int, life: int, offset: int, size: int, hold: Hold) -> DevicePlace | None:
+    def place(self, number: int, life: int, offset: int, size: int, view_pin: ViewPin) -> DevicePlace | None:
         """Return what arrays over stored device memory are built on; None if that life of the arena is over."""
         arena = self.arena(number)
         if arena.life != life:  # there is a later one than is mapped here, or than the memory is of
@@ -251,7 +251,7 @@ class Devices:
                 return None
         self._present_module()  # arrays belong to a module's devices
         self.bytes_shared += size
-        return DevicePlace(arena, offset, size, _let_go, hold)
+        return DevicePlace(arena, offset, size, _let_go, view_pin)
 
     def home(self, into: int | None = None) -> DeviceArena | None:
         """Return the device that arrays of size 0 are read into: `into`, by default our first; None for host memory."""
@@ -274,7 +274,7 @@ class Devices:
                 continue  # not a matter of life and death
         return ""
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         """Wait for what arrays compute, so that the memory which they do not use any more can be given up."""
         for arena in list(self._arenas.values()):
             arena.synchronize()
@@ -343,7 +343,7 @@ class Devices:
             self._backend = None
 
 
-def _let_go(hold: Hold) -> None:
+def _let_go(view_pin: ViewPin) -> None:
     """The last reference to a hold is dropped with this call."""
 
 

@@ -3,7 +3,7 @@
 Theory of operation. What a value is made of lies in parts: host bytes in the host's slab, device arrays in the slabs of
 devices. Writing needs no answer from anybody: the memory is leased already, a slot of the pin board too, and a note (`Seal`)
 tells the node daemon afterwards. Reading needs none either as long as a part lies in an arena that we can map, and has
-not moved: `Pinner.pin` says so, and a `Hold` keeps it there for as long as anything uses the memory. Otherwise the daemon is
+not moved: `Pinner.pin` says so, and a `ViewPin` keeps it there for as long as anything uses the memory. Otherwise the daemon is
 asked (`Need`); it has the part brought, and promises that it stays until we say that we have pinned it (`Mapped`).
 
 A location is a hint. Whoever has read a value keeps the better hint that came out of it.
@@ -30,7 +30,7 @@ from afield.errors import (
 )
 from afield.gpu_store.arena import DeviceArena
 from afield.gpu_store.blocks import Block
-from afield.gpu_store.client import Hold, HostStoreClient
+from afield.gpu_store.client import HostStoreClient, ViewPin
 from afield.gpu_store.interop import DevicePacker, DevicePlace, HostPlace, Place, resolving
 from afield.gpu_store.pins import Pinner
 from afield.gpu_store.rings import RingWriter
@@ -39,7 +39,7 @@ from afield.runtime.process.events import TICK
 from afield.runtime.process.process import INLINE_BYTES, Process
 from afield.runtime.process.serialization import Serialized, deserialize
 from afield.runtime.values.devices import Devices
-from afield.runtime.wire import messages as m
+from afield.runtime.wire import messages
 from afield.transport.channel import Channel
 from afield.transport.pump import Waiter, uninterruptible
 
@@ -49,7 +49,7 @@ MAX_SLOTS = 512
 __all__ = ["ARGUMENT", "GET", "Parts", "PartsLostError", "WouldBlockError"]
 
 # The interpreter calls these at any moment, and an exception in them would be lost, with what they had to do.
-uninterruptible(Hold.__del__)
+uninterruptible(ViewPin.__del__)
 uninterruptible(HostStoreClient.on_born_died)
 uninterruptible(Block.__del__)
 uninterruptible(DevicePlace.__del__)
@@ -93,12 +93,12 @@ class Parts:
         self.devices = Devices(process, self.lease, self.give_back, self.lease_ahead)
         self._slots: deque[int] = deque()
         self._slots_asked = 16
-        self._given_back: deque[m.GiveBack] = deque()
-        self._holds: list[Any] = []  # weak references
-        self._holds_limit = 64
-        process.register(m.StoreGrant, self._on_store_grant)
-        process.register(m.Found, self._on_found)
-        process.register(m.Trim, lambda channel, message: self.devices.trim(message.arena))
+        self._given_back: deque[messages.GiveBack] = deque()
+        self._view_pins: list[Any] = []  # weak references
+        self._view_pins_limit = 64
+        process.register(messages.StoreGrant, self._on_store_grant)
+        process.register(messages.Found, self._on_found)
+        process.register(messages.Trim, lambda channel, message: self.devices.trim(message.arena))
         process.subscribe(TICK, self._tick)
 
     def close(self) -> None:
@@ -122,7 +122,7 @@ class Parts:
         """
         wait_s = self.process.config.store_wait_s if wait_s is None else wait_s
         granted: tuple[int, int] = self.process.requests.ask(
-            lambda request: m.StoreLease(request, size, wait_s, arena, life),
+            lambda request: messages.StoreLease(request, size, wait_s, arena, life),
             give_up=lambda unwanted: self.give_back(arena, life, *unwanted),
             # While a producer waits for room, its CPU is for those whose work makes room.
             wait=lambda waiter: self._wait(waiter, None, True),
@@ -132,14 +132,14 @@ class Parts:
     def lease_ahead(self, arena: int, life: int, size: int) -> None:
         """Ask for bytes of a device that may be needed soon, without waiting for them."""
         with self.pump.lock:
-            self.process.daemon.send(m.StoreLease(m.AHEAD, size, 0.0, arena, life))
+            self.process.daemon.send(messages.StoreLease(messages.AHEAD, size, 0.0, arena, life))
 
     def _lease_host(self, size: int) -> tuple[int, int]:
         return self.lease(HOST, FIRST_LIFE, size)
 
     def give_back(self, arena: int, life: int, offset: int, size: int) -> None:
         """Return leased bytes that nothing was sealed in; called from any thread, also inside the garbage collector."""
-        self._given_back.append(m.GiveBack(offset, size, arena, life))
+        self._given_back.append(messages.GiveBack(offset, size, arena, life))
         self.pump.wake_standby()
 
     def _give_back_host(self, offset: int, size: int) -> None:
@@ -150,9 +150,9 @@ class Parts:
             self.process.daemon.send(self._given_back.popleft())
         self.pinner.drain()
 
-    def _on_store_grant(self, channel: Channel, message: m.StoreGrant) -> None:
+    def _on_store_grant(self, channel: Channel, message: messages.StoreGrant) -> None:
         place = message.arena, message.life, message.offset, message.size
-        if message.request == m.AHEAD:
+        if message.request == messages.AHEAD:
             if not message.refusal and not self.devices.granted_ahead(*place):
                 self.give_back(*place)
         elif message.refusal:
@@ -166,7 +166,7 @@ class Parts:
     # -- writing ---------------------------------------------------------------------------------------------------
 
     @uninterruptible
-    def write(self, object_id: bytes, owner: bytes, value: Serialized, holder: list[Any]) -> m.Location:
+    def write(self, object_id: bytes, owner: bytes, value: Serialized, holder: list[Any]) -> messages.Location:
         """Write a value into the tiers as object `object_id` of `owner`; blocks while there is no room.
 
         `holder` has the only reference to the value, if the caller has no other one; it is emptied.
@@ -186,41 +186,41 @@ class Parts:
         places = [(HOST, FIRST_LIFE, offset, size) for offset, size in pieces] + on_devices
         parts = [self._publish(*place) for place in places]
         if parts:
-            seal = m.Seal(object_id, owner, parts)
+            seal = messages.Seal(object_id, owner, parts)
             with self.pump.lock:
                 if not self._notes.put(_encode(seal)):
                     self.process.daemon.send(seal)  # leaves with the next flush, before anything that could name it
-        return m.Location(parts, frame)
+        return messages.Location(parts, frame)
 
     def _ask_for_slots(self, least: int) -> None:
         count = max(least, self._slots_asked)
         ask = self.process.requests.ask
-        self._slots.extend(ask(lambda request: m.Query(request, "slots", count), give_up=self._slots.extend))
+        self._slots.extend(ask(lambda request: messages.Query(request, "slots", count), give_up=self._slots.extend))
         self._slots_asked = min(2 * self._slots_asked, MAX_SLOTS)
 
-    def _publish(self, arena: int, life: int, offset: int, size: int) -> m.Part:
+    def _publish(self, arena: int, life: int, offset: int, size: int) -> messages.Part:
         """Enter a new part into the pin board; where that is full it has no slot, and never moves."""
         slot = self._slots.popleft() if self._slots else 0
         serial = self.pinner.new_serial()
         if slot:
             self.pinner.publish(slot, serial)
-        return m.Part(arena, offset, size, slot, serial, arena, life)
+        return messages.Part(arena, offset, size, slot, serial, arena, life)
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
     def read(
         self,
         object_id: bytes,
-        location: m.Location,
+        location: messages.Location,
         what: str,
         on_ref: Callable[[bytes, bytes], None] | None,
-        new_hold: Callable[[int], Hold],
+        new_view_pin: Callable[[int], ViewPin],
         *,
         into: int | None = None,
         priority: int = GET,
         deadline: float | None = None,
         blocking: bool = True,
-    ) -> tuple[Any, m.Location]:
+    ) -> tuple[Any, messages.Location]:
         """Rebuild a value from its parts; return it with a location that is at least as good as the one given.
 
         Args:
@@ -228,7 +228,7 @@ class Parts:
             location: where it was.
             what: names the value in errors.
             on_ref: called for each ref inside.
-            new_hold: makes what keeps a part mapped, given its slot.
+            new_view_pin: makes what keeps a part mapped, given its slot.
             into: the arena that device arrays are wanted in; by default that of this process's device, or the host.
             priority: GET or ARGUMENT.
             deadline: monotonic seconds.
@@ -240,48 +240,48 @@ class Parts:
             ObjectStoreFullError, OutOfDeviceMemoryError: there was no room to bring it here.
             GetTimeoutError: the deadline passed.
         """
-        parts, holds, wants = self._pin(location.parts, new_hold, into)
+        parts, view_pins, wants = self._pin(location.parts, new_view_pin, into)
         if wants:
             if not blocking:
                 raise WouldBlockError
-            self._bring(object_id, wants, priority, deadline, parts, holds, new_hold)
-        places = [self._place(part, holds.pop(index)) for index, part in enumerate(parts)]
+            self._bring(object_id, wants, priority, deadline, parts, view_pins, new_view_pin)
+        places = [self._place(part, view_pins.pop(index)) for index, part in enumerate(parts)]
         hosts = [index for index, part in enumerate(parts) if not part.home]
         frame: Any = location.frame or places[hosts[-1]]
         on_devices = [_as_place(place) for part, place in zip(parts, places, strict=True) if part.home]
         if parts != location.parts:
-            location = m.Location(parts, location.frame)
+            location = messages.Location(parts, location.frame)
         with resolving(on_devices.__getitem__, lambda: self.devices.home(into)):
             return deserialize(frame, what, on_ref, places), location
 
-    def hold(self, slot: int, object_id: bytes | None) -> Hold:
+    def view_pin(self, slot: int, object_id: bytes | None) -> ViewPin:
         """Return what keeps a pinned copy in its place."""
-        hold = Hold(slot, object_id, self._hold_died)
-        self._holds.append(weakref.ref(hold))
-        if len(self._holds) > self._holds_limit:
-            self._holds = [reference for reference in self._holds if reference() is not None]
-            self._holds_limit = max(64, 2 * len(self._holds))
-        return hold
+        view_pin = ViewPin(slot, object_id, self._view_pin_died)
+        self._view_pins.append(weakref.ref(view_pin))
+        if len(self._view_pins) > self._view_pins_limit:
+            self._view_pins = [reference for reference in self._view_pins if reference() is not None]
+            self._view_pins_limit = max(64, 2 * len(self._view_pins))
+        return view_pin
 
-    def held(self) -> list[bytes]:
+    def viewed(self) -> list[bytes]:
         """Return the objects whose memory is in use here, once for each part, for tools."""
-        alive = [reference() for reference in self._holds]
-        return [hold.object_id for hold in alive if hold is not None and hold.object_id is not None]
+        alive = [reference() for reference in self._view_pins]
+        return [view_pin.object_id for view_pin in alive if view_pin is not None and view_pin.object_id is not None]
 
-    def _hold_died(self, hold: Hold) -> None:
-        if hold.slot:
-            self.pinner.unpin(hold.slot)
-        if hold.object_id is not None:
-            self.process.handle_dropped(hold.object_id)
+    def _view_pin_died(self, view_pin: ViewPin) -> None:
+        if view_pin.slot:
+            self.pinner.unpin(view_pin.slot)
+        if view_pin.object_id is not None:
+            self.process.handle_dropped(view_pin.object_id)
         elif self.pump.standby_leads:
             self.pump.wake_standby()
 
     @uninterruptible
     def _pin(
-        self, parts: Sequence[m.Part], new_hold: Callable[[int], Hold], into: int | None
-    ) -> tuple[list[m.Part], dict[int, Hold], list[tuple[int, int]]]:
-        """Pin each part that this process can read where it is; return the holds, and which parts are wanted where."""
-        holds: dict[int, Hold] = {}
+        self, parts: Sequence[messages.Part], new_view_pin: Callable[[int], ViewPin], into: int | None
+    ) -> tuple[list[messages.Part], dict[int, ViewPin], list[tuple[int, int]]]:
+        """Pin each part that this process can read where it is; return the view pins, and which parts are wanted where."""
+        view_pins: dict[int, ViewPin] = {}
         wants: list[tuple[int, int]] = []
         if into:
             self.devices.renew()
@@ -292,10 +292,10 @@ class Parts:
             # What has no slot never moves, but the driver outlives devices.
             stays = part.slot or part.arena == HOST or self.devices.bound
             if part.arena == wanted and stays and self.pinner.pin(part.slot, part.serial):
-                holds[index] = new_hold(part.slot)
+                view_pins[index] = new_view_pin(part.slot)
             else:
                 wants.append((index, wanted))
-        return list(parts), holds, wants
+        return list(parts), view_pins, wants
 
     @uninterruptible
     def _bring(
@@ -304,9 +304,9 @@ class Parts:
         wants: list[tuple[int, int]],
         priority: int,
         deadline: float | None,
-        parts: list[m.Part],
-        holds: dict[int, Hold],
-        new_hold: Callable[[int], Hold],
+        parts: list[messages.Part],
+        view_pins: dict[int, ViewPin],
+        new_view_pin: Callable[[int], ViewPin],
         tries: int = 3,
     ) -> None:
         """Have parts brought to where we can read them, and pin them."""
@@ -322,8 +322,8 @@ class Parts:
             raise GetTimeoutError("the value is there, but it could not be brought here in time")
 
         try:
-            answer: m.Found = self.process.requests.ask(
-                lambda request: m.Need(request, object_id, wants, priority, wait_s),
+            answer: messages.Found = self.process.requests.ask(
+                lambda request: messages.Need(request, object_id, wants, priority, wait_s),
                 give_up=lambda unwanted: self._mapped(unwanted.request),
                 wait=wait,
             )
@@ -339,28 +339,28 @@ class Parts:
                 if part.arena != HOST:  # the device was lost at that moment
                     if not tries:
                         raise DeviceLostError("the device is lost again and again before a value can be read on it")
-                    return self._bring(object_id, wants, priority, deadline, parts, holds, new_hold, tries - 1)
+                    return self._bring(object_id, wants, priority, deadline, parts, view_pins, new_view_pin, tries - 1)
                 raise AfieldError(
                     f"a part of object {object_id.hex()} moved although it was promised: a bug of afield's"
                 )
-            parts[index], holds[index] = part, new_hold(part.slot)
+            parts[index], view_pins[index] = part, new_view_pin(part.slot)
         self._mapped(answer.request)
 
     def _mapped(self, request: int) -> None:
-        self.process.locked(self.process.daemon.send, m.Mapped(request))
+        self.process.locked(self.process.daemon.send, messages.Mapped(request))
 
-    def _on_found(self, channel: Channel, message: m.Found) -> None:
+    def _on_found(self, channel: Channel, message: messages.Found) -> None:
         answer: Any = message
         if message.kind:
             answer = _ERRORS[message.kind](message.reason)
         if not self.process.requests.answered(message.request, answer) and not message.kind:
-            channel.send(m.Mapped(message.request))  # whoever asked was interrupted
+            channel.send(messages.Mapped(message.request))  # whoever asked was interrupted
 
-    def _place(self, part: m.Part, hold: Hold) -> Any:
+    def _place(self, part: messages.Part, view_pin: ViewPin) -> Any:
         """Return a part's memory in this process: a memoryview, or what stands for device memory."""
         if part.arena == HOST:
-            return self.store.view(part.offset, part.size, hold)
-        place = self.devices.place(part.arena, part.life, part.offset, part.size, hold)
+            return self.store.view(part.offset, part.size, view_pin)
+        place = self.devices.place(part.arena, part.life, part.offset, part.size, view_pin)
         if place is None:
             raise PartsLostError("its device was lost since somebody looked where it was")
         return place

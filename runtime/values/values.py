@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from typing import Any, Protocol
 
 from afield.errors import GetTimeoutError, ObjectLostError, RuntimeDiedError
-from afield.gpu_store.client import Hold
+from afield.gpu_store.client import ViewPin
 from afield.ids import PUT_INDEX
 from afield.runtime.cores.objects import FAILED, INLINE, LOCATED, PENDING, Entry, Obligation
 from afield.runtime.process.context import calling_context, running
@@ -227,7 +227,7 @@ class Values:
             entry.value,
             "the value",
             on_ref,
-            self._hold_on(object_id, entry),
+            self._view_pins_of(object_id, entry),
             into=into,
             deadline=deadline,
             blocking=blocking,
@@ -242,15 +242,15 @@ class Values:
 
         return on_ref
 
-    def _hold_on(self, object_id: bytes, entry: Entry) -> Callable[[int], Hold]:
+    def _view_pins_of(self, object_id: bytes, entry: Entry) -> Callable[[int], ViewPin]:
         """Return what makes the holds of a value's parts: each counts as a handle of the object."""
 
         @uninterruptible
-        def hold(slot: int) -> Hold:
+        def view_pin(slot: int) -> ViewPin:
             self.table.add_handle(entry)
-            return self.parts.hold(slot, object_id)
+            return self.parts.view_pin(slot, object_id)
 
-        return hold
+        return view_pin
 
     def array_here(self, host: Any) -> Any:
         """Return a host array as an array of this process's device, or as it is where there is none."""

@@ -82,7 +82,7 @@ class EventLoop:
 
     async def _run(self, call: Invocation) -> None:
         host = self._host
-        async with self._semaphores.get(call.definition.group, self._semaphores[""]):
+        async with self._semaphores.get(call.callee.group, self._semaphores[""]):
             if host.start(call):
                 await call.run_async(host)
                 host.work.ended(call)

@@ -24,15 +24,15 @@ from afield.runtime.calls.participant import Participant
 from afield.runtime.cores.work import ANSWER, INTERRUPT, NOTHING
 from afield.runtime.process import current
 from afield.runtime.process.context import TaskContext, enter
-from afield.runtime.process.events import PEER_LOST, PROCESS_DIED
+from afield.runtime.process.events import PEER_DISCONNECTED, PROCESS_DIED
 from afield.runtime.process.facts import OwnActor
 from afield.runtime.process.serialization import deserialize
-from afield.runtime.wire import messages as m
+from afield.runtime.wire import messages
 from afield.runtime.worker.concurrency import Concurrency, make_concurrency
 from afield.runtime.worker.host import Host
 from afield.runtime.worker.invocation import Invocation
-from afield.runtime.worker.outcomes import Definition
-from afield.runtime.worker.replies import MAX_HOLD_S
+from afield.runtime.worker.outcomes import LoadedCallee
+from afield.runtime.worker.replies import MAX_REPLY_DELAY_S
 from afield.transport.channel import Channel
 from afield.transport.pump import Waiter
 
@@ -46,23 +46,23 @@ class Executor:
         self.cancellation = participant.cancellation
         self.host = host = Host(participant)
         self.work = host.work
-        self.assignment: m.Assign | None = None
+        self.assignment: messages.Assign | None = None
         self._own_actor: OwnActor | None = None
         self._concurrency: Concurrency | None = None
-        self._definitions: dict[tuple[bytes, int], Definition] = {}
+        self._callees: dict[tuple[bytes, int], LoadedCallee] = {}
         self._idle: Waiter | None = None
-        self._actor_spec: m.BecomeActor | None = None
+        self._actor_spec: messages.BecomeActor | None = None
         self._ending = False
         self._running_name = ""
-        process.register(m.Define, self._on_define)
-        process.register(m.Push, self._on_push)
-        process.register(m.Recall, self._on_recall)
-        process.register(m.Assign, self._on_assign)
-        process.register(m.BecomeActor, self._on_become_actor)
-        process.register(m.Terminate, lambda channel, message: self._finish_and_end())
-        process.register(m.Cancel, self._on_cancel)
-        process.register(m.Consumed, self._on_consumed)
-        process.subscribe(PEER_LOST, self._forget_peer)
+        process.register(messages.Define, self._on_define)
+        process.register(messages.Push, self._on_push)
+        process.register(messages.Recall, self._on_recall)
+        process.register(messages.Assign, self._on_assign)
+        process.register(messages.BecomeActor, self._on_become_actor)
+        process.register(messages.Terminate, lambda channel, message: self._finish_and_end())
+        process.register(messages.Cancel, self._on_cancel)
+        process.register(messages.Consumed, self._on_consumed)
+        process.subscribe(PEER_DISCONNECTED, self._forget_peer)
         process.subscribe(PROCESS_DIED, lambda peer, reason: self._forget_peer(peer))  # may come first
         process.cores["work"] = self.work
         self.values.on_block = self._block
@@ -73,14 +73,14 @@ class Executor:
 
     # -- what arrives --------------------------------------------------------------------------------------------
 
-    def _on_define(self, channel: Channel, message: m.Define) -> None:
-        self._definitions[channel.peer_id, message.index] = Definition(message)
+    def _on_define(self, channel: Channel, message: messages.Define) -> None:
+        self._callees[channel.peer_id, message.index] = LoadedCallee(message)
 
-    def _on_push(self, channel: Channel, message: m.Push) -> None:
-        definition = self._definitions.get((channel.peer_id, message.function))
-        if definition is None:
+    def _on_push(self, channel: Channel, message: messages.Push) -> None:
+        callee = self._callees.get((channel.peer_id, message.function))
+        if callee is None:
             return  # the caller is gone, and this is the last that it has sent
-        call = Invocation(channel, message, definition)
+        call = Invocation(channel, message, callee)
         if not self.work.arrived(call):
             return  # the daemon will tell the caller that the actor is dead
         if self._concurrency is not None:
@@ -92,14 +92,14 @@ class Executor:
         if self._idle is not None:
             self._idle.finish()
 
-    def _on_recall(self, channel: Channel, message: m.Recall) -> None:
+    def _on_recall(self, channel: Channel, message: messages.Recall) -> None:
         """Hand back the newest tasks that have not started."""
-        channel.send(m.HandBack(self.work.recall(channel, message.count), False))
+        channel.send(messages.HandBack(self.work.recall(channel, message.count), False))
 
-    def _on_assign(self, channel: Channel, message: m.Assign) -> None:
+    def _on_assign(self, channel: Channel, message: messages.Assign) -> None:
         self.assignment = message
 
-    def _on_become_actor(self, channel: Channel, message: m.BecomeActor) -> None:
+    def _on_become_actor(self, channel: Channel, message: messages.BecomeActor) -> None:
         self._actor_spec = message
         self._wake()
 
@@ -110,17 +110,17 @@ class Executor:
             self._concurrency.end()
         self._wake()
 
-    def _on_consumed(self, channel: Channel, message: m.Consumed) -> None:
+    def _on_consumed(self, channel: Channel, message: messages.Consumed) -> None:
         call = self.work.find(channel, message.sequence)
         if call is not None and call.stream is not None:
             call.stream.taken(message.count)
 
     def _forget_peer(self, peer: bytes) -> None:
-        for key in [key for key in self._definitions if key[0] == peer]:
-            del self._definitions[key]
+        for key in [key for key in self._callees if key[0] == peer]:
+            del self._callees[key]
         for channel in self.work.callers():
             if channel.peer_id == peer:
-                for call in self.work.lost(channel):
+                for call in self.work.caller_gone(channel):
                     if self._concurrency is not None:
                         self._concurrency.interrupt(call)
 
@@ -145,7 +145,7 @@ class Executor:
             work.current = None
             if work.blocked:  # an interrupt came between the end of a wait and saying so
                 process.locked(self._announce_unblock, call.channel)
-            if queue and (call.definition.once or time.monotonic() - replies.last_flush > MAX_HOLD_S):
+            if queue and (call.callee.once or time.monotonic() - replies.last_flush > MAX_REPLY_DELAY_S):
                 replies.flush()
 
     def _wait_for_work(self) -> None:
@@ -164,7 +164,7 @@ class Executor:
 
     # -- cancelling ----------------------------------------------------------------------------------------------
 
-    def _on_cancel(self, channel: Channel, message: m.Cancel) -> None:
+    def _on_cancel(self, channel: Channel, message: messages.Cancel) -> None:
         call, decision = self.work.cancel(channel, message.sequence, message)
         if call is None or decision == NOTHING:
             return
@@ -192,8 +192,8 @@ class Executor:
     def _announce_block(self, running: Channel, for_store: bool) -> None:
         self.host.replies.queue()
         for channel, sequences in self.work.block().items():
-            channel.send(m.HandBack(sequences, channel is running))
-        self.process.daemon.send(m.Blocked(True, for_store))
+            channel.send(messages.HandBack(sequences, channel is running))
+        self.process.daemon.send(messages.Blocked(True, for_store))
 
     def _unblock(self) -> None:
         call = self.work.current
@@ -203,12 +203,12 @@ class Executor:
 
     def _announce_unblock(self, running: Channel) -> None:
         if self.work.unblock():
-            running.send(m.Unblocked())
-            self.process.daemon.send(m.Blocked(False))
+            running.send(messages.Unblocked())
+            self.process.daemon.send(messages.Blocked(False))
 
     # -- actors --------------------------------------------------------------------------------------------------
 
-    def _construct(self, become: m.BecomeActor) -> None:
+    def _construct(self, become: messages.BecomeActor) -> None:
         spec, host = become.spec, self.host
         host.actor_id = spec.actor_id
         context = TaskContext(spec.actor_id, f"{spec.class_name}.__init__")
@@ -216,24 +216,24 @@ class Executor:
         error = b""
         try:
             cls = deserialize(spec.blob, f"the class {spec.class_name}", None)
-            push = m.Push(0, spec.actor_id, 0, spec.arguments, spec.location, spec.dependencies)
-            holds: list[Any] = []
+            push = messages.Push(0, spec.actor_id, 0, spec.arguments, spec.location, spec.dependencies)
+            argument_pins: list[Any] = []
             args: Any = ()
             kwargs: dict[str, Any] = {}
             if spec.arguments or spec.location is not None:
-                args, kwargs = host.outcomes.arguments(push, context, become.owner, holds)
+                args, kwargs = host.outcomes.arguments(push, context, become.owner, argument_pins)
             owner = b"" if spec.options["detached"] else become.owner
             self._own_actor = OwnActor(cls, spec, owner)
             host.actor = cls(*args, **kwargs)
             del args, kwargs
-            host.outcomes.keep_holds(holds, context)
+            host.outcomes.keep_argument_pins(argument_pins, context)
             self._concurrency = make_concurrency(host, cls, spec.options)
             host.work.concurrent = self._concurrency is not None
         except BaseException as raised:
             error = host.outcomes.constructor_failure(spec.class_name, raised)
         finally:
             enter(None)
-        born = m.ActorBorn(spec.actor_id, error)
+        born = messages.ActorBorn(spec.actor_id, error)
         obligation = context.obligation
         if obligation is None or not host.replies.wait_for_registration(obligation, self.process.daemon, born):
             host.waiting.append((self.process.daemon, born))

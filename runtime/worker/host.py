@@ -15,8 +15,8 @@ from typing import Any, NoReturn
 from afield.runtime.calls.participant import Participant
 from afield.runtime.cores.work import Work
 from afield.runtime.process.context import ActorExit
-from afield.runtime.wire import messages as m
-from afield.runtime.worker.outcomes import Definition, Outcomes
+from afield.runtime.wire import messages
+from afield.runtime.worker.outcomes import LoadedCallee, Outcomes
 from afield.runtime.worker.replies import Replies
 
 #: A worker that the daemon was asked to end does so itself after this time.
@@ -44,19 +44,19 @@ class Host:
         with self.process.pump.lock:
             return self.work.start(call)
 
-    def function(self, definition: Definition) -> Callable[..., Any]:
-        """Return the function of a definition that is not rebuilt yet, or the actor's method."""
+    def function(self, callee: LoadedCallee) -> Callable[..., Any]:
+        """Return the function of a callee that is not rebuilt yet, or the actor's method."""
         if not self.actor_id:
-            return definition.rebuild()
-        if definition.name.startswith("__afield_"):
-            return _ready if definition.name == "__afield_ready__" else _exit
-        method: Callable[..., Any] = getattr(self.actor, definition.name)
+            return callee.rebuild()
+        if callee.name.startswith("__afield_"):
+            return _ready if callee.name == "__afield_ready__" else _exit
+        method: Callable[..., Any] = getattr(self.actor, callee.name)
         return method
 
     def leave(self, reason: str) -> NoReturn:
         """This process is of no use any more: what it was doing failed for that, and is to be done elsewhere."""
         self.replies.flush()
-        self.process.locked(self.process.daemon.send, m.Unfit(reason))
+        self.process.locked(self.process.daemon.send, messages.Unfit(reason))
         time.sleep(END_WITHIN_S)  # the daemon ends us
         os._exit(1)
 
@@ -65,7 +65,7 @@ class Host:
         reason, self.goodbye = self.goodbye, ""
         self.process.locked(self.work.leave)
         self.replies.flush()
-        self.process.locked(self.process.daemon.send, m.KillActor(self.actor_id, True, reason, True))
+        self.process.locked(self.process.daemon.send, messages.KillActor(self.actor_id, True, reason, True))
 
 
 def _ready() -> bool:

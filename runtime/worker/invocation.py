@@ -35,19 +35,19 @@ from afield.runtime.cores.work import (
     FINISHING,
     PREPARING,
     QUEUED,
+    REPLYING,
     RUNNING,
-    SETTLING,
 )
 from afield.runtime.process import current
 from afield.runtime.process.context import ActorExit, TaskContext, enter, leave_copy
-from afield.runtime.wire import messages as m
+from afield.runtime.wire import messages
 from afield.runtime.worker.host import Host
-from afield.runtime.worker.outcomes import Definition, in_full
+from afield.runtime.worker.outcomes import LoadedCallee, in_full
 from afield.runtime.worker.streaming import Stream
 from afield.transport.channel import Channel
 
 #: Takes the place of a push that is answered: what the call's code has left behind may keep the call, but not its arguments.
-_OVER = m.Push(0, b"", 0, b"")
+_OVER = messages.Push(0, b"", 0, b"")
 
 
 class StoppedError(Exception):
@@ -57,24 +57,24 @@ class StoppedError(Exception):
 class Invocation(TaskContext):
     """One call."""
 
-    __slots__ = ("cancel", "channel", "definition", "holds", "push", "sequence", "state", "stream")
+    __slots__ = ("cancel", "channel", "callee", "argument_pins", "push", "sequence", "state", "stream")
 
-    def __init__(self, channel: Channel, push: m.Push, definition: Definition) -> None:
+    def __init__(self, channel: Channel, push: messages.Push, callee: LoadedCallee) -> None:
         self.task_id = push.task_id
-        self.name = definition.name
+        self.name = callee.name
         self.scope = None
         self.obligation = None
         self.channel = channel
         self.push = push
         self.sequence = push.sequence
-        self.definition = definition
+        self.callee = callee
         self.state = QUEUED
         #: The request to cancel it.
-        self.cancel: m.Cancel | None = None
+        self.cancel: messages.Cancel | None = None
         #: Its items, if it yields them one by one.
         self.stream: Stream | None = None
         #: The memory that its arguments lie in, which it may keep: (weak reference, object id, owner).
-        self.holds: list[Any] | None = None
+        self.argument_pins: list[Any] | None = None
 
     @property
     def caller(self) -> Channel:
@@ -90,22 +90,22 @@ class Invocation(TaskContext):
             StoppedError: it was cancelled meanwhile, and the code that ran did not let the interrupt through.
         """
         self.state = PREPARING
-        push, definition = self.push, self.definition
+        push, callee = self.push, self.callee
         if self.cancel is not None:  # at the moment in which it was taken
             raise StoppedError
-        function = definition.function
+        function = callee.function
         if function is None:
-            function = host.function(definition)
+            function = host.function(callee)
         if push.arguments or push.location is not None:
-            self.holds = []
-            args, kwargs = host.outcomes.arguments(push, self, self.channel.peer_id, self.holds)
+            self.argument_pins = []
+            args, kwargs = host.outcomes.arguments(push, self, self.channel.peer_id, self.argument_pins)
         else:
             args, kwargs = (), {}
-        if not definition.plain:
-            if definition.once and host.replies.waiting:
+        if not callee.plain:
+            if callee.once and host.replies.waiting:
                 host.replies.flush()  # should it end this process, the owner takes the oldest without a reply for it
-            if definition.num_returns == m.STREAMING:
-                self.stream = Stream(host.outcomes, host.replies, self.channel, push, definition, host.work.concurrent)
+            if callee.num_returns == messages.STREAMING:
+                self.stream = Stream(host.outcomes, host.replies, self.channel, push, callee, host.work.concurrent)
         if self.cancel is not None:
             raise StoppedError
         return function, args, kwargs
@@ -115,10 +115,10 @@ class Invocation(TaskContext):
         self.state = FINISHING
         if current.process is not host.process:
             leave_copy(None)
-        if self.holds:
-            host.outcomes.keep_holds(self.holds, self)
-        reply = host.outcomes.reply(holder, self, self.push, self.channel.peer_id, self.definition)
-        self.state = SETTLING
+        if self.argument_pins:
+            host.outcomes.keep_argument_pins(self.argument_pins, self)
+        reply = host.outcomes.reply(holder, self, self.push, self.channel.peer_id, self.callee)
+        self.state = REPLYING
         return reply
 
     def raised(self, host: Host, error: BaseException) -> Any:
@@ -134,31 +134,31 @@ class Invocation(TaskContext):
             host.leave(broken)
         if isinstance(error, ActorExit):
             host.goodbye = "it ended itself"
-            reply = host.outcomes.reply([self._nothing()], self, self.push, self.channel.peer_id, self.definition)
+            reply = host.outcomes.reply([self._nothing()], self, self.push, self.channel.peer_id, self.callee)
         elif self.cancel is not None:
             reply = None
         else:
-            reply = host.outcomes.failure(self.sequence, self.definition, error, in_user_code, self.channel.peer_id)
-        self.state = SETTLING
+            reply = host.outcomes.failure(self.sequence, self.callee, error, in_user_code, self.channel.peer_id)
+        self.state = REPLYING
         return reply
 
     def _nothing(self) -> Any:
         """Return what a call has returned that ended its actor instead."""
         if self.stream is not None:
             return self.stream.sent
-        return None if self.definition.num_returns == 1 else [None] * self.definition.num_returns
+        return None if self.callee.num_returns == 1 else [None] * self.callee.num_returns
 
-    def keep_holds_of_failed(self, host: Host) -> None:
+    def keep_argument_pins_of_failed(self, host: Host) -> None:
         """Keep what user code has put aside before it raised; the frames that only took part are gone with the error.
 
         What it began on the device may end badly only here: then this process cannot go on.
         """
         try:
-            host.outcomes.keep_holds(self.holds or [], self)
+            host.outcomes.keep_argument_pins(self.argument_pins or [], self)
         except AfieldError as error:
             host.leave(str(error))
 
-    def settle(self, host: Host, reply: Any) -> None:
+    def answer(self, host: Host, reply: Any) -> None:
         """Queue the reply; it waits until the refs that the call keeps are registered with their owners."""
         if self.cancel is None:
             self.state = ANSWERED
@@ -184,7 +184,7 @@ class Invocation(TaskContext):
     def cancelled(self, host: Host, when: str) -> Any:
         """Make the reply of a call that was cancelled."""
         error = TaskCancelledError(f"{self.name}() was cancelled {when}")
-        return host.outcomes.failure(self.sequence, self.definition, error, False, self.channel.peer_id)
+        return host.outcomes.failure(self.sequence, self.callee, error, False, self.channel.peer_id)
 
     # -- ways of running -----------------------------------------------------------------------------------------
 
@@ -198,11 +198,11 @@ class Invocation(TaskContext):
                 self.state = RUNNING
                 holder = [function(*args, **kwargs)]
                 del args, kwargs
-                if not self.definition.plain:
+                if not self.callee.plain:
                     if self.stream is not None:
                         holder = [self.stream.run(holder)]
-                    elif self.definition.num_returns != 1:
-                        holder.append(in_full(holder.pop(), self.definition.num_returns))
+                    elif self.callee.num_returns != 1:
+                        holder.append(in_full(holder.pop(), self.callee.num_returns))
                 reply = self.returned(host, holder)
             except BaseException as error:
                 reply = self.raised(host, error)
@@ -210,10 +210,10 @@ class Invocation(TaskContext):
         except KeyboardInterrupt as late:
             reply = self.raised(host, late)
             failed = True
-        if failed and self.holds:
+        if failed and self.argument_pins:
             args, kwargs = (), {}  # noqa: F841 - lets go of them
-            self.keep_holds_of_failed(host)
-        self.settle(host, reply)
+            self.keep_argument_pins_of_failed(host)
+        self.answer(host, reply)
 
     async def run_async(self, host: Host) -> None:
         """Run on the event loop of the calling task, from the arguments to the answer."""
@@ -228,20 +228,20 @@ class Invocation(TaskContext):
                 value = await self.stream.run_async(value)
             elif inspect.isawaitable(value):
                 value = await value
-            if self.definition.num_returns != 1:
-                value = in_full(value, self.definition.num_returns)
+            if self.callee.num_returns != 1:
+                value = in_full(value, self.callee.num_returns)
             holder = [value]
             del value
             reply = self.returned(host, holder)
         except asyncio.CancelledError:
             self.state = FAILING
             reply = self.cancelled(host, "while it ran") if self.cancel is None else None
-            self.state = SETTLING
+            self.state = REPLYING
             failed = True
         except BaseException as error:
             reply = self.raised(host, error)
             failed = True
-        if failed and self.holds:
+        if failed and self.argument_pins:
             args, kwargs = (), {}  # noqa: F841 - lets go of them
-            self.keep_holds_of_failed(host)
-        self.settle(host, reply)
+            self.keep_argument_pins_of_failed(host)
+        self.answer(host, reply)

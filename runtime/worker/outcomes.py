@@ -16,7 +16,7 @@ from afield.errors import ActorConstructionError, AfieldError, TaskError
 from afield.ids import ARGUMENTS_INDEX, object_id
 from afield.runtime.calls.participant import Participant
 from afield.runtime.cores.objects import FAILED, INLINE, LOCATED, Obligation
-from afield.runtime.cores.work import SETTLING, Call
+from afield.runtime.cores.work import REPLYING, Call
 from afield.runtime.process.context import TaskContext
 from afield.runtime.process.process import INLINE_BYTES
 from afield.runtime.process.serialization import (
@@ -29,17 +29,17 @@ from afield.runtime.process.serialization import (
     serialize_error,
 )
 from afield.runtime.values.parts import ARGUMENT, PartsLostError
-from afield.runtime.wire import messages as m
+from afield.runtime.wire import messages
 from afield.tracebacks import describe
 from afield.transport.pump import uninterruptible
 
 
-class Definition:
+class LoadedCallee:
     """A function as its owner defined it; unpickled on first use."""
 
     __slots__ = ("backpressure", "blob", "function", "group", "name", "num_returns", "once", "plain")
 
-    def __init__(self, message: m.Define) -> None:
+    def __init__(self, message: messages.Define) -> None:
         self.name = message.name
         self.blob = message.blob
         self.num_returns = message.num_returns
@@ -60,21 +60,19 @@ class Definition:
 
 def in_full(value: Any, num_returns: int) -> Any:
     """Return what a generator yields as a list, where several results are due and it is not streamed."""
-    if num_returns == m.STREAMING or not hasattr(value, "__next__"):
+    if num_returns == messages.STREAMING or not hasattr(value, "__next__"):
         return value
     return list(itertools.islice(value, num_returns + 1))  # one more, so that it is seen that there are too many
 
 
-def _several(value: Any, definition: Definition) -> list[list[Any]]:
+def _several(value: Any, callee: LoadedCallee) -> list[list[Any]]:
     """Return the results of a call that has several, each in a list of its own."""
-    expected = definition.num_returns
+    expected = callee.num_returns
     if expected == 0:
         return []
     if not isinstance(value, (tuple, list)) or len(value) != expected:
         found = f"{len(value)} values" if isinstance(value, (tuple, list)) else f"a {type(value).__name__}"
-        raise ValueError(
-            f"{definition.name}() has num_returns={expected} and must return {expected} values, not {found}"
-        )
+        raise ValueError(f"{callee.name}() has num_returns={expected} and must return {expected} values, not {found}")
     return [[item] for item in value]
 
 
@@ -89,7 +87,7 @@ class Outcomes:
     # -- arguments -----------------------------------------------------------------------------------------------
 
     def arguments(
-        self, push: m.Push, context: TaskContext, submitter: bytes, holds: list[Any]
+        self, push: messages.Push, context: TaskContext, submitter: bytes, argument_pins: list[Any]
     ) -> tuple[Any, dict[str, Any]]:
         """Rebuild the arguments; into `holds` go those of stored values, which the submitter pins until the reply.
 
@@ -99,11 +97,11 @@ class Outcomes:
         on_ref = self._on_ref(context)
         if push.location is not None:
             argument_id = push.task_id + ARGUMENTS_INDEX
-            args, kwargs = self._read(argument_id, submitter, push.location, "the arguments", on_ref, holds)
+            args, kwargs = self._read(argument_id, submitter, push.location, "the arguments", on_ref, argument_pins)
         else:
             args, kwargs = deserialize(push.arguments, "the arguments", on_ref)
         if push.dependencies:
-            values = [self._dependency(dependency, on_ref, holds) for dependency in push.dependencies]
+            values = [self._dependency(dependency, on_ref, argument_pins) for dependency in push.dependencies]
             args = [values[arg.index] if type(arg) is Arg else arg for arg in args]
             kwargs = {key: values[arg.index] if type(arg) is Arg else arg for key, arg in kwargs.items()}
         return args, kwargs
@@ -116,69 +114,75 @@ class Outcomes:
 
         return on_ref
 
-    def _read(self, oid: bytes, owner: bytes, location: m.Location, what: str, on_ref: Any, holds: list[Any]) -> Any:
-        """Rebuild a stored argument; what its memory is held by goes into `holds`, as (weak reference, id, owner)."""
+    def _read(
+        self, oid: bytes, owner: bytes, location: messages.Location, what: str, on_ref: Any, argument_pins: list[Any]
+    ) -> Any:
+        """Rebuild a stored argument; what its memory is held by goes into `argument_pins`, as (weak reference, id, owner)."""
 
-        def hold(slot: int) -> Any:
-            made = self.values.parts.hold(slot, None)
-            holds.append((weakref.ref(made), oid, owner))
+        def view_pin(slot: int) -> Any:
+            made = self.values.parts.view_pin(slot, None)
+            argument_pins.append((weakref.ref(made), oid, owner))
             return made
 
-        return self.values.parts.read(oid, location, what, on_ref, hold, priority=ARGUMENT)[0]
+        return self.values.parts.read(oid, location, what, on_ref, view_pin, priority=ARGUMENT)[0]
 
-    def _dependency(self, dependency: m.Dependency, on_ref: Callable[[bytes, bytes], None], holds: list[Any]) -> Any:
+    def _dependency(
+        self, dependency: messages.Dependency, on_ref: Callable[[bytes, bytes], None], argument_pins: list[Any]
+    ) -> Any:
         if dependency.kind != LOCATED:
             return deserialize(dependency.data, "an argument", on_ref)
         assert dependency.location is not None
         where = dependency.location
-        return self._read(dependency.object_id, dependency.owner, where, "an argument", on_ref, holds)
+        return self._read(dependency.object_id, dependency.owner, where, "an argument", on_ref, argument_pins)
 
     @uninterruptible
-    def keep_holds(self, holds: list[Any], context: TaskContext) -> None:
+    def keep_argument_pins(self, argument_pins: list[Any], context: TaskContext) -> None:
         """Memory of arguments that is used beyond the task counts as handles of their objects."""
-        self.values.parts.devices.settle()
-        for reference, oid, owner in holds:
-            hold = reference()
-            if hold is not None:
+        self.values.parts.devices.synchronize()
+        for reference, oid, owner in argument_pins:
+            view_pin = reference()
+            if view_pin is not None:
                 self._on_ref(context)(oid, owner)
-                hold.object_id = oid
+                view_pin.object_id = oid
 
     # -- results -------------------------------------------------------------------------------------------------
 
-    def reply(self, holder: list[Any], call: Call, push: m.Push, owner: bytes, definition: Definition) -> Any:
+    def reply(self, holder: list[Any], call: Call, push: messages.Push, owner: bytes, callee: LoadedCallee) -> Any:
         """Make the reply of a call that returned; `holder` has the only reference to the value.
 
         As soon as something of it is stored or handed on, the call settles: no interrupt may come between.
         """
-        if definition.num_returns == 1 or definition.num_returns == m.STREAMING:
+        if callee.num_returns == 1 or callee.num_returns == messages.STREAMING:
             data = dumps_plain(holder[0])
             if data is not None and len(data) <= INLINE_BYTES:
-                return m.Reply(push.sequence, INLINE, data)
-            return self._write_one(holder, self.pickled(holder[0], definition.name), call, push, owner)
-        holders = _several(holder.pop(), definition)
+                return messages.Reply(push.sequence, INLINE, data)
+            return self._write_one(holder, self.pickled(holder[0], callee.name), call, push, owner)
+        holders = _several(holder.pop(), callee)
         # All are pickled before one is stored: what cannot be pickled then leaves nothing behind.
-        pickled = [self.pickled(each[0], definition.name) for each in holders]
+        pickled = [self.pickled(each[0], callee.name) for each in holders]
         return self._write_all(holders, pickled, call, push, owner)
 
     @uninterruptible
-    def _write_one(self, holder: list[Any], value: Serialized, call: Call, push: m.Push, owner: bytes) -> m.Reply:
+    def _write_one(
+        self, holder: list[Any], value: Serialized, call: Call, push: messages.Push, owner: bytes
+    ) -> messages.Reply:
         result = self.written(holder, value, push.task_id, 0, owner)
-        call.state = SETTLING
-        return m.Reply(push.sequence, result.kind, result.data, result.location, result.contained)
+        call.state = REPLYING
+        return messages.Reply(push.sequence, result.kind, result.data, result.location, result.contained)
 
     @uninterruptible
     def _write_all(
-        self, holders: list[list[Any]], values: list[Serialized], call: Call, push: m.Push, owner: bytes
-    ) -> m.ReplyMany:
-        results: list[m.Result] = []
+        self, holders: list[list[Any]], values: list[Serialized], call: Call, push: messages.Push, owner: bytes
+    ) -> messages.ReplyMany:
+        results: list[messages.Result] = []
         try:
             for index, holder in enumerate(holders):
                 results.append(self.written(holder, values[index], push.task_id, index, owner))
         except BaseException:
             self._unsent(results, push, owner)
             raise
-        call.state = SETTLING
-        return m.ReplyMany(push.sequence, results)
+        call.state = REPLYING
+        return messages.ReplyMany(push.sequence, results)
 
     @staticmethod
     def pickled(value: Any, name: str) -> Serialized:
@@ -186,21 +190,23 @@ class Outcomes:
         data = dumps_plain(value)
         return serialize(value, f"the result of {name}()") if data is None else Serialized(data, [], [])
 
-    def written(self, holder: list[Any], serialized: Serialized, task_id: bytes, index: int, owner: bytes) -> m.Result:
+    def written(
+        self, holder: list[Any], serialized: Serialized, task_id: bytes, index: int, owner: bytes
+    ) -> messages.Result:
         """Make the result out of a pickled value, to which `holder` has the only reference; large ones are stored."""
         location = None
         if not serialized.fits(INLINE_BYTES):
             # The refs inside are still held by the value: it is not in a frame of ours, but in the pickle's own list.
-            held = self._hold(serialized.refs)
+            pinned = self._pin_all(serialized.refs)
             try:
                 location = self.values.parts.write(object_id(task_id, index), owner, serialized, holder)
             finally:
                 contained = self._hand_on(serialized.refs, owner) if location is not None else None
-                self._let_go(held)
-            return m.Result(LOCATED, b"", location, contained)
-        return m.Result(INLINE, serialized.pack(), None, self._hand_on(serialized.refs, owner))
+                self._let_go(pinned)
+            return messages.Result(LOCATED, b"", location, contained)
+        return messages.Result(INLINE, serialized.pack(), None, self._hand_on(serialized.refs, owner))
 
-    def _hold(self, refs: list[bytes]) -> list[bytes]:
+    def _pin_all(self, refs: list[bytes]) -> list[bytes]:
         """Pin refs while the value that has them is on its way into the store."""
         for ref in refs:
             self.process.locked(self.process.table.pin, ref)
@@ -210,45 +216,47 @@ class Outcomes:
         for ref in refs:
             self.process.locked(self.process.table.unpin, ref)
 
-    def _hand_on(self, refs: list[bytes], owner: bytes) -> m.Contained | None:
+    def _hand_on(self, refs: list[bytes], owner: bytes) -> messages.Contained | None:
         """Hold the refs inside a result until its receiver holds them itself."""
         if not refs:
             return None
         token = self._next_token()
-        return m.Contained(token, self.process.locked(self.process.table.hand_on, owner, token, refs))
+        return messages.Contained(token, self.process.locked(self.process.table.hand_on, owner, token, refs))
 
-    def discard(self, reply: Any, push: m.Push, owner: bytes) -> None:
+    def discard(self, reply: Any, push: messages.Push, owner: bytes) -> None:
         """A reply will not be sent, since another takes its place."""
-        self._unsent(reply.results if type(reply) is m.ReplyMany else [reply], push, owner)
+        self._unsent(reply.results if type(reply) is messages.ReplyMany else [reply], push, owner)
 
-    def _unsent(self, results: Sequence[m.Result | m.Reply], push: m.Push, owner: bytes) -> None:
+    def _unsent(self, results: Sequence[messages.Result | messages.Reply], push: messages.Push, owner: bytes) -> None:
         """These were made in vain: nobody will say `Took` for what is in them, and nobody learns where they are stored."""
         for result in results:
             if result.contained is not None:
                 self.process.locked(self.process.table.on_took, owner, result.contained.token)
         stored = [object_id(push.task_id, index) for index, result in enumerate(results) if result.location is not None]
         if stored:
-            self.process.locked(self.process.daemon.send, m.Free(stored))
+            self.process.locked(self.process.daemon.send, messages.Free(stored))
 
     def failure(
-        self, sequence: int, definition: Definition, error: BaseException, in_user_code: bool, receiver: bytes
+        self, sequence: int, callee: LoadedCallee, error: BaseException, in_user_code: bool, receiver: bytes
     ) -> Any:
         """Make the reply of a task that raised; an error of the runtime's own goes on as it is."""
         if isinstance(error, PartsLostError) and not in_user_code:
-            return m.Reply(sequence, m.ARGUMENT_LOST, b"")
+            return messages.Reply(sequence, messages.ARGUMENT_LOST, b"")
         wrapped: BaseException = error
         if in_user_code or not isinstance(error, AfieldError):
-            wrapped = _wrap(TaskError, definition.name, error)
+            wrapped = _wrap(TaskError, callee.name, error)
         try:
             serialized = serialize(wrapped, "the error", stored=False)
         except Exception:
-            plain = TaskError(definition.name, None, type(error).__name__, describe(error))
+            plain = TaskError(callee.name, None, type(error).__name__, describe(error))
             serialized = serialize(plain, "the error", stored=False)
         data, refs = serialized.pack(), serialized.refs
-        if definition.num_returns in (1, m.STREAMING):
-            return m.Reply(sequence, FAILED, data, None, self._hand_on(refs, receiver))
-        results = [m.Result(FAILED, data, None, self._hand_on(refs, receiver)) for _ in range(definition.num_returns)]
-        return m.ReplyMany(sequence, results)
+        if callee.num_returns in (1, messages.STREAMING):
+            return messages.Reply(sequence, FAILED, data, None, self._hand_on(refs, receiver))
+        results = [
+            messages.Result(FAILED, data, None, self._hand_on(refs, receiver)) for _ in range(callee.num_returns)
+        ]
+        return messages.ReplyMany(sequence, results)
 
     def constructor_failure(self, class_name: str, error: BaseException) -> bytes:
         """Serialise what an actor's constructor raised."""

@@ -32,14 +32,14 @@ class WorkerStream(io.TextIOWrapper):
         self._fd = fd
         self._speaker = speaker
         #: Beginnings of lines: thread -> who began it, text.
-        self.held: dict[int, tuple[tuple[str, bytes], str]] = {}
+        self.unfinished: dict[int, tuple[tuple[str, bytes], str]] = {}
         self._lock = threading.RLock()
         os.register_at_fork(after_in_child=self._forget)
 
     def _forget(self) -> None:
         """A copy of this process has none of its threads, and must not repeat what they have written."""
         self._lock = threading.RLock()
-        self.held.clear()
+        self.unfinished.clear()
 
     def write(self, text: str) -> int:
         """Write whole lines at once; what ends in the middle of a line waits for its end, or for `flush`."""
@@ -51,27 +51,27 @@ class WorkerStream(io.TextIOWrapper):
         speaker = self._speaker()
         thread = threading.get_ident()
         with self._lock:
-            held = self.held.pop(thread, None)
-            if held is not None:
-                if held[0] == speaker:
-                    text = held[1] + text
+            begun = self.unfinished.pop(thread, None)
+            if begun is not None:
+                if begun[0] == speaker:
+                    text = begun[1] + text
                 else:
-                    self._put_out(thread, *held)
+                    self._put_out(thread, *begun)
             end = text.rfind("\n") + 1 if len(text) < MAX_RECORD_BYTES else len(text)
             if end:
                 self._put_out(thread, speaker, text[:end])
             if end < len(text):
-                self.held[thread] = speaker, text[end:]
+                self.unfinished[thread] = speaker, text[end:]
         return count
 
     def flush(self) -> None:
         """Write also the beginnings of lines."""
-        if not self.held:
+        if not self.unfinished:
             return
         with self._lock:
-            while self.held:
-                thread, held = self.held.popitem()
-                self._put_out(thread, *held)
+            while self.unfinished:
+                thread, begun = self.unfinished.popitem()
+                self._put_out(thread, *begun)
 
     def _put_out(self, thread: int, speaker: tuple[str, bytes], text: str) -> None:
         for record in records(speaker[0], thread, speaker[1], text):

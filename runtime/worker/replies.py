@@ -19,7 +19,7 @@ from afield.transport.channel import Channel
 from afield.transport.pump import uninterruptible
 
 #: Replies are held back no longer than this while further tasks run.
-MAX_HOLD_S = 0.0005
+MAX_REPLY_DELAY_S = 0.0005
 
 
 class Replies:
@@ -32,7 +32,7 @@ class Replies:
         self.waiting: deque[tuple[Channel, Any]] = deque()
         self.last_flush = 0.0
         process.subscribe(TICK, self.queue)
-        process.subscribe(OBLIGATION_MET, self._send_settled)
+        process.subscribe(OBLIGATION_MET, self._send_met)
 
     def wait_for_registration(self, obligation: Obligation, channel: Channel, reply: Any) -> bool:
         """Tell whether a reply has to wait for registrations; then it leaves by itself after the last one."""
@@ -49,7 +49,7 @@ class Replies:
             channel, reply = waiting.popleft()
             channel.send(reply)
 
-    def _send_settled(self, token: Any) -> None:
+    def _send_met(self, token: Any) -> None:
         channel, reply = token
         self.queue()
         channel.send(reply)

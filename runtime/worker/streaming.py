@@ -16,9 +16,9 @@ from contextlib import suppress
 from typing import Any
 
 from afield.runtime.process.serialization import Serialized
-from afield.runtime.wire import messages as m
-from afield.runtime.worker.outcomes import Definition, Outcomes
-from afield.runtime.worker.replies import MAX_HOLD_S, Replies
+from afield.runtime.wire import messages
+from afield.runtime.worker.outcomes import LoadedCallee, Outcomes
+from afield.runtime.worker.replies import MAX_REPLY_DELAY_S, Replies
 from afield.transport.channel import Channel
 from afield.transport.pump import Waiter, uninterruptible
 
@@ -34,7 +34,7 @@ class Stream:
         replies: where they go.
         channel: who gets them.
         push: what the call was asked for with.
-        definition: its function.
+        callee: its function.
         at_once: each item leaves at once: calls run beside this one, and nobody looks for what has gathered.
     """
 
@@ -42,7 +42,7 @@ class Stream:
         "at_once",
         "channel",
         "consumed",
-        "definition",
+        "callee",
         "notify",
         "outcomes",
         "replies",
@@ -56,8 +56,8 @@ class Stream:
         outcomes: Outcomes,
         replies: Replies,
         channel: Channel,
-        push: m.Push,
-        definition: Definition,
+        push: messages.Push,
+        callee: LoadedCallee,
         at_once: bool,
     ) -> None:
         self.outcomes = outcomes
@@ -65,7 +65,7 @@ class Stream:
         self.channel = channel
         self.sequence = push.sequence
         self.task_id = push.task_id
-        self.definition = definition
+        self.callee = callee
         self.at_once = at_once
         self.sent = 0
         self.consumed = 0
@@ -104,8 +104,8 @@ class Stream:
 
     def _send(self, holder: list[Any]) -> None:
         """Send the item in `holder`, which is emptied; the first of a burst leaves at once."""
-        self._queue(holder, self.outcomes.pickled(holder[0], self.definition.name))
-        if self.at_once or time.monotonic() - self.replies.last_flush > MAX_HOLD_S:
+        self._queue(holder, self.outcomes.pickled(holder[0], self.callee.name))
+        if self.at_once or time.monotonic() - self.replies.last_flush > MAX_REPLY_DELAY_S:
             self.replies.flush()
         else:
             self.replies.process.pump.wake_standby()
@@ -115,12 +115,12 @@ class Stream:
         index = self.sent
         result = self.outcomes.written(holder, value, self.task_id, index, self.channel.peer_id)
         holder.clear()
-        item = m.Item(self.sequence, index, result.kind, result.data, result.location, result.contained)
+        item = messages.Item(self.sequence, index, result.kind, result.data, result.location, result.contained)
         self.replies.waiting.append((self.channel, item))
         self.sent = index + 1
 
     def _too_far_ahead(self) -> bool:
-        allowed = self.definition.backpressure
+        allowed = self.callee.backpressure
         return bool(allowed) and self.consumed <= self.sent - allowed and not self.channel.closed
 
     def _wait(self) -> None:

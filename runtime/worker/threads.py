@@ -26,7 +26,7 @@ class Threads:
 
     def start(self, call: Invocation) -> None:
         """Hand the call to its group's pool."""
-        self._pools.get(call.definition.group, self._pools[""]).submit(self._run, call)
+        self._pools.get(call.callee.group, self._pools[""]).submit(self._run, call)
 
     def _run(self, call: Invocation) -> None:
         host = self._host

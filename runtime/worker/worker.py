@@ -20,7 +20,7 @@ from afield.runtime.process.facts import Facts, install
 from afield.runtime.process.stacks import RunningCall, answer_activity
 from afield.runtime.tools.memory import answer_questions
 from afield.runtime.values import accelerators
-from afield.runtime.wire import messages as m
+from afield.runtime.wire import messages
 from afield.runtime.worker.executor import Executor
 from afield.runtime.worker.output import WorkerStream
 from afield.transport.channel import Channel
@@ -44,7 +44,7 @@ def run_worker(config: ForkServerConfig, worker_id: bytes, variables: dict[str, 
     process.requests.answer("stack", activity)
     session, node_id, namespace = config.session.name, config.node_id.hex(), config.namespace
     install(Facts(session, node_id, namespace, environment, lambda: executor.assignment, executor.own_actor))
-    participant.process.register(m.Retire, lambda channel, message: _retire(executor, channel))
+    participant.process.register(messages.Retire, lambda channel, message: _retire(executor, channel))
 
     def speaker() -> tuple[str, bytes]:
         task = running()
@@ -53,7 +53,7 @@ def run_worker(config: ForkServerConfig, worker_id: bytes, variables: dict[str, 
     out, err = WorkerStream(1, speaker), WorkerStream(2, speaker)
 
     def flush(now: float) -> None:
-        if out.held or err.held:
+        if out.unfinished or err.unfinished:
             out.flush()
             err.flush()
 
@@ -84,6 +84,6 @@ def _calls(executor: Executor) -> tuple[list[RunningCall], int]:
 def _retire(executor: Executor, channel: Channel) -> None:
     """End this idle worker, unless somebody depends on it: no record of an object means that it holds and owes nothing."""
     if executor.process.table.entries or executor.work.queue:
-        channel.send(m.Retire())
+        channel.send(messages.Retire())
     else:
         os._exit(0)

@@ -18,7 +18,7 @@ import re
 from collections import Counter
 from typing import Any
 
-from afield.runtime.wire import messages as m
+from afield.runtime.wire import messages
 from tests.sim.participant import Participant
 from tests.sim.values import InvariantError, owner_of, show_id
 from tests.sim.world import World
@@ -45,7 +45,7 @@ def stories(world: World) -> list[str]:
     return lines
 
 
-def _inside(reply: m.ReplyMany) -> list[bytes]:
+def _inside(reply: messages.ReplyMany) -> list[bytes]:
     return [
         object_id for result in reply.results if result.contained is not None for object_id, _ in result.contained.refs
     ]
@@ -65,7 +65,7 @@ def reachable(world: World) -> set[bytes]:
             if execution.reply is not None and execution.submitter in world.processes:
                 stack += _inside(execution.reply)
     for (source, _), message in world.network.messages():
-        if isinstance(message, m.ReplyMany) and source in world.processes:
+        if isinstance(message, messages.ReplyMany) and source in world.processes:
             stack += _inside(message)
     found: set[bytes] = set()
     while stack:
@@ -161,7 +161,7 @@ def after_all(world: World) -> None:
             "lineage_knows": table.lineage_knows,
             "records": process.lineage._records,
             "records by age": process.lineage._by_age,
-            "lineage holds": process.lineage.held,
+            "lineage holds": process.lineage.inputs,
             "kept for lineage": process.lineage._kept,
             "remains": process.lineage._remains,
             "early losses": process.lineage._early,

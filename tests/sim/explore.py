@@ -330,8 +330,8 @@ def _lineage(process: Participant) -> Any:
     lineage = process.lineage
     records = []
     for output, record in sorted(lineage._records.items()):
-        records.append((output, record.number, sorted(record.outputs), record.holds, record.left, record.running))
-    kept = (sorted(lineage.held.items()), sorted(lineage._kept.items()), sorted(lineage._remains))
+        records.append((output, record.number, sorted(record.outputs), record.inputs, record.left, record.running))
+    kept = (sorted(lineage.inputs.items()), sorted(lineage._kept.items()), sorted(lineage._remains))
     return (records, kept, sorted(lineage._early), sorted(process.again))
 
 

@@ -19,14 +19,14 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
-from afield.runtime.wire import messages as m
+from afield.runtime.wire import messages
 
 Pair = tuple[bytes, bytes]
 
 #: A late copy of these is harmless.
-RESENDABLE = (m.Added, m.Took, m.Subscribe, m.Value)
+RESENDABLE = (messages.Added, messages.Took, messages.Subscribe, messages.Value)
 #: A copy of these is harmless only directly behind the original.
-REPEATABLE = (m.Add, m.Release)
+REPEATABLE = (messages.Add, messages.Release)
 
 
 class Network:

@@ -32,7 +32,7 @@ from afield.runtime.cores.objects import (
     Send,
     Settled,
 )
-from afield.runtime.wire import messages as m
+from afield.runtime.wire import messages
 from tests.sim.values import (
     NODE,
     InvariantError,
@@ -70,7 +70,7 @@ class Task:
     function: int
     outputs: list[bytes]
     arguments: bytes
-    location: m.Location | None
+    location: messages.Location | None
     dependencies: list[bytes]
     pinned: list[bytes]
     left: int = 0  # how often it may run again after a loss
@@ -109,12 +109,12 @@ class Execution:
     """A task that runs: refs that came with it, refs still to be unpickled, and the stored values that it reads in place."""
 
     submitter: bytes
-    push: m.Push
+    push: messages.Push
     obligation: Obligation = field(default_factory=Obligation)
     todo: list[Ref] = field(default_factory=list)
     refs: list[bytes] = field(default_factory=list)
     views: list[bytes] = field(default_factory=list)
-    reply: m.ReplyMany | None = None
+    reply: messages.ReplyMany | None = None
 
 
 class Participant:
@@ -131,7 +131,7 @@ class Participant:
         self.gets: list[Get] = []
         self.waiting: list[Task] = []  # for their arguments
         self.inflight: dict[int, Task] = {}
-        self.queue: list[tuple[bytes, m.Push]] = []
+        self.queue: list[tuple[bytes, messages.Push]] = []
         self.executions: list[Execution] = []
         self.unsettled: list[Execution] = []  # their replies wait for registrations
         self.handed_on: dict[tuple[bytes, int], list[bytes]] = {}  # until `Took`
@@ -189,26 +189,26 @@ class Participant:
             self.world.note(self.name, f"<- {source.decode()}: {show(message)}")
         table = self.table
         match message:
-            case m.Add():
+            case messages.Add():
                 table.on_add(source, message)
-            case m.Added():
+            case messages.Added():
                 table.on_added(message)
-            case m.Release():
+            case messages.Release():
                 table.on_release(source, message.object_id)
-            case m.Subscribe():
+            case messages.Subscribe():
                 table.on_subscribe(source, message.object_id)
-            case m.Value():
+            case messages.Value():
                 table.on_value(message)
-            case m.Took():
+            case messages.Took():
                 self.handed_on.pop((source, message.sequence), None)
                 table.on_took(source, message.sequence)
-            case m.Push():
+            case messages.Push():
                 self.queue.append((source, message))
-            case m.ReplyMany():
+            case messages.ReplyMany():
                 self._on_reply(source, message)
-            case m.Reply():
+            case messages.Reply():
                 self._on_argument_lost(message)
-            case m.Lost():
+            case messages.Lost():
                 table.on_lost(message)
             case _:
                 raise InvariantError(f"unknown message {message!r}")
@@ -302,15 +302,15 @@ class Participant:
         self._sequence += 1
         self.inflight[self._sequence] = task
         dependencies = [self._dependency(object_id) for object_id in task.dependencies]
-        push = m.Push(self._sequence, task.task_id, task.function, task.arguments, task.location, dependencies)
+        push = messages.Push(self._sequence, task.task_id, task.function, task.arguments, task.location, dependencies)
         self.world.send(self.name, task.target, push)
 
-    def _dependency(self, object_id: bytes) -> m.Dependency:
+    def _dependency(self, object_id: bytes) -> messages.Dependency:
         entry = self.table.entries[object_id]
         owner = entry.owner or self.name
         if entry.state == LOCATED:
-            return m.Dependency(object_id, owner, LOCATED, b"", entry.value)
-        return m.Dependency(object_id, owner, entry.state, entry.value)
+            return messages.Dependency(object_id, owner, LOCATED, b"", entry.value)
+        return messages.Dependency(object_id, owner, entry.state, entry.value)
 
     def _fail(self, task: Task, error: bytes) -> None:
         for object_id in task.outputs:
@@ -330,7 +330,7 @@ class Participant:
         for object_id in pinned:
             self.table.unpin(object_id)
 
-    def _on_reply(self, source: bytes, message: m.ReplyMany) -> None:
+    def _on_reply(self, source: bytes, message: messages.ReplyMany) -> None:
         task = self.inflight.pop(message.sequence, None)
         if task is None:
             return
@@ -362,11 +362,11 @@ class Participant:
         self.lineage.started(record)
         self.again[task.task_id] = record
         self.recomputed += 1
-        task.pinned = list(record.holds)
+        task.pinned = list(record.inputs)
         task.rounds = 0
         self._wait(task)
 
-    def _on_argument_lost(self, message: m.Reply) -> None:
+    def _on_argument_lost(self, message: messages.Reply) -> None:
         task = self.inflight.pop(message.sequence, None)
         if task is None:
             return
@@ -400,10 +400,10 @@ class Participant:
         try:
             return self._begin(submitter, push)
         except LostError:
-            self.world.send(self.name, submitter, m.Reply(push.sequence, m.ARGUMENT_LOST, b""))
+            self.world.send(self.name, submitter, messages.Reply(push.sequence, messages.ARGUMENT_LOST, b""))
             return None
 
-    def _begin(self, submitter: bytes, push: m.Push) -> Execution:
+    def _begin(self, submitter: bytes, push: messages.Push) -> Execution:
         world = self.world
         excused = submitter not in world.processes
         execution = Execution(submitter, push)
@@ -447,7 +447,7 @@ class Participant:
         results = []
         for index, (kind, object_ids) in enumerate(outcomes):
             results.append(self._encode(execution, index, kind, list(object_ids)))
-        execution.reply = m.ReplyMany(execution.push.sequence, results)
+        execution.reply = messages.ReplyMany(execution.push.sequence, results)
         self.handles += keep
         for object_id in keep:
             execution.refs.remove(object_id)
@@ -460,19 +460,19 @@ class Participant:
             self.world.send(self.name, execution.submitter, execution.reply)
         self.run_effects()
 
-    def _encode(self, execution: Execution, index: int, kind: int, object_ids: list[bytes]) -> m.Result:
+    def _encode(self, execution: Execution, index: int, kind: int, object_ids: list[bytes]) -> messages.Result:
         if kind == FAILED:
-            return m.Result(FAILED, TASK_FAILED)
+            return messages.Result(FAILED, TASK_FAILED)
         contained = None
         if object_ids:
             self._token += 1
             refs = self.table.hand_on(execution.submitter, self._token, object_ids)
-            contained = m.Contained(self._token, refs)
+            contained = messages.Contained(self._token, refs)
             self.handed_on[execution.submitter, self._token] = object_ids
         if kind == INLINE:
-            return m.Result(INLINE, encode(object_ids), None, contained)
+            return messages.Result(INLINE, encode(object_ids), None, contained)
         output = self.outputs_of(execution)[index]
-        return m.Result(LOCATED, b"", self.world.write(output, object_ids), contained)
+        return messages.Result(LOCATED, b"", self.world.write(output, object_ids), contained)
 
     # -- the program ---------------------------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ from afield.errors import InternalError
 from afield.runtime.cores.lineage import RECORD_BYTES, Lineage
 from afield.runtime.cores.objects import FAILED, INLINE, LOCATED
 from afield.runtime.cores.ownership import OwnershipTable
-from afield.runtime.wire import messages as m
+from afield.runtime.wire import messages
 from tests.sim import checkers
 from tests.sim.network import REPEATABLE, RESENDABLE, Network, Pair
 from tests.sim.participant import Execution, Get, Outcome, Participant, Task
@@ -267,7 +267,7 @@ class Simulation:
         if process is None or message is None:
             return None
         process.deliver(source, message)
-        if isinstance(message, m.Push):
+        if isinstance(message, messages.Push):
             self.after(self.delay(), self._begin, process)
         return process
 

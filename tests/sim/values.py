@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from afield.runtime.wire import messages as m
+from afield.runtime.wire import messages
 
 Ref = tuple[bytes, bytes]
 #: Who tells owners of losses. It is not one of the processes and never dies.
@@ -50,17 +50,17 @@ def decode(data: bytes) -> list[Ref]:
     return [(object_id, owner_of(object_id)) for object_id in msgspec.msgpack.decode(data, type=list[bytes])]
 
 
-def place_of(object_id: bytes, version: int) -> m.Location:
+def place_of(object_id: bytes, version: int) -> messages.Location:
     """Return where the value of an object lies that was stored at the `version`th time."""
-    return m.Location([m.Part(0, int.from_bytes(object_id, "big"), len(object_id), serial=version)])
+    return messages.Location([messages.Part(0, int.from_bytes(object_id, "big"), len(object_id), serial=version)])
 
 
-def object_at(location: m.Location) -> bytes:
+def object_at(location: messages.Location) -> bytes:
     """Return which object lies there."""
     return location.parts[0].offset.to_bytes(location.size, "big")
 
 
-def version_at(location: m.Location) -> int:
+def version_at(location: messages.Location) -> int:
     """Return which of its values it is."""
     return location.parts[0].serial
 

@@ -9,7 +9,7 @@ from typing import Any
 from afield.runtime.cores.lineage import Lineage
 from afield.runtime.cores.objects import FAILED, LOCATED
 from afield.runtime.cores.ownership import OwnershipTable
-from afield.runtime.wire import messages as m
+from afield.runtime.wire import messages
 from tests.sim.network import Network
 from tests.sim.participant import Get, Participant, Task
 from tests.sim.values import (
@@ -108,7 +108,7 @@ class World:
         elif self.log is not None:
             self.note(source, f"  -> {target.decode()} (dead): {show(message)}")
 
-    def write(self, object_id: bytes, object_ids: Sequence[bytes]) -> m.Location:
+    def write(self, object_id: bytes, object_ids: Sequence[bytes]) -> messages.Location:
         """Store a value."""
         if object_id in self.early_frees:
             raise InvariantError(f"{show_id(object_id)} is stored after its last free, which would undo that")
@@ -116,7 +116,7 @@ class World:
         versions.append(Stored([(inner, owner_of(inner)) for inner in object_ids]))
         return place_of(object_id, len(versions))
 
-    def read(self, location: m.Location, *, excused: bool = False) -> list[Ref]:
+    def read(self, location: messages.Location, *, excused: bool = False) -> list[Ref]:
         """Return the refs in a stored value, which must still be there.
 
         Raises:
@@ -144,7 +144,7 @@ class World:
             stored.lost = True
         if self.log is not None:
             self.note(NODE, f"loses {show_id(object_id)}")
-        self.send(NODE, owner_of(object_id), m.Lost([object_id], "lost"))
+        self.send(NODE, owner_of(object_id), messages.Lost([object_id], "lost"))
 
     def free(self, object_id: bytes) -> None:
         """Execute `FreeStored`."""
