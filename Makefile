@@ -68,7 +68,7 @@ test-latest: ## run the tests marked contract with the newest versions that pypr
 	@newer=$$($(LATEST)/bin/python -m pip freeze --exclude-editable | tr _ - \
 		| grep -vixF "$$(sed 's/ *[;#].*//; /^$$/d' constraints.txt)"); \
 		echo "versions that constraints.txt does not have:" $${newer:-none}
-	$(LATEST)/bin/python -m pytest -m contract $$(grep -l 'mark\.contract' tests/*.py) $(ARGS)
+	$(LATEST)/bin/python -m pytest $(SPREAD) -m contract $$(grep -l 'mark\.contract' tests/*.py) $(ARGS)
 
 lint: $(STAMP) ## check style and types
 	$(BIN)/python -m ruff check .

@@ -9,7 +9,8 @@ from __future__ import annotations
 import linecache
 import socket
 
-import afield.runtime.face.api  # noqa: F401 - see above
+import afield.runtime.face.api
+import afield.runtime.face.lifecycle  # noqa: F401 - see above, and for what a copy of a worker is told by os.fork
 from afield.runtime.node.daemon import NodeDaemon
 from afield.runtime.process.configuration import ForkServerConfig
 from afield.runtime.session.forkserver import Roles, serve

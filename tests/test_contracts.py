@@ -34,7 +34,7 @@ from rich.text import Text
 
 import afield
 from afield.gpu_store.client import View
-from afield.runtime.environment import Environment
+from afield.runtime.process.environment import Environment
 from afield.runtime.wire import messages
 from tests.helpers import HANG_S
 
@@ -121,7 +121,7 @@ def test_a_traceback_has_the_line_and_the_file(shared_runtime: None) -> None:
 
 @pytest.mark.contract("cloudpickle")
 def test_a_pickler_can_be_derived_from() -> None:
-    """`_Pickler` of `runtime/serialization.py`, and joblib's: an override comes first, and may pass on."""
+    """`_Pickler` of `runtime/process/serialization.py`, and joblib's: an override comes first, and may pass on."""
 
     class Special:
         pass
