@@ -64,7 +64,7 @@ def test_status(place: str, capsys: Any, no_runtime: None) -> None:
     afield.init(num_cpus=2, resources={"licence": 3}, host_memory="64MiB")
     ref = afield.put(b"x" * (1 << 20))
     afield.available_resources()  # a put is announced with whatever is sent next
-    poll(lambda: len(api.query("processes")) == 3)  # the workers that are forked before anybody asks
+    assert poll(lambda: len(api.query("processes")) == 3)  # the workers come one by one
     status, out, error = run(capsys, "status", "--json")
     assert status == 0, error
     (facts,) = json.loads(out)
