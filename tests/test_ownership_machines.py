@@ -85,9 +85,12 @@ class Process:
         self.running: list[Running] = []
         self.submitted: dict[int, Submitted] = {}
         self.waits: list[list[bool]] = []
+        self.seen: list[bytes] = []  # waited for, and there: the handles of those who waited go
 
     def execute(self) -> None:
-        """Execute the table's effects."""
+        """Let go of what was waited for, and execute the table's effects."""
+        while self.seen:
+            self.table.drop(self.seen.pop())
         while self.table.effects:
             for effect in effects_of(self.table):
                 if isinstance(effect, Send):
@@ -170,13 +173,19 @@ class Process:
         if entry.state == PENDING:
             wait = [False]
             self.waits.append(wait)
-            self.table.when_done(oid, lambda: wait.__setitem__(0, True))
+            entry.handles += 1  # whoever waits has a ref until he has seen the value
+            self.table.when_done(oid, lambda: self.saw(wait, oid))
         elif entry.state == LOCATED:
             entry.handles += 1
             self.views[oid] += 1
             for inner in self.world.contents[oid] or ():
                 self.table.receive(inner, self.world.owners[inner], Obligation(container=oid))
                 self.handles[inner] += 1
+
+    def saw(self, wait: list[bool], oid: bytes) -> None:
+        """What was waited for is there."""
+        wait[0] = True
+        self.seen.append(oid)
 
     def drop(self, held: Counter[bytes], oid: bytes) -> None:
         """Let go of a handle or of a view."""

@@ -104,7 +104,7 @@ def test_a_script(script: Path) -> None:
 def test_a_script_with_all_frames(script: Path) -> None:
     script.write_text(SCRIPT + "afield.get(task.remote(1))\n")
     output = run(str(script), AFIELD_FULL_TRACEBACKS="1")
-    for file in ("worker/executor.py", "face/api.py", "values/values.py"):
+    for file in ("worker/invocation.py", "face/api.py", "values/values.py"):
         assert f'afield/runtime/{file}", line ' in output
 
 
