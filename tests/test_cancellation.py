@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import os
 import random
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,8 @@ def appeared(path: Path) -> None:
 
 def sleep_marking(path: str) -> None:
     """Sleep for long; leave a file at the start, and another if the sleep was interrupted."""
-    Path(path).touch()
     try:
+        Path(path).touch()  # whoever cancels when he sees it must find us in here
         time.sleep(LONG_S)
     except BaseException as error:
         Path(path + "." + type(error).__name__).touch()
@@ -315,6 +316,31 @@ def test_it_is_interrupted_once(tmp_path: Path) -> None:
     afield.cancel(ref)
     cancelled(ref)
     assert (tmp_path / "body.clean").exists()
+
+
+def test_a_signal_that_cuts_nothing_short_is_sent_again(tmp_path: Path) -> None:
+    """One that comes just before a system call is seen after it. Here the first one is not sent at all."""
+
+    @afield.remote
+    def body(path: str) -> None:
+        send = signal.pthread_kill
+
+        def send_later(thread: int, number: int) -> None:
+            signal.pthread_kill = send
+            Path(path + ".unsent").touch()
+
+        signal.pthread_kill = send_later
+        try:
+            sleep_marking(path)
+        finally:
+            signal.pthread_kill = send
+
+    path = tmp_path / "body"
+    ref = body.remote(str(path))
+    appeared(path)
+    afield.cancel(ref)
+    cancelled(ref)
+    assert Path(f"{path}.unsent").exists() and Path(f"{path}.KeyboardInterrupt").exists()
 
 
 def test_a_generator(tmp_path: Path) -> None:

@@ -124,6 +124,7 @@ class Pump:
         #: Called if the standby thread ends by an exception.
         self.on_crash: Callable[[BaseException], None] = lambda error: None
         self._reminding = False
+        self._has_reminder = False
         #: Whether what is held back is still to be raised; True uses the interrupt up. A worker interrupts one call once.
         self.take_interrupt: Callable[[], bool] = lambda: True
         #: True while the standby thread blocks in the loop, so that state left for it needs a kick.
@@ -279,18 +280,28 @@ class Pump:
             self.interrupted = True
             self.loop.kick()  # the transition may wait for an answer: then it is over now
             # Not every transition's caller looks, and `__del__` has no caller that could.
-            _thread.start_new_thread(self._remind, ())
+            if not self._has_reminder:
+                self._has_reminder = True
+                _thread.start_new_thread(self._remind, ())
         else:
             self.interrupted = False
             if self.take_interrupt():
                 raise KeyboardInterrupt
 
     def _remind(self) -> None:
-        """Interrupt the main thread again if it has not raised by itself."""
-        time.sleep(REMIND_S)
-        if self.interrupted:
-            self._reminding = True
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        """Interrupt the main thread again until it has raised: a signal just before a system call does not cut that short."""
+        while self._has_reminder:
+            time.sleep(REMIND_S)
+            if self._is_held_back():
+                self._reminding = True
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            else:
+                self._has_reminder = False
+                if self._is_held_back():  # one came meanwhile, and counts on us
+                    self._has_reminder = True
+
+    def _is_held_back(self) -> bool:
+        return self.interrupted
 
     @contextlib.contextmanager
     def driven_elsewhere(self) -> Iterator[None]:

@@ -292,7 +292,7 @@ class Work(Generic[C]):
         return call, INTERRUPT
 
     def may_interrupt(self) -> bool:
-        """Tell whether the main thread is to be interrupted where it is. Asked by that thread alone."""
+        """Tell whether the main thread is to be interrupted where it is; the answer lasts only in that thread itself."""
         call = self.current
         return call is not None and call is self.due and call.state in INTERRUPTIBLE
 

@@ -9,7 +9,8 @@ When a task blocks in `get`, the tasks behind it are handed back to their owner 
 them), and the daemon is told that the worker's CPUs are free.
 
 A cancelled task is interrupted by SIGINT, which whoever handles the message sends to the main thread; the handler asks the
-core whether the call that the interrupt is for still runs.
+core whether the call that the interrupt is for still runs. A signal that comes between the main thread's last look for signals
+and a system call does not cut that short, so it is sent again, less and less often, until the handler has run.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from afield.runtime.calls.participant import Participant
 from afield.runtime.cores.work import ANSWER, INTERRUPT, NOTHING
 from afield.runtime.process import current
 from afield.runtime.process.context import TaskContext, enter
-from afield.runtime.process.events import PEER_DISCONNECTED, PROCESS_DIED
+from afield.runtime.process.events import PEER_DISCONNECTED, PROCESS_DIED, TICK
 from afield.runtime.process.facts import OwnActor
 from afield.runtime.process.serialization import deserialize
 from afield.runtime.wire import messages
@@ -35,6 +36,9 @@ from afield.runtime.worker.outcomes import LoadedCallee
 from afield.runtime.worker.replies import MAX_REPLY_DELAY_S
 from afield.transport.channel import Channel
 from afield.transport.pump import Waiter
+
+#: A signal is sent again after the first of these times, then after twice that, and so on up to the second.
+SIGNAL_AGAIN_S, MAX_SIGNAL_AGAIN_S = 0.005, 0.1
 
 
 class Executor:
@@ -54,6 +58,8 @@ class Executor:
         self._actor_spec: messages.BecomeActor | None = None
         self._ending = False
         self._running_name = ""
+        self._signal_due = 0.0  # when the next signal is sent, while an interrupt is due
+        self._signal_again_s = SIGNAL_AGAIN_S
         process.register(messages.Define, self._on_define)
         process.register(messages.Push, self._on_push)
         process.register(messages.Recall, self._on_recall)
@@ -62,6 +68,7 @@ class Executor:
         process.register(messages.Terminate, lambda channel, message: self._finish_and_end())
         process.register(messages.Cancel, self._on_cancel)
         process.register(messages.Consumed, self._on_consumed)
+        process.subscribe(TICK, self._signal_again)
         process.subscribe(PEER_DISCONNECTED, self._forget_peer)
         process.subscribe(PROCESS_DIED, lambda peer, reason: self._forget_peer(peer))  # may come first
         process.cores["work"] = self.work
@@ -175,11 +182,27 @@ class Executor:
         if self._concurrency is not None:
             self._concurrency.interrupt(call)
         elif decision == INTERRUPT:
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            self._signal_again_s = SIGNAL_AGAIN_S
+            self._signal(time.monotonic())
+
+    def _signal(self, now: float) -> None:
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        self._signal_due = now + self._signal_again_s
+        self._signal_again_s = min(2 * self._signal_again_s, MAX_SIGNAL_AGAIN_S)
+
+    def _signal_again(self, now: float) -> float | None:
+        """Send the signal again if the main thread has not seen it; return when to look again."""
+        if not self.work.may_interrupt():
+            return None
+        if now >= self._signal_due:
+            self._signal(now)
+        return self._signal_due
 
     def _on_sigint(self, number: int, frame: FrameType | None) -> None:
         if self.work.may_interrupt():
             self.process.pump.interrupt(frame)
+        else:
+            self.process.pump.interrupted = False  # what was held back is for a call that is over
 
     # -- blocking ------------------------------------------------------------------------------------------------
 
