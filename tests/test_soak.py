@@ -1,4 +1,4 @@
-"""A short soak: random programs beside a NumPy model, without and with faults; `python -m tests.soak` runs long ones."""
+"""A short soak: random programs beside a NumPy model. `python -m tests.soak` runs long ones, with faults too."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from tests.soak.run import soak
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("faults", [False, True], ids=["quiet", "faults"])
-def test_every_value_is_the_one_that_was_stored(no_runtime: None, faults: bool) -> None:
-    outcome = soak(20261129, steps=60 if faults else 200, threads=3, faults=faults)
+def test_every_value_is_the_one_that_was_stored(no_runtime: None) -> None:
+    outcome = soak(20261129, steps=200, threads=3)
     assert not outcome.problems, str(outcome)
-    assert outcome.counts["compared"] > 30, str(outcome)
+    assert outcome.counts["compared"] > 100, str(outcome)

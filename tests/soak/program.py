@@ -171,16 +171,21 @@ class Program:
             taken = self.rng.randint(0, count)
             items = self.rng.choice(self.remotes.items).remote(count, known.ref)
             for index in range(taken):
-                ref = next(items, None)
+                ref = self._next(items)
                 if ref is None:
                     assert self.faulty, "a generator ended before its task"
                     return  # what ended it is the item before
                 self.pool.append(Known(ref, Step(OPERATIONS[index % 3], (known.spec,)), known.depth + 1))
             if taken == count:
-                more = next(items, None)
+                more = self._next(items)
                 if more is not None:
                     value = afield.get(more, timeout=PATIENCE_S)  # raises what has ended the task
                     raise AssertionError(f"a generator yielded more than its task: {value!r}")
+
+    def _next(self, items: Any) -> Any:
+        ready, _ = afield.wait([items], timeout=PATIENCE_S)
+        assert ready, "an item of a generator took too long"
+        return next(items, None)
 
     def use_actor(self) -> None:
         chosen = self._some()
