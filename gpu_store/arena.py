@@ -402,12 +402,12 @@ class DeviceArena:
             raise DeviceUsageError(f"the memory of device {self.slab.device_uuid} cannot be seen by the host: copy it")
         return self._readable[offset : offset + size]
 
-    def retire(self, callback: Callable[[Any], None], hold: Any) -> None:
-        """Call `callback(hold)` as soon as no work that was begun can use stored memory any more; never blocks."""
+    def retire(self, callback: Callable[[Any], None], view_pin: Any) -> None:
+        """Call `callback(view_pin)` as soon as no work that was begun can use stored memory any more; never blocks."""
         if self._current_stream is None:
-            callback(hold)
+            callback(view_pin)
         else:
-            self._retired.append((callback, hold))
+            self._retired.append((callback, view_pin))
 
     def synchronize(self) -> None:
         """Wait for what arrays compute, and then retire what died before; raises what the device raises.
@@ -419,8 +419,8 @@ class DeviceArena:
         count = len(self._retired)
         self.device.synchronize()
         for _ in range(count):
-            callback, hold = self._retired.popleft()
-            callback(hold)
+            callback, view_pin = self._retired.popleft()
+            callback(view_pin)
 
     # ---- the rest ------------------------------------------------------------------------------------------------
 

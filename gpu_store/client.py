@@ -48,7 +48,7 @@ class Writable(Protocol):
 
 
 class ViewPin:
-    """What keeps one mapped part in its place; `on_death(hold)` is called when nothing uses the memory any more.
+    """What keeps one mapped part in its place; `on_death(view_pin)` is called when nothing uses the memory any more.
 
     `object_id` is set once the memory counts as a handle of its object.
     """
@@ -65,9 +65,9 @@ class ViewPin:
 
 
 class View(np.ndarray[Any, np.dtype[np.uint8]]):
-    """Exports the memory of one part; the hold ends with the last view."""
+    """Exports the memory of one part; its pin ends with the last view."""
 
-    hold: Any = None
+    view_pin: Any = None
 
 
 class BornExtent:
@@ -287,10 +287,10 @@ class HostStoreClient:
 
     # -- reading -------------------------------------------------------------------------------------------------
 
-    def view(self, offset: int, size: int, hold: ViewPin) -> memoryview:
-        """Map `size` bytes read-only; `hold` lives as long as any view of them."""
+    def view(self, offset: int, size: int, view_pin: ViewPin) -> memoryview:
+        """Map `size` bytes read-only; `view_pin` lives as long as any view of them."""
         view = np.frombuffer(self._readable, np.uint8, size, offset).view(View)
-        view.hold = hold
+        view.view_pin = view_pin
         self.bytes_shared += size
         return view.data
 

@@ -285,8 +285,8 @@ def test_a_view_keeps_the_owner_of_its_memory(derive: Callable[[Any], Any]) -> N
 def test_a_subclass_is_told_of_every_view() -> None:
     """`__array_finalize__` and attributes of subclasses."""
     view = np.frombuffer(bytearray(64), np.uint8).view(View)
-    view.hold = "held"
-    assert view.hold == "held" and isinstance(view[3:], View) and type(np.asarray(view)) is np.ndarray
+    view.view_pin = "held"
+    assert view.view_pin == "held" and isinstance(view[3:], View) and type(np.asarray(view)) is np.ndarray
     assert view.data.obj is view, "a memoryview keeps the array that it came from"
 
 

@@ -464,7 +464,7 @@ def test_host_array_keeps_what_holds_its_memory_in_place() -> None:
 
     died: list[bool] = []
     view = np.frombuffer(memoryview(bytearray(64)).toreadonly(), np.uint8, 32, 16).view(View)
-    view.hold = Held()
+    view.view_pin = Held()
     array = host_array(HostPlace(view.data), Layout((2, 3), (12, 4), "<f4"))
     del view
     part = array[1:, ::2]

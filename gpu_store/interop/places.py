@@ -25,13 +25,13 @@ from afield.gpu_store.blocks import Block
 
 
 class DevicePlace:
-    """`size` bytes at `offset` of a mapped slab; `on_death(hold)` is called when no array uses them any more.
+    """`size` bytes at `offset` of a mapped slab; `on_death(view_pin)` is called when no array uses them any more.
 
     It is called from any thread at any moment, and on CUDA not before the kernels that were begun are done (see
     `DeviceArena.retire`).
     """
 
-    __slots__ = ("__weakref__", "arena", "hold", "offset", "on_death", "size")
+    __slots__ = ("__weakref__", "arena", "offset", "on_death", "size", "view_pin")
 
     def __init__(
         self,
@@ -39,13 +39,13 @@ class DevicePlace:
         offset: int,
         size: int,
         on_death: Callable[[Any], None] | None = None,
-        hold: Any = None,
+        view_pin: Any = None,
     ) -> None:
         self.arena = arena
         self.offset = offset
         self.size = size
         self.on_death = on_death
-        self.hold = hold
+        self.view_pin = view_pin
 
     @property
     def address(self) -> int:
@@ -58,7 +58,7 @@ class DevicePlace:
 
     def __del__(self) -> None:
         if self.on_death is not None:
-            self.arena.retire(self.on_death, self.hold)
+            self.arena.retire(self.on_death, self.view_pin)
 
 
 @dataclass(frozen=True, slots=True)

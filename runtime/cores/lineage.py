@@ -1,14 +1,14 @@
 """Lineage: a core that knows from which tasks stored objects can be made again, and what has to be kept for that.
 
-Theory of operation. A task with a stored output leaves a `Record`: the task itself and its *holds*, the objects among its
-arguments. A hold keeps the entry of an object in the table, and its value only where it must: what can be made again itself
+Theory of operation. A task with a stored output leaves a `Record`: the task itself and its *inputs*, the objects among its
+arguments. It keeps the entry of an input in the table, and its value only where it must: what can be made again itself
 is freed when nothing else needs it, and its entry stays in the state FREED until it is needed for making something else.
 
     LOCATED --nothing but lineage holds it, and it can be made again--> FREED
     LOCATED --lost, can be made again--> PENDING     FREED --needed--> PENDING     (effect `Recompute`)
     LOCATED --lost, cannot be made again--> FAILED   PENDING --the task ends--> whatever came of it
 
-A record goes with the last of its outputs, and its holds with it, so that nothing is kept for an object that nobody can reach.
+A record goes with the last of its outputs, and its inputs with it, so that nothing is kept for an object that nobody can reach.
 
 *It always ends.* At most one execution of a task is under way. Each one that lineage asks for uses up one of `left`, which
 began as the task's `max_retries`; when none is left, the object fails with an error that says so.

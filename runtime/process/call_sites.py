@@ -16,7 +16,7 @@ from afield.runtime.cores.ownership import OwnershipTable
 _RUNTIME = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 
 
-def is_ours(filename: str) -> bool:
+def _is_runtime(filename: str) -> bool:
     """Tell whether a file is part of the runtime."""
     return os.path.abspath(filename).startswith(_RUNTIME)
 
@@ -43,6 +43,6 @@ class RecordingTable(OwnershipTable):
 def call_site() -> str:
     """Return "file:line in function" of the innermost caller that is no part of the runtime."""
     frame = sys._getframe(1)
-    while frame.f_back is not None and is_ours(frame.f_code.co_filename):
+    while frame.f_back is not None and _is_runtime(frame.f_code.co_filename):
         frame = frame.f_back
     return sys.intern(f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}()")

@@ -344,7 +344,7 @@ class Devices:
 
 
 def _let_go(view_pin: ViewPin) -> None:
-    """The last reference to a hold is dropped with this call."""
+    """The last reference to a view pin is dropped with this call."""
 
 
 class _StandIn(MetaPathFinder, Loader):

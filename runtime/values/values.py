@@ -243,7 +243,7 @@ class Values:
         return on_ref
 
     def _view_pins_of(self, object_id: bytes, entry: Entry) -> Callable[[int], ViewPin]:
-        """Return what makes the holds of a value's parts: each counts as a handle of the object."""
+        """Return what makes the view pins of a value's parts: each counts as a handle of the object."""
 
         @uninterruptible
         def view_pin(slot: int) -> ViewPin:

@@ -89,7 +89,7 @@ class Outcomes:
     def arguments(
         self, push: messages.Push, context: TaskContext, submitter: bytes, argument_pins: list[Any]
     ) -> tuple[Any, dict[str, Any]]:
-        """Rebuild the arguments; into `holds` go those of stored values, which the submitter pins until the reply.
+        """Rebuild the arguments; into `argument_pins` go those of stored values, which the submitter pins until the reply.
 
         Raises:
             PartsLostError: an argument has to be made again first.
