@@ -22,6 +22,7 @@ import msgspec
 
 from afield.ids import new_process_id
 from afield.runtime.process.configuration import DRIVER_INDEX, ProcessConfig
+from afield.runtime.process.limits import usable_cpus
 from afield.runtime.wire import messages
 from afield.scheduler.leases import Grant
 from afield.transport.channel import Channel
@@ -95,7 +96,7 @@ class WorkerPool:
 
     def prestart(self) -> None:
         """Have a worker ready for each CPU before anybody asks, as far as the machine has as many."""
-        for _ in range(max(1, int(min(self._daemon.config.num_cpus, PRESTART_PER_CPU * (os.cpu_count() or 1))))):
+        for _ in range(max(1, int(min(self._daemon.config.num_cpus, PRESTART_PER_CPU * usable_cpus())))):
             self._fork(((), self._default_environment))
 
     def provide(self, grant: Grant) -> None:

@@ -17,8 +17,6 @@ import tempfile
 import time
 from dataclasses import dataclass
 
-import psutil
-
 from afield.errors import InvalidOptionError, RuntimeDiedError, VersionMismatchError
 from afield.gpu_store.rings import SHARED_BYTES
 from afield.runtime.calls.participant import Participant
@@ -30,6 +28,7 @@ from afield.runtime.process.configuration import (
     SessionConfig,
 )
 from afield.runtime.process.environment import Environment
+from afield.runtime.process.limits import usable_memory_bytes
 from afield.runtime.session import sessions
 from afield.scheduler.devices import Device
 from afield.transport.channel import connect
@@ -128,7 +127,7 @@ class Session:
             arguments=list(map(os.fsencode, sys.argv or [""])),
             node_id=bytes.fromhex(self.node_id),
             num_cpus=options.num_cpus,
-            memory=psutil.virtual_memory().total,
+            memory=usable_memory_bytes(),
             resources=options.resources,
             devices=options.devices,
             emulated_link=options.emulated_link,

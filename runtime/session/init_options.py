@@ -10,12 +10,11 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-import psutil
-
 from afield.errors import InvalidOptionError, NoClusterError, NoDeviceError
 from afield.gpu_store.backends.base import DeviceInfo, DeviceUsageError
 from afield.gpu_store.backends.select import EMULATED_LINK, link_speed
 from afield.runtime.process.environment import Environment
+from afield.runtime.process.limits import usable_cpus, usable_memory_bytes
 from afield.runtime.session.bootstrap import STORE_SHARE, SessionOptions
 from afield.scheduler.devices import Device, parse_devices, visible_devices
 from afield.scheduler.resources import ResourceSet
@@ -69,7 +68,7 @@ def session_options(others: Mapping[str, Any], **given: Any) -> SessionOptions:
     address, num_cpus, num_gpus = given["address"], given["num_cpus"], given["num_gpus"]
     if address not in (None, "local"):
         raise NoClusterError(f"address={address!r}: joining another runtime is not supported yet; leave it out")
-    cpus = num_cpus if num_cpus is not None else float(os.cpu_count() or 1)
+    cpus = num_cpus if num_cpus is not None else float(usable_cpus())
     resources: dict[str, float] | None = given["resources"]
     ResourceSet.from_options(num_cpus=cpus, num_gpus=num_gpus, resources=resources)
     devices = given["devices"]
@@ -116,7 +115,7 @@ def _emulated_link(devices: Sequence[Device]) -> str:
 def _store_bytes(host_memory: int | str | None) -> int:
     """Return the capacity of the host store, in whole pages."""
     try:
-        size = parse_bytes(host_memory) if host_memory is not None else int(psutil.virtual_memory().total * STORE_SHARE)
+        size = parse_bytes(host_memory) if host_memory is not None else int(usable_memory_bytes() * STORE_SHARE)
     except (ValueError, TypeError) as error:
         raise InvalidOptionError(f"host_memory={host_memory!r}: {error}") from None
     if size < 1 << 20:
