@@ -1,9 +1,9 @@
 """What the tests of real processes share: finding what a session left behind, running programs, polling with a deadline.
 
-Theory of operation. Everything that a session has can be found from outside by three names. All its processes but the
-driver are in one session of the operating system, whose number is the fork server's pid; all its sockets and its shared
-memory carry the session's name; and its directory is known. `Traces` holds these names and `leftovers` looks for them,
-so a test can ask about a session whose driver is dead as well as about its own.
+Theory of operation. Everything that a session has can be found from outside by three names. Its fork server, daemon and stores
+are in one session of the operating system, whose number is the fork server's pid, and its workers, the children of the fork
+server, lead one each; all its sockets and its shared memory carry the session's name; and its directory is known. `Traces` holds these
+names and `leftovers` looks for them, so a test can ask about a session whose driver is dead as well as about its own.
 """
 
 from __future__ import annotations
@@ -86,17 +86,27 @@ def _pids() -> Iterator[int]:
             yield int(name)
 
 
+#: The sessions of the operating system that belonged to a fork server when somebody looked: it may be gone since.
+_leaders: dict[int, set[int]] = {}
+
+
 def processes(found: Traces) -> dict[int, str]:
     """Return the living processes of a session, the driver excepted: pid and what `ps` calls them."""
     alive = {}
+    leaders = _leaders.setdefault(found.fork_server, {found.fork_server})
+    stats = {}
     for pid in _pids():
         try:
             stat = Path(f"/proc/{pid}/stat").read_text()
         except OSError:
             continue
         name, _, rest = stat.partition("(")[2].rpartition(")")
-        state, _, _, session = rest.split()[:4]
-        if int(session) == found.fork_server and state not in "ZX":
+        state, parent, _, session = rest.split()[:4]
+        stats[pid] = name, state, int(session)
+        if int(parent) == found.fork_server:
+            leaders.add(int(session))
+    for pid, (name, state, session) in stats.items():
+        if session in leaders and state not in "ZX":
             alive[pid] = name
     return alive
 

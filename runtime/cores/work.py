@@ -291,6 +291,10 @@ class Work(Generic[C]):
         self.due = call
         return call, INTERRUPT
 
+    def started(self) -> list[C]:
+        """Return the calls that have started and have not ended, in whatever thread."""
+        return [call for call in [self.current, *self.open.values()] if call is not None and call.state in STARTED]
+
     def may_interrupt(self) -> bool:
         """Tell whether the main thread is to be interrupted where it is; the answer lasts only in that thread itself."""
         call = self.current

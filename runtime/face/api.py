@@ -228,8 +228,9 @@ def exit_actor() -> None:
     Raises:
         TypeError: this is no actor.
     """
-    if current.in_actor is None or not current.in_actor():
+    if current.in_actor is None or current.leave_actor is None or not current.in_actor():
         raise TypeError("exit_actor() was called outside of an actor")
+    current.leave_actor()
     raise ActorExit
 
 

@@ -26,6 +26,8 @@ from afield.units import format_bytes
 
 #: How long `shutdown` waits for whoever reads our output to take the last lines of the workers.
 LAST_LINES_S = 2.0
+#: The daemon says that it has ended within this time: it lets the workers end first.
+END_WITHIN_S = 4.0
 
 _session: Session | None = None
 _printer: Printer | None = None
@@ -180,7 +182,7 @@ def shutdown() -> None:
             ended = Waiter()
             process.expect_end(ended.finish)
             process.locked(process.daemon.send, messages.Shutdown())
-            process.pump.wait_for(ended, 2.0)
+            process.pump.wait_for(ended, END_WITHIN_S)
     finally:  # also if the user presses Ctrl-C once more
         participation.install(None)
         accelerators.prepare((), "")

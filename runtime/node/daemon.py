@@ -32,6 +32,9 @@ from afield.transport.auth import Handshake
 from afield.transport.channel import Channel, listen, same_user
 from afield.transport.loop import Loop
 
+#: After `shutdown` the workers have so long to end in good order.
+SHUTDOWN_WITHIN_S = 2.0
+
 
 class NodeDaemon:
     """One node's daemon."""
@@ -58,7 +61,7 @@ class NodeDaemon:
         ] = {}  # owner -> key of its demand -> what workers need
         self._device_numbers = {device.uuid: device.index for device in config.devices}
         self._store_waits: set[int] = set()  # leases whose workers gave their CPUs back while they wait for room
-        self._stopping = False
+        self._stopping = self._orderly = False
         self._listener = listen(self.session.address(b""))
         self.loop.register(self._listener.fileno(), self._accept)
         self._handlers: dict[type, Callable[[Channel, Any], None]] = {
@@ -91,7 +94,19 @@ class NodeDaemon:
             self.census.expire(now)
             self.schedule()
             self.loop.flush()
+        self._let_workers_end()
         self.output.finish()
+
+    def _let_workers_end(self) -> None:
+        """The session was shut down: what its workers have to do before they end is done now; nothing new is granted."""
+        if not self._orderly:
+            return
+        self.workers.end_all()
+        deadline = time.monotonic() + SHUTDOWN_WITHIN_S
+        while self.workers.by_id and time.monotonic() < deadline:
+            self.loop.flush()
+            self.loop.step(max(0.0, deadline - time.monotonic()))
+            self.tiers.expire(time.monotonic())
 
     def _timeout(self) -> float | None:
         clocks = (self.tiers, self.leases, self.census)
@@ -324,4 +339,5 @@ class NodeDaemon:
 
     def _on_shutdown(self, channel: Channel, message: messages.Shutdown) -> None:
         if channel.peer_id == self.primary:
+            self._orderly = True
             self.stop()

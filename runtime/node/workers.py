@@ -45,7 +45,19 @@ Pool = tuple[tuple[str, ...], bytes]
 class Worker:
     """One worker process as the daemon knows it."""
 
-    __slots__ = ("actor_id", "devices", "ended_for", "environment", "grant", "id", "index", "name", "pid", "ready")
+    __slots__ = (
+        "actor_id",
+        "devices",
+        "ended_for",
+        "environment",
+        "grant",
+        "id",
+        "index",
+        "name",
+        "pid",
+        "ready",
+        "used",
+    )
 
     def __init__(self, worker_id: bytes, pool: Pool, index: int) -> None:
         self.id = worker_id
@@ -54,6 +66,8 @@ class Worker:
         self.devices, self.environment = pool
         self.pid = 0
         self.ready = False
+        #: It has had a lease.
+        self.used = False
         self.grant: Grant | None = None
         self.actor_id = b""
         self.name = "worker"
@@ -106,6 +120,7 @@ class WorkerPool:
         worker = idle.pop() if idle else self._starting(pool) or self._fork(pool)
         self._not_spare(worker)
         worker.grant = grant
+        worker.used = True
         self._by_lease[grant.lease_id] = worker
         if worker.ready:
             self._daemon.granted(worker)
@@ -227,6 +242,15 @@ class WorkerPool:
         worker = self.by_id.get(process_id)
         if worker is not None:
             self.kill(worker)
+
+    def end_all(self) -> None:
+        """The session ends: have all workers end, in good order where user code may have run."""
+        for worker in list(self.by_id.values()):
+            if worker.used and worker.ready:
+                self._daemon.send(worker.id, messages.Terminate(True))
+            else:
+                worker.ended_for = "the session ends"  # also of one that is still to be forked
+                self.kill(worker)
 
     def kill(self, worker: Worker) -> None:
         """End a worker's process; the fork server reports it."""

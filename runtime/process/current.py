@@ -47,6 +47,8 @@ process: Holder | None = None
 values: Values | None = None
 #: Set in workers: tells whether an actor lives here.
 in_actor: Callable[[], bool] | None = None
+#: Set in workers: notes that the actor that lives here ends itself.
+leave_actor: Callable[[], None] | None = None
 
 
 def install(new_process: Holder | None, new_values: Values | None) -> None:

@@ -30,6 +30,7 @@ import msgspec
 
 from afield.errors import VersionMismatchError
 from afield.runtime.process.configuration import VERSION_MISMATCH_STATUS, ForkServerConfig, SessionConfig
+from afield.runtime.session import offspring
 
 _PR_SET_NAME = 15
 _PR_SET_PDEATHSIG = 1
@@ -67,6 +68,7 @@ class ForkServer:
         self.config = config
         self.roles = roles
         self.children: set[int] = set()
+        self.workers: set[int] = set()
         self.daemon_pid = 0
         self.sock, self._daemon_sock = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -126,6 +128,7 @@ class ForkServer:
             self._run_worker(worker_id, variables, environment, out, err)
 
         pid = self._fork(become_worker)
+        self.workers.add(pid)
         os.close(out)
         os.close(err)
         message = msgspec.msgpack.encode(("forked", worker_id, pid))
@@ -135,19 +138,27 @@ class ForkServer:
         os.close(err_read)
 
     def _reap(self) -> bool:
-        """Report children that ended; return False if the daemon is one of them."""
+        """Report children that ended, and end what they had started; return False if the daemon is one of them."""
+        ended = {}
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
             except ChildProcessError:
                 return False
             if not pid:
-                return True
+                break
             self.children.discard(pid)
             if pid == self.daemon_pid:
                 return False
+            ended[pid] = status
+        workers = self.workers & ended.keys()
+        self.workers -= workers
+        if workers:
+            offspring.end(workers)
+        for pid, status in ended.items():
             with contextlib.suppress(OSError):
                 self.sock.send(msgspec.msgpack.encode(("exited", pid, status)))
+        return True
 
     def _fork(self, child: Callable[[], None]) -> int:
         pid = os.fork()
@@ -178,6 +189,7 @@ class ForkServer:
 
     def _run_worker(self, worker_id: bytes, variables: dict[str, str], environment: bytes, out: int, err: int) -> None:
         self._daemon_sock.close()
+        offspring.lead()
         os.dup2(out, 1)
         os.dup2(err, 2)
         os.close(out)
@@ -190,16 +202,8 @@ class ForkServer:
         name_process("afield-store")
         self.roles.store(self.config.session, os.fsdecode(self.config.directory), store_id, variables)
 
-    def _relatives(self) -> set[int]:
-        """Return what tasks have started and what is still in our process session: their copies would keep the memory."""
-        ours, found = os.getsid(0), set()
-        for name in os.listdir("/proc"):
-            with contextlib.suppress(OSError, ValueError):  # no process, or gone at this moment
-                if os.getsid(int(name)) == ours:
-                    found.add(int(name))
-        return found - {os.getpid()}
-
     def _end(self) -> None:
+        sessions = {os.getsid(0), *self.workers}
         for pid in self.children:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -209,9 +213,7 @@ class ForkServer:
             except ChildProcessError:
                 break
             self.children.discard(pid)
-        for pid in self._relatives():
-            with contextlib.suppress(OSError):
-                os.kill(pid, signal.SIGKILL)
+        offspring.end(sessions)  # copies that tasks have made of their workers would keep the memory
         shutil.rmtree(self.config.directory, ignore_errors=True)
 
 

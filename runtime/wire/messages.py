@@ -370,7 +370,9 @@ class KillWorker(msgspec.Struct, array_like=True, tag=47):
 
 
 class Terminate(msgspec.Struct, array_like=True, tag=46):
-    """Daemon to worker: end when the queue is empty."""
+    """Daemon to worker: end when the queue is empty, or at once, whatever waits or runs."""
+
+    at_once: bool = False
 
 
 class Query(msgspec.Struct, array_like=True, tag=50):

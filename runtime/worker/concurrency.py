@@ -33,6 +33,9 @@ class Concurrency(Protocol):
     def serve(self) -> None:
         """Block the main thread until `end`."""
 
+    def leaving(self) -> None:
+        """The actor ends itself; called by user code of a call, or of what a call has left behind."""
+
     def end(self) -> None:
         """Finish what has started, and return from `serve`; may be called from any thread."""
 

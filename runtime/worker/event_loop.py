@@ -12,8 +12,15 @@ import threading
 from contextlib import suppress
 from typing import Any
 
+from afield.runtime.process.context import ActorExit
 from afield.runtime.worker.host import Host
 from afield.runtime.worker.invocation import Invocation
+
+
+def _on_unretrieved(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Report what nobody has awaited, but for the way in which an actor leaves."""
+    if not isinstance(context.get("exception"), ActorExit):
+        loop.default_exception_handler(context)
 
 
 class EventLoop:
@@ -42,6 +49,7 @@ class EventLoop:
     async def _serve(self) -> None:
         pump = self._host.process.pump
         self._loop = asyncio.get_running_loop()
+        self._loop.set_exception_handler(_on_unretrieved)
         self._ended = asyncio.Event()
         self._semaphores = {name: asyncio.Semaphore(limit) for name, limit in self._limits.items()}
         self._loop.add_reader(self._host.process.loop.fileno(), self._on_readable)
@@ -53,6 +61,9 @@ class EventLoop:
                 self._ended.set()
             await self._ended.wait()
             while self._tasks:
+                if self._host.work.left:  # the actor is over: nobody waits for these calls any more
+                    for task in self._tasks.values():
+                        task.cancel()
                 await asyncio.wait(list(self._tasks.values()))
             self._host.process.locked(self._host.work.leave)  # what comes now is too late
             self._host.replies.flush()
@@ -109,6 +120,11 @@ class EventLoop:
         task = self._tasks.get(call)
         if task is not None:
             task.cancel()
+
+    def leaving(self) -> None:
+        """The actor ends itself: a call notices when it is answered, any other asyncio task has nobody who would."""
+        if asyncio.current_task() not in self._tasks.values() and self._loop is not None:
+            self._loop.call_soon(self._host.say_goodbye)
 
     def end(self) -> None:
         """Finish and return from `serve`."""

@@ -24,7 +24,7 @@ from typing import Any
 from afield.runtime.calls.participant import Participant
 from afield.runtime.cores.work import ANSWER, INTERRUPT, NOTHING
 from afield.runtime.process import current
-from afield.runtime.process.context import TaskContext, enter
+from afield.runtime.process.context import TaskContext, enter, running
 from afield.runtime.process.events import PEER_DISCONNECTED, PROCESS_DIED, TICK
 from afield.runtime.process.facts import OwnActor
 from afield.runtime.process.serialization import deserialize
@@ -58,6 +58,7 @@ class Executor:
         self._actor_spec: messages.BecomeActor | None = None
         self._ending = False
         self._running_name = ""
+        self.used = False  # whether user code has run here
         self._signal_due = 0.0  # when the next signal is sent, while an interrupt is due
         self._signal_again_s = SIGNAL_AGAIN_S
         process.register(messages.Define, self._on_define)
@@ -65,7 +66,7 @@ class Executor:
         process.register(messages.Recall, self._on_recall)
         process.register(messages.Assign, self._on_assign)
         process.register(messages.BecomeActor, self._on_become_actor)
-        process.register(messages.Terminate, lambda channel, message: self._finish_and_end())
+        process.register(messages.Terminate, lambda channel, message: self.end(message.at_once))
         process.register(messages.Cancel, self._on_cancel)
         process.register(messages.Consumed, self._on_consumed)
         process.subscribe(TICK, self._signal_again)
@@ -77,6 +78,7 @@ class Executor:
         signal.signal(signal.SIGINT, self._on_sigint)
         process.pump.take_interrupt = self.work.take_interrupt
         current.in_actor = lambda: bool(host.actor_id)
+        current.leave_actor = self._leave_actor
 
     # -- what arrives --------------------------------------------------------------------------------------------
 
@@ -110,9 +112,13 @@ class Executor:
         self._actor_spec = message
         self._wake()
 
-    def _finish_and_end(self) -> None:
-        """End after the calls that are here already."""
+    def end(self, at_once: bool = False) -> None:
+        """End after the calls that are here already; `at_once`: none of them starts, and those that run are interrupted."""
         self._ending = True
+        if at_once:
+            self.work.leave()
+            for call in self.work.started():
+                self._on_cancel(call.channel, messages.Cancel(call.sequence, False))
         if self._concurrency is not None:
             self._concurrency.end()
         self._wake()
@@ -147,6 +153,7 @@ class Executor:
                 call = take()
             except IndexError:
                 continue
+            self.used = True
             self._running_name = call.name
             call.run(host)
             work.current = None
@@ -234,6 +241,7 @@ class Executor:
     def _construct(self, become: messages.BecomeActor) -> None:
         spec, host = become.spec, self.host
         host.actor_id = spec.actor_id
+        self.used = True
         context = TaskContext(spec.actor_id, f"{spec.class_name}.__init__")
         enter(context)
         error = b""
@@ -264,6 +272,19 @@ class Executor:
         if self._concurrency is not None and not error:
             self._concurrency.serve()
             self._ending = True
+
+    def _leave_actor(self) -> None:
+        """The actor ends itself; the call that says so does not have to be the one that notices."""
+        self.host.goodbye = "it ended itself"
+        if running() is None:
+            self.host.say_goodbye()  # a thread of the actor's own
+        elif self._concurrency is not None:
+            self._concurrency.leaving()
+
+    def give_up_actor(self) -> list[Any]:
+        """Return a list with the actor that lives here (or None), and let go of it."""
+        holder, self.host.actor = [self.host.actor], None
+        return holder
 
     def coroutines(self) -> list[tuple[str, Any]]:
         """Return name and object of the coroutines that an async actor's event loop runs."""

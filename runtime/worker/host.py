@@ -16,11 +16,9 @@ from afield.runtime.calls.participant import Participant
 from afield.runtime.cores.work import Work
 from afield.runtime.process.context import ActorExit
 from afield.runtime.wire import messages
+from afield.runtime.worker import ending
 from afield.runtime.worker.outcomes import LoadedCallee, Outcomes
 from afield.runtime.worker.replies import Replies
-
-#: A worker that the daemon was asked to end does so itself after this time.
-END_WITHIN_S = 5.0
 
 
 class Host:
@@ -57,12 +55,15 @@ class Host:
         """This process is of no use any more: what it was doing failed for that, and is to be done elsewhere."""
         self.replies.flush()
         self.process.locked(self.process.daemon.send, messages.Unfit(reason))
-        time.sleep(END_WITHIN_S)  # the daemon ends us
+        time.sleep(ending.END_WITHIN_S)  # the daemon ends us
         os._exit(1)
 
     def say_goodbye(self) -> None:
         """Tell the daemon that this actor ends by its own will, after its caller has its answer."""
         reason, self.goodbye = self.goodbye, ""
+        if not reason:  # another has said it
+            return
+        ending.set_alarm()  # what else runs here has so long to end
         self.process.locked(self.work.leave)
         self.replies.flush()
         self.process.locked(self.process.daemon.send, messages.KillActor(self.actor_id, True, reason, True))

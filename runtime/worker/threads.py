@@ -42,6 +42,9 @@ class Threads:
         """Threads run none."""
         return []
 
+    def leaving(self) -> None:
+        """The call that says so is answered, and then notices."""
+
     def serve(self) -> None:
         """Drive the loop until the end, then let calls finish that are here."""
         self._host.process.pump.wait_for(self._ended)

@@ -11,7 +11,7 @@ import numpy as np
 
 from afield.runtime.calls import participation
 from afield.runtime.calls.participant import Participant
-from afield.runtime.cores.work import RUNNING, STARTED
+from afield.runtime.cores.work import RUNNING
 from afield.runtime.process.configuration import ForkServerConfig, ProcessConfig
 from afield.runtime.process.context import reset_root, running
 from afield.runtime.process.environment import Environment
@@ -21,6 +21,7 @@ from afield.runtime.process.stacks import RunningCall, answer_activity
 from afield.runtime.tools.memory import answer_questions
 from afield.runtime.values import accelerators
 from afield.runtime.wire import messages
+from afield.runtime.worker import ending
 from afield.runtime.worker.executor import Executor
 from afield.runtime.worker.output import WorkerStream
 from afield.transport.channel import Channel
@@ -68,6 +69,8 @@ def run_worker(config: ForkServerConfig, worker_id: bytes, variables: dict[str, 
         executor.run()
         if participant.process.dead:
             print(participant.process.dead, file=sys.stderr)  # nobody hears it if the daemon is gone
+        elif executor.used:
+            ending.end(executor.give_up_actor())
     finally:
         participation.install(None)
 
@@ -75,10 +78,10 @@ def run_worker(config: ForkServerConfig, worker_id: bytes, variables: dict[str, 
 def _calls(executor: Executor) -> tuple[list[RunningCall], int]:
     """Return the calls that run here, and how many wait behind them."""
     work = executor.work
-    started = [call for call in [work.current, *work.open.values()] if call is not None and call.state in STARTED]
-    return [RunningCall(call.name, call.task_id, "" if call.state == RUNNING else call.state) for call in started], len(
-        work.queue
-    )
+    calls = [
+        RunningCall(each.name, each.task_id, "" if each.state == RUNNING else each.state) for each in work.started()
+    ]
+    return calls, len(work.queue)
 
 
 def _retire(executor: Executor, channel: Channel) -> None:
@@ -86,4 +89,4 @@ def _retire(executor: Executor, channel: Channel) -> None:
     if executor.process.table.entries or executor.work.queue:
         channel.send(messages.Retire())
     else:
-        os._exit(0)
+        executor.end()
