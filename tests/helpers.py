@@ -2,8 +2,8 @@
 
 Theory of operation. Everything that a session has can be found from outside by three names. Its fork server, daemon and stores
 are in one session of the operating system, whose number is the fork server's pid, and its workers, the children of the fork
-server, lead one each; all its sockets and its shared memory carry the session's name; and its directory is known. `Traces` holds these
-names and `leftovers` looks for them, so a test can ask about a session whose driver is dead as well as about its own.
+server, lead one each; all its sockets and its shared memory carry the session's name; and its directory is known. `Traces`
+holds these names and `leftovers` looks for them, so a test can ask about a session whose driver is dead as well as its own.
 """
 
 from __future__ import annotations
