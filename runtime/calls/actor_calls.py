@@ -14,6 +14,7 @@ from typing import Any
 
 from afield.errors import (
     ActorConstructionError,
+    ActorDiedError,
     ActorUnavailableError,
     PendingCallsLimitExceededError,
     TaskCancelledError,
@@ -55,6 +56,8 @@ class ActorCalls:
         process.register(messages.ActorState, self._on_state)
         process.register(messages.WatchActor, self._on_asked)
         submitter.recovery.call_again = self._call_again
+        #: Actors that are about to be created here, and that others may have heard of.
+        self._expected: set[bytes] = set()
 
     def create(self, spec: messages.CreateActor, task: Task, detached: bool) -> None:
         """Send the actor to the daemon once its constructor's arguments are there; the task keeps them pinned."""
@@ -72,6 +75,7 @@ class ActorCalls:
         caller = self.core.add(spec.actor_id, task)
 
         def enter() -> None:
+            self._expected.discard(spec.actor_id)
             if not detached:
                 self.process.table.begin_life(caller.life)
             self.submitter.arguments.pin(task)
@@ -95,8 +99,28 @@ class ActorCalls:
             self.process.daemon.send(messages.WatchActor(actor_id, life.owner if life is not None else b""))
         return caller
 
+    def expect(self, actor_id: bytes) -> None:
+        """An actor is about to be created whose name others can find already; `create` or `give_up` follows."""
+        self._expected.add(actor_id)
+
+    def give_up(self, actor_id: bytes, error: BaseException | None) -> None:
+        """An actor that was to be created is not: another has its name, or with an error, which those hear who wait for it.
+
+        Its name, if it has it, is free again.
+        """
+
+        def tell() -> None:
+            self._expected.discard(actor_id)
+            if error is not None:
+                text = f"the actor was never created: its creator failed with {type(error).__name__}"
+                self.process.daemon.send(messages.ActorGone(actor_id, serialize_error(ActorDiedError(text))))
+
+        self.process.locked(tell)
+
     def _on_asked(self, channel: Channel, message: messages.WatchActor) -> None:
         """Somebody has a handle to an actor that the daemon does not know."""
+        if message.actor_id in self._expected:
+            return  # what follows is the answer
         caller = self.callers.get(message.actor_id)
         if caller is None or caller.state == "dead":
             channel.send(messages.ActorGone(message.actor_id, caller.error if caller is not None else b""))

@@ -75,10 +75,23 @@ class ActorClass:
         actor_id = calling_context().next_task_id()
         description = self._describe(actor_id, process.process_id)
         name = self._options.get("name")
-        if name:
+        if not name:
+            return self._create_as(participant, description, args, kwargs)
+        participant.actors.expect(actor_id)  # others can find it from here on
+        try:
             taken = _reserve(participant, name, self._options, description)
-            if taken is not None:
-                return ActorHandle.from_description(taken)
+            if taken is None:
+                return self._create_as(participant, description, args, kwargs)
+        except BaseException as error:
+            participant.actors.give_up(actor_id, error)
+            raise
+        participant.actors.give_up(actor_id, None)
+        return ActorHandle.from_description(taken)
+
+    def _create_as(
+        self, participant: Participant, description: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> ActorHandle:
+        actor_id, name = description["actor_id"], self._options.get("name")
         restarts = self._options.get("max_restarts") or 0
         task = Task(actor_id, None, b"", None, retries_left=restarts)
         if args or kwargs:
