@@ -256,13 +256,17 @@ class Pump:
         """
         if threading.current_thread() is not threading.main_thread():
             return lambda: None
-        if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        present = signal.getsignal(signal.SIGINT)
+        # A runtime that was shut down by another thread could not take its handler back.
+        left_over = getattr(present, "__func__", None) is Pump.on_sigint
+        if present is not signal.default_int_handler and not left_over:
             return lambda: None
 
         handler = self.on_sigint
 
         def restore() -> None:
-            if signal.getsignal(signal.SIGINT) is handler:
+            in_main = threading.current_thread() is threading.main_thread()
+            if in_main and signal.getsignal(signal.SIGINT) is handler:
                 signal.signal(signal.SIGINT, signal.default_int_handler)
 
         signal.signal(signal.SIGINT, handler)
@@ -401,7 +405,12 @@ class Pump:
         for waiter in list(self._followers):
             waiter.nudge()
         if self._standby.is_alive() and threading.current_thread() is not self._standby:
-            self._standby.join()
+            self._standby.join(LEAVE_S)  # it may be in a callback of the user's; afterwards it touches nothing of ours
+        if self.callbacks:
+            # They are the user's, and may block: whoever closes us is not to wait for them longer than for that.
+            last = threading.Thread(target=self.run_callbacks, name="afield-callbacks", daemon=True)
+            last.start()
+            last.join(LEAVE_S)
         # Whoever leads has been kicked: let it go before its descriptors are closed. The lead is never free again.
         self._leader.acquire(timeout=LEAVE_S)
         self._standby_kicked = True  # nothing is written any more to a descriptor that will be another file's

@@ -14,8 +14,8 @@ from afield.runtime.calls.participant import Participant
 from afield.runtime.process import current
 
 participant: Participant | None = None
-#: Starts a runtime on first use; the face registers it.
-starter: Callable[[], None] | None = None
+#: Starts a runtime on first use, or says why not; told whether the use is of something new. The face registers it.
+starter: Callable[[bool], None] | None = None
 #: In a forked copy of a process that takes part: why a first use must not start a runtime there.
 copied = ""
 
@@ -46,10 +46,13 @@ def _after_fork_in_child() -> None:
 os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
-def ensure() -> Participant:
-    """Return the participant, starting the runtime on first use."""
+def ensure(something_new: bool = True) -> Participant:
+    """Return the participant, starting the runtime on first use.
+
+    After a `shutdown` that is done only for `something_new`: what a ref stands for went with its runtime.
+    """
     if participant is None and starter is not None:
-        starter()
+        starter(something_new)
     return require("afield is not initialised; call afield.init() first")
 
 

@@ -92,7 +92,7 @@ def get(refs: ObjectRef | Sequence[ObjectRef], *, timeout: float | None = None, 
         ObjectStoreFullError, OutOfDeviceMemoryError: there was no room in time to bring it here.
     """
     try:
-        values = (participation.participant or participation.ensure()).values
+        values = (participation.participant or participation.ensure(something_new=False)).values
         deadline = None if timeout is None else time.monotonic() + timeout
         into = None if device is None else values.parts.devices.arena_named(device)
         if type(refs) is ObjectRef:
@@ -169,7 +169,7 @@ def wait(
     if num_returns > len(refs):
         raise ValueError(f"num_returns={num_returns} is more than the {len(refs)} refs given")
     try:
-        values = (participation.participant or participation.ensure()).values
+        values = (participation.participant or participation.ensure(something_new=False)).values
         deadline = None if timeout is None else time.monotonic() + timeout
         return values.wait(refs, ids, num_returns, deadline)
     except BaseException as error:

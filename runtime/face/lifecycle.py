@@ -14,7 +14,7 @@ from afield.runtime.calls import participation
 from afield.runtime.calls.participant import Participant
 from afield.runtime.face.printing import Printer
 from afield.runtime.process.facts import Facts, install
-from afield.runtime.process.process import Process
+from afield.runtime.process.process import SHUT_DOWN, Process
 from afield.runtime.process.stacks import answer_activity
 from afield.runtime.session.bootstrap import Session, SessionOptions
 from afield.runtime.session.init_options import session_options
@@ -34,6 +34,7 @@ _printer: Printer | None = None
 _restore_sigint: Callable[[], None] = lambda: None  # noqa: E731
 #: Why a first use must not start the runtime by itself, once it must not.
 _no_auto_init = participation.copied
+_was_shut_down = False
 #: Held while a runtime starts, so that the first uses of several threads start one.
 _starting = threading.RLock()
 
@@ -156,11 +157,15 @@ def _acknowledge(process: Process, size: int) -> None:
         process.locked(process.daemon.send, messages.Printed(size))
 
 
-def auto_init() -> None:
-    """Initialise on first use, unless the user has ended the runtime."""
+def auto_init(something_new: bool) -> None:
+    """Initialise on first use; after `shutdown` again, as Ray does, if what is used is not of the runtime that ended."""
     with _starting:
         if _no_auto_init:
             raise NotInitializedError(_no_auto_init)
+        if _was_shut_down and not something_new and participation.participant is None:
+            raise NotInitializedError(
+                "afield was shut down, and what belonged to that runtime went with it; make it again, or keep values"
+            )
         if participation.participant is None:  # no other thread was faster
             init()
 
@@ -170,18 +175,19 @@ participation.starter = auto_init
 
 def shutdown() -> None:
     """End the runtime: its processes, shared memory and sockets are gone when this returns. Does nothing without one."""
-    global _printer, _session, _restore_sigint, _no_auto_init
+    global _printer, _session, _restore_sigint, _was_shut_down
     session, _session = _session, None  # only one thread ends it
     participant = participation.participant
     if session is None or participant is None:
         return
     process = participant.process
-    _no_auto_init = "afield was shut down; call afield.init() to start it again"
+    _was_shut_down = True
     try:
         if not process.dead:
             ended = Waiter()
             process.expect_end(ended.finish)
             process.locked(process.daemon.send, messages.Shutdown())
+            process.locked(process.fail_everything, SHUT_DOWN)
             process.pump.wait_for(ended, END_WITHIN_S)
     finally:  # also if the user presses Ctrl-C once more
         participation.install(None)
@@ -195,7 +201,13 @@ def shutdown() -> None:
     _restore_sigint = lambda: None  # noqa: E731
 
 
-atexit.register(shutdown)
+def _at_exit() -> None:
+    global _no_auto_init
+    _no_auto_init = "the interpreter is about to end, and has shut afield down"
+    shutdown()
+
+
+atexit.register(_at_exit)
 
 
 def _after_fork_in_child() -> None:

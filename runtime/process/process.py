@@ -44,6 +44,8 @@ from afield.transport.pump import Pump, uninterruptible
 INLINE_BYTES = 100 * 1024
 #: Of the error of an internal fault so many characters are told.
 FAULT_CHARACTERS = 2000
+#: What those hear who wait for something of a runtime that ends.
+SHUT_DOWN = "the runtime was shut down; what was not ready by then never will be"
 
 _T = TypeVar("_T")
 _Callback = TypeVar("_Callback", bound=Callable[..., Any])
@@ -335,8 +337,9 @@ class Process:
         self.channels.abandon()
 
     def close(self) -> None:
-        """Leave the cluster."""
-        self.dead = self.dead or "the runtime was shut down"
+        """Leave the cluster; whoever still waits for something hears that it was shut down."""
+        with self.pump.lock:
+            self.fail_everything(SHUT_DOWN)
         self.pump.close()
         self.channels.close()
         self.loop.close()

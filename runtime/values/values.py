@@ -104,6 +104,13 @@ class Values:
             except PartsLostError as lost:
                 self.process.locked(self.table.lost, ref.id, str(lost))
 
+    def _entry(self, ref: ObjectRef) -> Entry:
+        """Return the entry of an object that is done; the runtime may have been shut down since it was."""
+        entry = self.table.entries.get(ref.id)
+        if entry is None:
+            raise RuntimeDiedError(self.process.dead or "the runtime was shut down")
+        return entry
+
     def wait_done(self, ref: ObjectRef, deadline: float | None) -> None:
         """Block until the value of `ref` is there."""
         waiter = Waiter()
@@ -143,7 +150,7 @@ class Values:
 
         def complete() -> None:
             try:
-                value = self.value_of(ref, self.table.entries[ref.id], blocking=False)
+                value = self.value_of(ref, self._entry(ref), blocking=False)
             except WouldBlockError:
                 threading.Thread(target=finish, name="afield-fetch", daemon=True).start()
             except BaseException as error:
@@ -186,7 +193,7 @@ class Values:
                     self.process.locked(self.table.stop_waiting, ref.id, notify)
         try:
             try:
-                return self.value_of(ref, self.table.entries[ref.id], blocking=False)
+                return self.value_of(ref, self._entry(ref), blocking=False)
             except WouldBlockError:
                 return await loop.run_in_executor(None, self.get, ref, None)
         except BaseException as error:
