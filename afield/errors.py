@@ -51,6 +51,7 @@ __all__ = [
     "NoClusterError",
     "NoDeviceError",
     "NotInitializedError",
+    "ReentrantUseError",
     "ObjectLostError",
     "ObjectStoreFullError",
     "OutOfDeviceMemoryError",
@@ -101,6 +102,10 @@ class UsageError(AfieldError):
 
 class NotInitializedError(UsageError):
     """The runtime was shut down (or lost by a fork) and the call needs it; call `afield.init()` again."""
+
+
+class ReentrantUseError(UsageError, RuntimeError):
+    """A signal handler or a finaliser used afield while it had interrupted afield itself; do it outside of there."""
 
 
 class AlreadyInitializedError(UsageError, RuntimeError):

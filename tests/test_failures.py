@@ -43,15 +43,11 @@ def test_use_after_shutdown(no_runtime: None) -> None:
     uses: list[Callable[[], Any]] = [
         lambda: afield.get(ref),
         lambda: afield.get(pending, timeout=1),
-        lambda: afield.put(1),
         lambda: afield.wait([ref]),
-        lambda: function.remote(),
         lambda: actor.work.remote(),
         lambda: afield.kill(actor),
-        lambda: afield.remote(Local).remote(),
         lambda: afield.cluster_resources(),
         lambda: afield.stats(),
-        lambda: afield.empty(3),
         lambda: pickle.dumps(ref),
     ]
     for use in uses:

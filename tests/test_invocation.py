@@ -21,7 +21,7 @@ from afield.runtime.worker import invocation, outcomes, replies, streaming
 from afield.runtime.worker.host import Host
 from afield.runtime.worker.invocation import Invocation
 from afield.runtime.worker.outcomes import LoadedCallee
-from afield.transport.pump import _uninterruptible
+from afield.transport.interrupts import is_protected
 
 #: The files whose bytecodes are interrupted.
 FILES = {each.__file__ for each in (invocation, outcomes, replies, streaming)}
@@ -74,7 +74,7 @@ def drive(host: Host, call: Invocation) -> None:
 class Interrupter:
     """Cancels the running call before bytecode number `at` of the worker's files, and raises as the signal's handler does.
 
-    Functions marked `uninterruptible` are finished first, as `Pump.interrupt` has it.
+    Where it must not come it is held back, as `Pump.interrupt` has it.
     """
 
     def __init__(self, host: Host, at: int) -> None:
@@ -96,7 +96,7 @@ class Interrupter:
                 self.where = f"{frame.f_code.co_name}:{frame.f_lineno}:{frame.f_lasti}"
                 _, self.decision = self.host.work.cancel(self.host_channel, 7, messages.Cancel(7, True))
                 self.held_back = self.decision == INTERRUPT
-            if self.held_back and not self._in_transition(frame):
+            if self.held_back and not is_protected(frame):
                 self.held_back = False
                 if self.host.work.take_interrupt():
                     raise KeyboardInterrupt
@@ -107,14 +107,6 @@ class Interrupter:
         """Who has called."""
         running = self.host.work.current
         return running.channel if running is not None else None
-
-    @staticmethod
-    def _in_transition(frame: FrameType | None) -> bool:
-        while frame is not None:
-            if frame.f_code in _uninterruptible:
-                return True
-            frame = frame.f_back
-        return False
 
 
 def returns(*args: Any) -> Any:

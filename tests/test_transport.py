@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 from afield.transport.auth import AuthenticationError, Handshake
 from afield.transport.channel import MAX_FRAME_BYTES, MAX_HANDSHAKE_BYTES, Channel, connect, listen, same_user
+from afield.transport.interrupts import uninterruptible
 from afield.transport.loop import RECEIVE_BUFFER_BYTES, Loop
-from afield.transport.pump import Pump, Waiter, uninterruptible
+from afield.transport.pump import Pump, Waiter
 from tests.helpers import open_files, poll
 
 TOKEN = b"t" * 32

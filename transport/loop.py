@@ -11,6 +11,8 @@ import select
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from afield.transport.interrupts import interruptible
+
 RECEIVE_BUFFER_BYTES = 1 << 20
 MAX_EVENTS = 64
 
@@ -53,6 +55,7 @@ class Loop:
         if self._handlers.pop(fd, None) is not None:
             self._epoll.unregister(fd)
 
+    @interruptible
     def wait(self, timeout_s: float | None) -> list[tuple[int, int]]:
         """Block until something happens, at most `timeout_s` (None: no limit); releases the interpreter lock."""
         return self._epoll.poll(timeout_s, MAX_EVENTS)

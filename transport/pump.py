@@ -12,10 +12,13 @@ thread lead, so that a process also answers others while its own code computes.
   nothing left to do; and if it was the standby thread that came first, it kicks the leader, who may be waiting for just that.
 - When nothing happens the standby thread sleeps until it is called: an idle process uses no CPU.
 
-SIGINT: the interpreter raises `KeyboardInterrupt` between any two bytecodes of the main thread, which could cut a state
-transition in half. Functions marked `uninterruptible` are therefore finished first: the handler that `install_sigint` sets
-looks for them on the main thread's stack, which costs nothing until somebody presses Ctrl-C. Where such a function waits
-(`wait_for`), the interrupt comes there: whoever waits has nothing to lose yet.
+SIGINT: where `interrupts` does not allow a KeyboardInterrupt it is held back, and comes as soon as it may: at the next wait
+(`deliver`), or in the code that our caller goes on with, where a reminder finds it.
+
+User code that runs inside of ours on the same thread (a signal handler, `__del__` called by the collector) may use afield
+again. If this thread leads, it waits in the loop by now: the lead is a lock that can be taken again, the inner wait drives the
+loop as the outer one did, and wakes that up afterwards, since it may have handled what the outer one waits for. If this thread
+is in the midst of a transition, nothing can be answered before that has ended: `refuse_reentry` raises `ReentrantUseError`.
 """
 
 from __future__ import annotations
@@ -29,9 +32,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from types import CodeType, FrameType
-from typing import Any, TypeVar
+from types import FrameType
 
+from afield.errors import ReentrantUseError
+from afield.transport.interrupts import interruptible, is_protected, uninterruptible
 from afield.transport.loop import Loop
 
 #: How often the standby thread looks while the process is active.
@@ -42,15 +46,6 @@ IDLE_TICKS = 20
 REMIND_S = 0.005
 #: `close` waits this long for the thread that drives the loop; it is late only if `close` was called from its own handlers.
 LEAVE_S = 1.0
-
-_Function = TypeVar("_Function", bound=Callable[..., Any])
-_uninterruptible: set[CodeType] = set()
-
-
-def uninterruptible(function: _Function) -> _Function:
-    """Mark a function as a state transition that SIGINT must not cut in half; its callers use `Pump.deliver`."""
-    _uninterruptible.add(function.__code__)
-    return function
 
 
 class Waiter:
@@ -69,6 +64,7 @@ class Waiter:
         if self.parked:
             self.nudge()
 
+    @interruptible
     def park(self, timeout_s: float) -> None:
         """Sleep until nudged or the time is over."""
         if self._signal is None:
@@ -111,7 +107,8 @@ class Pump:
         self._after_events = after_events
         self._due_in = due_in
         self._expecting = expecting
-        self._leader = threading.Lock()
+        self._leader = threading.RLock()
+        self._leads = 0  # how deep, in its holder
         self._followers: deque[Waiter] = deque()
         self._foreground = 0
         self._rounds = 0
@@ -130,7 +127,7 @@ class Pump:
         #: True while the standby thread blocks in the loop, so that state left for it needs a kick.
         self.standby_leads = False
         self._standby_kicked = False
-        self._standby_sleeps = False
+        self.standby_sleeps = False
         self._standby_wake = threading.Lock()
         self._standby_wake.acquire()
         self._standby_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -147,6 +144,7 @@ class Pump:
 
     def wait_for(self, waiter: Waiter, timeout_s: float | None = None) -> bool:
         """Drive the loop until `waiter.done`; return False if the time was over first."""
+        self.refuse_reentry()
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         self._foreground += 1
         try:
@@ -160,37 +158,53 @@ class Pump:
                     if left <= 0:
                         break
                     remaining = left if remaining is None else min(left, remaining)
-                if self._leader.acquire(False):
-                    try:
-                        if self.standby_leads and not self._make_way:
-                            self._dismiss_standby()
-                        self._round(remaining)
-                    finally:
-                        self._leader.release()
-                    if self.callbacks:
-                        self.run_callbacks()
-                else:
+                if not self._lead(remaining):
                     self._follow(waiter, left)  # what is due is the leader's business
         finally:
             self._foreground -= 1
             if self._followers:
                 self._pass_lead()
-            if self._standby_sleeps:
+            if self.standby_sleeps:
                 self._call_standby()
         return waiter.done
 
     def poll(self) -> None:
         """Handle what has already arrived, without blocking; the standby thread is asked to make way."""
-        if self._leader.acquire(False):
-            try:
-                if self.standby_leads and not self._make_way:
-                    self._dismiss_standby()
-                self._round(0)
-            finally:
-                self._leader.release()
-            if self.callbacks:
-                self.run_callbacks()
+        if not self.lock._is_owned():  # type: ignore[attr-defined]  # a user's event loop runs in a signal handler, say
+            self._lead(0)
 
+    def _lead(self, timeout_s: float | None) -> bool:
+        """Take the lead for one round; return False if another thread has it."""
+        if not self._leader.acquire(False):
+            return False
+        self._leads += 1
+        try:
+            if self.standby_leads and not self._make_way:
+                self._dismiss_standby()
+            self._round(timeout_s)
+        finally:
+            self._leads -= 1
+            if self._leads:
+                self.loop.kick()  # the outer wait of this thread sleeps, and what it waits for may be done
+            self._leader.release()
+        if self.callbacks:
+            self.run_callbacks()
+        return True
+
+    def refuse_reentry(self) -> None:
+        """Raise if this thread is in the midst of a transition: user code has interrupted it, and cannot wait for it.
+
+        Raises:
+            ReentrantUseError: it is.
+        """
+        if self.lock._is_owned():  # type: ignore[attr-defined]
+            raise ReentrantUseError(
+                "afield was used by code that has interrupted afield itself on the same thread (a signal handler, or __del__ "
+                "called by the garbage collector), in the midst of a change of its state. Do it later: let the handler "
+                "set a flag or wake another thread, give what is to be freed to a thread or an explicit close()"
+            )
+
+    @interruptible
     def run_callbacks(self) -> None:
         """Run what transitions have left; the caller holds no lock."""
         while self.callbacks:
@@ -202,12 +216,13 @@ class Pump:
 
     def _follow(self, waiter: Waiter, left_s: float | None) -> None:
         self._followers.append(waiter)
-        # The bound covers the moment between a leader's last look at the followers and our joining them.
-        waiter.park(0.05 if left_s is None else min(0.05, left_s))
         try:
-            self._followers.remove(waiter)
-        except ValueError:
-            pass
+            # The bound covers the moment between a leader's last look at the followers and our joining them.
+            waiter.park(0.05 if left_s is None else min(0.05, left_s))
+        finally:
+            waiter.parked = False
+            with contextlib.suppress(ValueError):
+                self._followers.remove(waiter)
 
     def _pass_lead(self) -> None:
         try:
@@ -241,14 +256,6 @@ class Pump:
             if self.take_interrupt():
                 raise KeyboardInterrupt
 
-    def in_transition(self, frame: FrameType | None) -> bool:
-        """Tell whether a state transition is on the stack."""
-        while frame is not None:
-            if frame.f_code in _uninterruptible:
-                return True
-            frame = frame.f_back
-        return False
-
     def install_sigint(self) -> Callable[[], None]:
         """Defer KeyboardInterrupt out of transitions; return what puts the old handler back.
 
@@ -273,17 +280,17 @@ class Pump:
         return restore
 
     def on_sigint(self, number: int, frame: FrameType | None) -> None:
-        """Handle SIGINT: raise KeyboardInterrupt now, or as soon as no transition is on the stack."""
+        """Handle SIGINT: raise KeyboardInterrupt now, or as soon as it may come."""
         reminder, self._reminding = self._reminding, False
         if not reminder or self.interrupted:
             self.interrupt(frame)
 
     def interrupt(self, frame: FrameType | None) -> None:
-        """Raise KeyboardInterrupt in the main thread, whose frame this is, or hold it back during a transition."""
-        if self.in_transition(frame):
+        """Raise KeyboardInterrupt in the main thread, whose frame this is, or hold it back where it must not come."""
+        if is_protected(frame):
             self.interrupted = True
-            self.loop.kick()  # the transition may wait for an answer: then it is over now
-            # Not every transition's caller looks, and `__del__` has no caller that could.
+            self.loop.kick()  # it may be about to wait: then that is over now
+            # Not every caller of ours looks, and `__del__` has none that could.
             if not self._has_reminder:
                 self._has_reminder = True
                 _thread.start_new_thread(self._remind, ())
@@ -322,11 +329,11 @@ class Pump:
         """Make sure that some thread looks at what was just left for the loop; safe in `__del__`."""
         if self.standby_leads:
             self._kick_standby()
-        elif self._standby_sleeps:
+        elif self.standby_sleeps:
             self._call_standby()
 
     def _call_standby(self) -> None:
-        self._standby_sleeps = False
+        self.standby_sleeps = False
         try:
             self._standby_wake.release()
         except RuntimeError:
@@ -364,10 +371,10 @@ class Pump:
             seen_rounds = self._rounds
             if quiet > IDLE_TICKS and self._foreground:
                 quiet = 0
-                self._standby_sleeps = True
+                self.standby_sleeps = True
                 if self._foreground:  # otherwise it left between our look and the flag, and will not call
                     self._standby_wake.acquire()
-                self._standby_sleeps = False
+                self.standby_sleeps = False
             else:
                 self._standby_wake.acquire(timeout=TICK_S)
 

@@ -39,7 +39,7 @@ from afield.runtime.process.process import Process
 from afield.runtime.process.serialization import deserialize_error, serialize_error
 from afield.runtime.wire import messages
 from afield.transport.channel import Channel
-from afield.transport.pump import uninterruptible
+from afield.transport.interrupts import uninterruptible
 
 #: A call is sent at once if nothing is on its way; otherwise it leaves in a batch of up to this many.
 BATCH = 64

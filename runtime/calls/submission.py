@@ -22,7 +22,7 @@ from afield.runtime.process.serialization import deserialize_error, serialize_er
 from afield.runtime.values.arguments import Arguments
 from afield.runtime.wire import messages
 from afield.transport.channel import Channel
-from afield.transport.pump import uninterruptible
+from afield.transport.interrupts import uninterruptible
 
 #: A burst of submissions looks for replies this often.
 POLL_EVERY = 32
@@ -111,12 +111,17 @@ class Submitter:
 
     def lane(self, shape: tuple[tuple[str, int], ...], placement: messages.Placement | None = None) -> Lane:
         """Return the lane for tasks of this shape whose workers need this."""
-        lane = self.lanes.get((shape, placement))
-        if lane is None:
-            key = len(self.lanes) + 1
-            lane = Lane(key, dict(shape), self, placement, self.core.recorder)
-            self.lanes[shape, placement] = self._lanes_by_key[key] = lane
-        return lane
+        return self.lanes.get((shape, placement)) or self._make_lane(shape, placement)
+
+    @uninterruptible
+    def _make_lane(self, shape: tuple[tuple[str, int], ...], placement: messages.Placement | None) -> Lane:
+        with self.process.pump.lock:  # another thread may want the same, or another one, at this moment
+            lane = self.lanes.get((shape, placement))
+            if lane is None:
+                key = len(self.lanes) + 1
+                lane = Lane(key, dict(shape), self, placement, self.core.recorder)
+                self.lanes[shape, placement] = self._lanes_by_key[key] = lane
+            return lane
 
     def call(
         self,
@@ -129,8 +134,8 @@ class Submitter:
     ) -> Any:
         """Make a task of a call and `enter` it; return its ref, its list of refs, or its generator at once."""
         process = self.process
-        if process.dead:
-            process.check_alive()
+        if process.dead or process.in_transition():
+            process.check_usable()
         task_id = calling_context().next_task_id()
         num_returns = function.num_returns
         task = Task(task_id, function, b"", lane, num_returns, retries)

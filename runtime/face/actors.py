@@ -71,7 +71,7 @@ class ActorClass:
                 participant.process.pin_for_ever(ref, f"captured by the class {self.__name__}")
             self._blob, self._session = serialized.pack(), participant.key
         process = participant.process
-        process.check_alive()
+        process.check_usable()
         actor_id = calling_context().next_task_id()
         description = self._describe(actor_id, process.process_id)
         name = self._options.get("name")

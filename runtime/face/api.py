@@ -197,7 +197,7 @@ def kill(actor: ActorHandle, *, no_restart: bool = True) -> None:
     if not isinstance(actor, ActorHandle):
         raise TypeError(f"kill() takes an actor's handle, not a {type(actor).__name__}")
     participant = _require()
-    participant.process.locked(participant.actors.kill, actor._actor_id, no_restart)
+    participant.process.soon(participant.actors.kill, actor._actor_id, no_restart)
 
 
 def cancel(ref: ObjectRef | ObjectRefGenerator, *, force: bool = False, recursive: bool = True) -> None:
@@ -219,7 +219,7 @@ def cancel(ref: ObjectRef | ObjectRefGenerator, *, force: bool = False, recursiv
     if not isinstance(ref, ObjectRef):
         raise TypeError(f"cancel() takes an ObjectRef, not {_describe(ref)}; to end an actor use kill()")
     participant = _require()
-    participant.process.locked(participant.cancellation.cancel, ref.id, force, recursive)
+    participant.process.soon(participant.cancellation.cancel, ref.id, force, recursive)
 
 
 def exit_actor() -> None:
@@ -240,7 +240,7 @@ def _require() -> Participant:
 
 def query(what: str, argument: Any = None) -> Any:
     """Ask the node daemon."""
-    return (participation.participant or participation.ensure()).process.requests.ask(
+    return (participation.participant or participation.ensure(something_new=False)).process.requests.ask(
         lambda n: messages.Query(n, what, argument)
     )
 

@@ -37,8 +37,9 @@ from afield.runtime.process.requests import Requests
 from afield.runtime.process.serialization import serialize_error
 from afield.runtime.wire import messages
 from afield.transport.channel import Channel
+from afield.transport.interrupts import uninterruptible
 from afield.transport.loop import Loop
-from afield.transport.pump import Pump, uninterruptible
+from afield.transport.pump import Pump
 
 #: Values up to this size travel inside messages; larger ones stay in the store.
 INLINE_BYTES = 100 * 1024
@@ -87,7 +88,9 @@ class Process:
         self.kept_for_ever: Counter[tuple[bytes, str]] = Counter()
         self.dropped: deque[bytes] = deque()
         self.loop = Loop()
-        self.pump = Pump(self.loop, self.after_events, self._due_in, expecting)
+        self.pump = Pump(self.loop, self.after_events, self.due_in, expecting)
+        #: Tells whether this thread is in the midst of a transition, which user code then has interrupted.
+        self.in_transition: Callable[[], bool] = self.pump.lock._is_owned  # type: ignore[attr-defined]
         self.pump.on_crash = self._crashed
         table = RecordingTable if config.record_call_sites else OwnershipTable
         self.table = table(process_id, self._owner_died_error)
@@ -207,7 +210,7 @@ class Process:
                 next_due = due
         self._next_due = next_due
 
-    def _due_in(self) -> float | None:
+    def due_in(self) -> float | None:
         if self.dropped or self.loop.dirty or self.pump.callbacks:
             return 0
         if self._next_due is None:
@@ -260,11 +263,24 @@ class Process:
                 self.loop.flush()
         return result
 
+    def soon(self, action: Callable[..., object], *args: Any) -> None:
+        """Do something as one transition now; or, if user code that asks for it has interrupted one, after that."""
+        if self.in_transition():
+
+            def later() -> None:
+                self.locked(action, *args)
+
+            self.pump.callbacks.append(later)
+            self.pump.wake_standby()
+        else:
+            self.locked(action, *args)
+
     def handle_dropped(self, object_id: bytes) -> None:
         """A handle is gone. Called from `__del__`, in any thread, also inside the garbage collector."""
         self.dropped.append(object_id)
-        if self.pump.standby_leads:
-            self.pump.wake_standby()
+        pump = self.pump
+        if pump.standby_leads or pump.standby_sleeps:
+            pump.wake_standby()
 
     def owner_of(self, object_id: bytes) -> bytes:
         """Return the owner's id of an object that we hold."""
@@ -299,6 +315,16 @@ class Process:
         """Raise if nothing can be answered any more."""
         if self.dead:
             raise RuntimeDiedError(self.dead)
+
+    def check_usable(self) -> None:
+        """Raise if nothing can be answered any more, or not now.
+
+        Raises:
+            RuntimeDiedError: the runtime is gone.
+            ReentrantUseError: user code has interrupted us on this thread, in the midst of a transition.
+        """
+        self.check_alive()
+        self.pump.refuse_reentry()
 
     def fail_everything(self, reason: str) -> None:
         """Nothing will be answered any more: fail every value that is still pending."""

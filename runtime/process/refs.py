@@ -13,7 +13,7 @@ import msgspec
 from afield.errors import NotInitializedError
 from afield.runtime.process import current
 from afield.runtime.process.serialization import collector
-from afield.transport.pump import uninterruptible
+from afield.transport.interrupts import uninterruptible
 
 
 class ObjectRef(msgspec.Struct, gc=False, eq=False, repr_omit_defaults=True):

@@ -38,6 +38,7 @@ from afield.errors import CapacityError, DeserializationError, LossError, Serial
 from afield.gpu_store.interop import DevicePacker, adapter_of
 from afield.runtime.process import current
 from afield.tracebacks import UnknownError, trim
+from afield.transport.interrupts import interruptible
 
 ALIGNMENT = 64
 PACKED = 1
@@ -179,6 +180,7 @@ def dumps_plain(value: Any) -> bytes | None:
     return None
 
 
+@interruptible
 def serialize(value: Any, what: str, *, stored: bool = True) -> Serialized:
     """Pickle any value; `what` names it in errors. One that cannot be `stored` carries copies of its device arrays.
 
@@ -244,6 +246,7 @@ def array_here(host: np.ndarray[Any, Any]) -> Any:
     return host if current.values is None else current.values.array_here(host)
 
 
+@interruptible
 def _pickle(value: Any, buffers: Buffers, packer: DevicePacker | None) -> bytes:
     """Return the pickle; what refers to the value's parts is gone with this frame, but for the buffers."""
     out = io.BytesIO()
@@ -277,6 +280,7 @@ def _is_array(kind: type) -> bool:
     return adapter is not None and adapter.takes_all
 
 
+@interruptible
 def _pickle_arrays(value: Any, buffers: Buffers, packer: DevicePacker) -> bytes:
     """As `_pickle`, for what `_is_of_arrays` accepts."""
     out = io.BytesIO()
@@ -286,6 +290,7 @@ def _pickle_arrays(value: Any, buffers: Buffers, packer: DevicePacker) -> bytes:
     return out.getvalue()
 
 
+@interruptible
 def serialize_error(error: BaseException) -> bytes:
     """Return the inline form of an error that stands for a value."""
     return serialize(error, "the error", stored=False).pack()
@@ -301,6 +306,7 @@ class _Lenient(pickle.Unpickler):
             return UnknownError
 
 
+@interruptible
 def deserialize_error(data: bytes, what: str, on_ref: Callable[[bytes, bytes], None] | None) -> Any:
     """Rebuild an error; where the class of what a task raised cannot be found here, the `TaskError` describes it.
 
@@ -315,10 +321,12 @@ def deserialize_error(data: bytes, what: str, on_ref: Callable[[bytes, bytes], N
         return deserialize(data, what, on_ref, load=_load_leniently)
 
 
+@interruptible
 def _load_leniently(data: bytes | memoryview, buffers: Any = ()) -> Any:
     return _Lenient(io.BytesIO(data), buffers=buffers).load()
 
 
+@interruptible
 def deserialize(
     data: bytes | memoryview,
     what: str,
@@ -383,6 +391,7 @@ def unpicklable(value: Any, what: str, error: BaseException) -> SerializationErr
     )
 
 
+@interruptible
 def _can_pickle(value: Any) -> bool:
     try:
         cloudpickle.dumps(value, 5)
@@ -391,6 +400,7 @@ def _can_pickle(value: Any) -> bool:
     return True
 
 
+@interruptible
 def _find_culprit(value: Any, path: str, depth: int) -> tuple[str, Any]:
     """Descend into what cannot be pickled until all parts of it can; return the path and the part."""
     if depth > 8:

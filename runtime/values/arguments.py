@@ -14,7 +14,7 @@ from afield.runtime.process.refs import ObjectRef
 from afield.runtime.process.serialization import Arg, Serialized, dumps_plain, serialize
 from afield.runtime.values.values import Values
 from afield.runtime.wire import messages
-from afield.transport.pump import uninterruptible
+from afield.transport.interrupts import uninterruptible
 
 
 class Arguments:

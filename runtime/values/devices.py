@@ -40,7 +40,7 @@ from afield.gpu_store.interop.interop_numba import install_numba
 from afield.gpu_store.tiers import HOST
 from afield.runtime.process.process import Process
 from afield.runtime.wire import messages
-from afield.transport.pump import uninterruptible
+from afield.transport.interrupts import uninterruptible
 
 #: While memory stays short the daemon asks for it again and again, and to look at all objects of a process takes its time.
 COLLECT_EVERY_S = 1.0

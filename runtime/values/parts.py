@@ -41,7 +41,8 @@ from afield.runtime.process.serialization import Serialized, deserialize
 from afield.runtime.values.devices import Devices
 from afield.runtime.wire import messages
 from afield.transport.channel import Channel
-from afield.transport.pump import Waiter, uninterruptible
+from afield.transport.interrupts import uninterruptible
+from afield.transport.pump import Waiter
 
 #: Slots of the pin board are asked for in batches, which double up to this.
 MAX_SLOTS = 512

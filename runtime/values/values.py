@@ -20,7 +20,8 @@ from afield.runtime.process.refs import ObjectRef
 from afield.runtime.process.serialization import Serialized, deserialize, deserialize_error, dumps_plain, serialize
 from afield.runtime.values.parts import Parts, PartsLostError, WouldBlockError
 from afield.tracebacks import trim
-from afield.transport.pump import Waiter, uninterruptible
+from afield.transport.interrupts import interruptible, uninterruptible
+from afield.transport.pump import Waiter
 
 #: How long a wait inside a task may last before the task gives its CPUs back.
 MOMENT_S = 0.001
@@ -56,7 +57,7 @@ class Values:
 
     def put(self, value: Any) -> ObjectRef:
         """Make an object of ours out of `value`."""
-        self.process.check_alive()
+        self.process.check_usable()
         object_id = calling_context().next_task_id() + PUT_INDEX
         data = dumps_plain(value)
         large: Serialized | None = None
@@ -148,6 +149,7 @@ class Values:
         future: Future[Any] = Future()
         future.set_running_or_notify_cancel()
 
+        @interruptible
         def complete() -> None:
             try:
                 value = self.value_of(ref, self._entry(ref), blocking=False)
@@ -268,6 +270,7 @@ class Values:
         self, refs: Sequence[ObjectRef | Stream], ids: list[bytes], num_returns: int, deadline: float | None
     ) -> tuple[list[Any], list[Any]]:
         """Return (ready, not ready), both in the order given, once `num_returns` are ready or the time is over."""
+        self.pump.refuse_reentry()
         ready = self._first_ready(refs, ids, num_returns)
         # More than once where a value is lost again before all are there.
         again = True

@@ -35,7 +35,7 @@ class EventLoop:
         self._early: list[Invocation] = []
         self._ended: asyncio.Event | None = None
         self._ending = False
-        self._flush_planned = False
+        self._flush_planned = self._poll_planned = False
 
     def coroutines(self) -> list[tuple[str, Any]]:
         """Return name and object of what the event loop runs."""
@@ -71,10 +71,21 @@ class EventLoop:
     def _on_readable(self) -> None:
         process = self._host.process
         process.pump.poll()
+        self._plan_poll(process.due_in())
         if process.dead and self._ended is not None:
             self._ended.set()
             for task in self._tasks.values():
                 task.cancel()
+
+    def _plan_poll(self, due_s: float | None) -> None:
+        """Have a look when something is due, which no message may tell of."""
+        if due_s is not None and not self._poll_planned and self._loop is not None:
+            self._poll_planned = True
+            self._loop.call_later(due_s, self._on_due)
+
+    def _on_due(self) -> None:
+        self._poll_planned = False
+        self._on_readable()
 
     def start(self, call: Invocation) -> None:
         """Begin the call on the event loop, whichever thread received it."""

@@ -45,6 +45,7 @@ from afield.runtime.worker.host import Host
 from afield.runtime.worker.outcomes import LoadedCallee, in_full
 from afield.runtime.worker.streaming import Stream
 from afield.transport.channel import Channel
+from afield.transport.interrupts import interruptible
 
 #: Takes the place of a push that is answered: what the call's code has left behind may keep the call, but not its arguments.
 _OVER = messages.Push(0, b"", 0, b"")
@@ -188,6 +189,7 @@ class Invocation(TaskContext):
 
     # -- ways of running -----------------------------------------------------------------------------------------
 
+    @interruptible
     def run(self, host: Host) -> None:
         """Run on this thread, from the arguments to the answer."""
         enter(self)

@@ -31,7 +31,7 @@ from afield.runtime.process.serialization import (
 from afield.runtime.values.parts import ARGUMENT, PartsLostError
 from afield.runtime.wire import messages
 from afield.tracebacks import describe
-from afield.transport.pump import uninterruptible
+from afield.transport.interrupts import interruptible, uninterruptible
 
 
 class LoadedCallee:
@@ -58,6 +58,7 @@ class LoadedCallee:
         return function
 
 
+@interruptible
 def in_full(value: Any, num_returns: int) -> Any:
     """Return what a generator yields as a list, where several results are due and it is not streamed."""
     if num_returns == messages.STREAMING or not hasattr(value, "__next__"):

@@ -16,7 +16,7 @@ from afield.runtime.cores.objects import Obligation
 from afield.runtime.process.events import OBLIGATION_MET, TICK
 from afield.runtime.process.process import Process
 from afield.transport.channel import Channel
-from afield.transport.pump import uninterruptible
+from afield.transport.interrupts import uninterruptible
 
 #: Replies are held back no longer than this while further tasks run.
 MAX_REPLY_DELAY_S = 0.0005

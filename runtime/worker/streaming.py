@@ -20,7 +20,8 @@ from afield.runtime.wire import messages
 from afield.runtime.worker.outcomes import LoadedCallee, Outcomes
 from afield.runtime.worker.replies import MAX_REPLY_DELAY_S, Replies
 from afield.transport.channel import Channel
-from afield.transport.pump import Waiter, uninterruptible
+from afield.transport.interrupts import interruptible, uninterruptible
+from afield.transport.pump import Waiter
 
 #: A producer that waits looks this often for a consumer that is gone.
 LOOK_S = 1.0
@@ -78,6 +79,7 @@ class Stream:
         if self.notify is not None:
             self.notify()
 
+    @interruptible
     def run(self, holder: list[Any]) -> int:
         """Send what the iterable in `holder` makes, as it makes it; return the number of items."""
         items: Iterator[Any] = iter(holder.pop())
