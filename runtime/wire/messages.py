@@ -284,6 +284,16 @@ class Assign(msgspec.Struct, array_like=True, tag=28):
     actor: ActorFacts | None = None
 
 
+class Unreachable(msgspec.Struct, array_like=True, tag=38):
+    """A process asks the daemon about another: its channel broke and does not come back, or had to be closed for a `fault`.
+
+    The daemon says `ProcessDied` if it knows of the death; else that follows when it happens. What has a fault is ended.
+    """
+
+    process: bytes
+    fault: str = ""
+
+
 class Retire(msgspec.Struct, array_like=True, tag=29):
     """Daemon to an idle worker: end, unless somebody depends on you. The worker sends it back if somebody does."""
 
@@ -437,6 +447,7 @@ Message = (
     | Reclaim
     | Blocked
     | ProcessDied
+    | Unreachable
     | Assign
     | Retire
     | TierMessage
