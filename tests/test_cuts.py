@@ -235,6 +235,33 @@ def test_a_death_is_found_out_by_who_comes_too_late_to_be_told(runtime: afield.C
         afield.get(ref, timeout=PATIENCE_S)
 
 
+def daemon_of_this_worker() -> tuple[Any, Any]:
+    """Return the loop of this process and its channel to the daemon."""
+    participant: Any = participation.participant
+    return participant.process.loop, participant.process.daemon
+
+
+def test_a_task_knows_its_lease_though_the_daemon_is_not_heard(no_runtime: None) -> None:
+    """What a lease grants comes ahead of what runs under it; it once came on another channel, which may be late."""
+    afield.init(num_cpus=1, resources={"first": 1, "second": 1})
+
+    @afield.remote(resources={"first": 1})
+    def go_deaf() -> int:
+        loop, daemon = daemon_of_this_worker()
+        loop.unregister(daemon.sock.fileno())
+        return os.getpid()
+
+    @afield.remote(resources={"second": 1})
+    def resources() -> tuple[int, dict[str, float]]:
+        found = afield.get_runtime_context().get_assigned_resources()
+        loop, daemon = daemon_of_this_worker()
+        loop.register(daemon.sock.fileno(), daemon.handle)
+        return os.getpid(), found
+
+    pid = afield.get(go_deaf.remote(), timeout=PATIENCE_S)
+    assert afield.get(resources.remote(), timeout=PATIENCE_S) == (pid, {"CPU": 1.0, "second": 1.0})
+
+
 def test_who_breaks_the_protocol_is_ended_and_its_work_done_elsewhere(
     runtime: afield.ClusterInfo, tmp_path: Any
 ) -> None:

@@ -315,11 +315,12 @@ class NodeDaemon:
         """A worker is ready for its lease."""
         grant = worker.grant
         assert grant is not None
-        self.send(worker.id, self._assignment(grant))
         if self.actors.is_actor_lease(grant.owner):
+            self.send(worker.id, self._assignment(grant))
             self.actors.on_granted(grant, worker)
         elif grant.owner in self.channels:
-            self.send(grant.owner, messages.Grant(grant.key, grant.lease_id, worker.id))
+            assignment = self._assignment(grant)
+            self.send(grant.owner, messages.Grant(grant.key, grant.lease_id, worker.id, assignment))
         else:
             self.leases.release(grant.lease_id)
             self.workers.on_lease_returned(grant.lease_id)

@@ -227,11 +227,12 @@ class Demand(msgspec.Struct, array_like=True, tag=21):
 
 
 class Grant(msgspec.Struct, array_like=True, tag=22):
-    """A lease on `worker` for shape `key`."""
+    """A lease on `worker` for shape `key`. The owner passes the assignment on, ahead of what it pushes."""
 
     key: int
     lease_id: int
     worker: bytes
+    assignment: Assign
 
 
 class Infeasible(msgspec.Struct, array_like=True, tag=23):
@@ -275,7 +276,10 @@ class ActorFacts(msgspec.Struct, array_like=True):
 
 
 class Assign(msgspec.Struct, array_like=True, tag=28):
-    """What the worker's present lease is: its resources, its devices (UUIDs, and their numbers on the node), its actor."""
+    """What the worker's present lease is: its resources, its devices (UUIDs, and their numbers on the node), its actor.
+
+    It comes on the same channel as what runs under it, and before that: from the owner, or, for an actor, from the daemon.
+    """
 
     lease_id: int
     devices: list[str]
