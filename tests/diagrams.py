@@ -15,11 +15,17 @@ from afield.gpu_store.books import lives
 from afield.machines import Table
 from afield.runtime.cores import caller, dispatch, objects, work
 from afield.scheduler import demands, slots
+from afield.transport import link
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "state-machines.md"
 
 #: (table, the file that it stands in, what it is about)
 TABLES: tuple[tuple[Table, str, str], ...] = (
+    (
+        link.LINK,
+        "transport/link.py",
+        "One conversation of two processes, which outlives the sockets that carry it.",
+    ),
     (
         objects.LIFE,
         "runtime/cores/objects.py",

@@ -19,8 +19,8 @@ from afield.runtime.process.configuration import SessionConfig
 from afield.runtime.session.store_process import run_store
 from afield.runtime.wire import messages
 from afield.scheduler.devices import Device
-from afield.transport.auth import Handshake
-from afield.transport.channel import Channel, listen
+from afield.transport.channel import Channel
+from afield.transport.endpoint import Endpoint
 from afield.transport.loop import Loop
 
 MIB = 1 << 20
@@ -39,12 +39,10 @@ class FakeDaemon:
         self.config = SessionConfig(secrets.token_hex(8), secrets.token_bytes(32), slab, HOST_BYTES, -1)
         self.host = mmap.mmap(slab, HOST_BYTES)
         self.loop = Loop()
-        self.channels: list[Channel] = []
         self.children: dict[int, int] = {}  # pidfd -> pid
         self.told: list[tuple[Any, ...]] = []
         self.lag_s = 0.0  # added to the clock
-        self._listener = listen(self.config.address(b""))
-        self.loop.register(self._listener.fileno(), self._accept)
+        self.serve(self.config)
         self.workers = self
         self.stores = StoreProcesses(
             self,
@@ -55,6 +53,14 @@ class FakeDaemon:
             link=link,
             clock=self.now,
         )
+
+    def serve(self, config: SessionConfig) -> None:
+        """Listen for the stores of a session."""
+        self.config = config
+        self.endpoint = Endpoint(
+            self.loop, config.token, NODE, messages.decode, self._on_messages, lambda channel: None
+        )
+        self.endpoint.listen(config.address(b""))
 
     def now(self) -> float:
         return time.monotonic() + self.lag_s
@@ -103,17 +109,6 @@ class FakeDaemon:
         finally:
             os._exit(status)
 
-    def _accept(self, events: int) -> None:
-        try:
-            sock, _ = self._listener.accept()
-        except BlockingIOError:
-            return
-        sock.setblocking(False)
-        handshake = Handshake(self.config.token, NODE, os.urandom(32), server=True)
-        self.channels.append(
-            Channel(self.loop, sock, handshake, messages.decode, self._on_messages, lambda channel: None)
-        )
-
     def _on_messages(self, channel: Channel, batch: list[Any]) -> None:
         for message in batch:
             if isinstance(message, messages.Register):
@@ -150,9 +145,7 @@ class FakeDaemon:
         for pidfd, pid in self.children.items():
             os.waitpid(pid, 0)
             os.close(pidfd)
-        for channel in self.channels:
-            channel.close()
-        self._listener.close()
+        self.endpoint.close()
         self.loop.close()
         os.close(self.config.slab_fd)
         if self.stores._machine is not None:

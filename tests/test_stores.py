@@ -21,8 +21,8 @@ from afield.runtime.node import stores as module
 from afield.runtime.node.stores import State
 from afield.runtime.wire import messages
 from afield.scheduler.devices import emulated_device
-from afield.transport.auth import Handshake
-from afield.transport.channel import Channel, connect
+from afield.transport.channel import Channel
+from afield.transport.endpoint import Endpoint
 from tests.helpers import HANG_S, ROOT
 from tests.store_daemon import MIB, FakeDaemon
 
@@ -124,16 +124,16 @@ def test_stores_end_with_the_daemon(daemon: FakeDaemon) -> None:
 
 
 def test_a_stranger_is_shown_out(daemon: FakeDaemon) -> None:
-    handshake = Handshake(daemon.config.token, b"stranger", os.urandom(32), server=False)
     closed: list[Channel] = []
-    channel = Channel(
+    endpoint = Endpoint(
         daemon.loop,
-        connect(daemon.config.address(b"")),
-        handshake,
+        daemon.config.token,
+        b"stranger",
         messages.decode,
         lambda channel, batch: None,
         closed.append,
     )
+    channel = endpoint.open(daemon.config.address(b""))
     channel.send(messages.Register("store", os.getpid()))
     daemon.until(lambda: closed)
 
@@ -383,15 +383,12 @@ from afield.runtime.session.forkserver import ForkServer, Roles
 from afield.runtime.session.store_process import run_store
 from afield.runtime.process.configuration import ForkServerConfig, SessionConfig
 from afield.scheduler.devices import emulated_device
-from afield.transport.channel import listen
 from tests.store_daemon import *
 
 def run_daemon(config, fork_sock):
     daemon = FakeDaemon(os.fsdecode(config.directory), config.devices)
-    daemon.config = config.session
-    daemon._listener.close()
-    daemon._listener = listen(daemon.config.address(b""))
-    daemon.loop.register(daemon._listener.fileno(), daemon._accept)
+    daemon.endpoint.close()
+    daemon.serve(config.session)
     node = types.SimpleNamespace(config=config, loop=daemon.loop, stop=lambda: None, output=None)
     daemon.workers = WorkerPool(node, fork_sock)
     daemon.start(1, DISK)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
+import select
 import socket
 import threading
 import time
@@ -16,10 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from afield.transport.auth import AuthenticationError, Handshake
-from afield.transport.channel import MAX_FRAME_BYTES, MAX_HANDSHAKE_BYTES, Channel, connect, listen, same_user
+from afield.transport.channel import MAX_FRAME_BYTES, Channel
+from afield.transport.endpoint import Endpoint
 from afield.transport.interrupts import uninterruptible
+from afield.transport.introduction import MAX_HANDSHAKE_BYTES
+from afield.transport.link import HEADER, Links
 from afield.transport.loop import RECEIVE_BUFFER_BYTES, Loop
 from afield.transport.pump import Pump, Waiter
+from afield.transport.sockets import connect, listen, same_user
 from tests.helpers import open_files, poll
 
 TOKEN = b"t" * 32
@@ -29,15 +35,31 @@ SERVER, CLIENT = b"server!!", b"client!!"
 class End:
     """One end of a connection, and what happened to it."""
 
-    def __init__(self, loop: Loop, sock: socket.socket, *, server: bool, token: bytes = TOKEN) -> None:
-        sock.setblocking(False)
+    channel: Channel
+
+    def __init__(self, loop: Loop, *, server: bool, token: bytes = TOKEN) -> None:
         self.received: list[Any] = []
         self.batches: list[int] = []
         self.decoded = 0
         self.closed = 0
         self.ready = 0
-        handshake = Handshake(token, SERVER if server else CLIENT, os.urandom(32), server=server)
-        self.channel = Channel(loop, sock, handshake, self._decode, self._on_messages, self._on_closed, self._on_ready)
+        self.endpoint = Endpoint(
+            loop,
+            token,
+            SERVER if server else CLIENT,
+            self._decode,
+            self._on_messages,
+            self._on_closed,
+            on_ready=self._on_ready,
+        )
+
+    def carry(self, sock: socket.socket) -> None:
+        """Have a channel on a socket as after the handshake; its peer is the test."""
+        sock.setblocking(False)
+        link = Links().open()
+        link.attached(0)
+        self.channel = self.endpoint._channel(link, CLIENT, lambda channel: channel.refused(), self.endpoint.over)
+        self.channel.attach(sock, [])
 
     def _decode(self, data: Any) -> list[Any]:
         self.decoded += 1
@@ -52,7 +74,13 @@ class End:
         self.closed += 1
 
     def _on_ready(self, channel: Channel) -> None:
+        self.channel = channel
         self.ready += 1
+
+
+def framed(body: bytes, arrived: int = 0) -> bytes:
+    """Return a frame as a channel sends it."""
+    return HEADER.pack(len(body), arrived) + body
 
 
 @contextlib.contextmanager
@@ -65,17 +93,27 @@ def a_loop() -> Iterator[Loop]:
         loop.close()
 
 
+_names = itertools.count()
+
+
+def a_name() -> str:
+    """Return a name to listen on."""
+    return f"afield-test-{os.getpid()}-{next(_names)}"
+
+
 @contextlib.contextmanager
 def connected(*, client_token: bytes = TOKEN) -> Iterator[tuple[Loop, End, End]]:
-    """A loop with both ends of a connection."""
-    a, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    """A loop with both ends of a connection; the server has its channel once the client is proven."""
+    name = a_name()
     with a_loop() as loop:
-        server, client = End(loop, a, server=True), End(loop, b, server=False, token=client_token)
+        server, client = End(loop, server=True), End(loop, server=False, token=client_token)
+        server.endpoint.listen(name)
+        client.channel = client.endpoint.open(name)
         try:
             yield loop, server, client
         finally:
-            server.channel.close()
-            client.channel.close()
+            server.endpoint.close()
+            client.endpoint.close()
 
 
 def run_until(loop: Loop, condition: Any) -> None:
@@ -92,8 +130,9 @@ def run_until(loop: Loop, condition: Any) -> None:
 
 def test_messages_sent_before_the_handshake_wait_for_it() -> None:
     with connected() as (loop, server, client):
-        server.channel.send(["early", 1])
         client.channel.send(["early", 2])
+        run_until(loop, lambda: server.ready)
+        server.channel.send(["early", 1])
         run_until(loop, lambda: server.received and client.received)
         assert client.received == [["early", 1]] and server.received == [["early", 2]]
         assert (server.ready, client.ready) == (1, 1)
@@ -117,6 +156,7 @@ def test_frames_larger_than_the_buffers(size: int) -> None:
         client.channel.send(big)
         client.channel.flush()
         client.channel.send("after")
+        run_until(loop, lambda: server.ready)
         server.channel.send(big)
         run_until(loop, lambda: len(server.received) == 3 and len(client.received) == 1)
         assert server.received == ["before", big, "after"] and client.received == [big]
@@ -131,16 +171,16 @@ def test_frames_larger_than_the_buffers(size: int) -> None:
 @settings(max_examples=80, deadline=None)
 def test_any_cut_of_the_stream_gives_the_same_messages(messages: list[Any], cuts: list[int]) -> None:
     frames = [msgspec.msgpack.encode([message]) for message in messages]
-    stream = b"".join(len(frame).to_bytes(4, "little") + frame for frame in frames)
+    stream = b"".join(map(framed, frames))
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with a_loop() as loop, theirs:
-        end = End(loop, ours, server=True)
-        end.channel.ready = True  # as after the handshake
+        end = End(loop, server=True)
+        end.carry(ours)
         position = 0
         for cut in [*cuts, len(stream)]:
             theirs.sendall(stream[position : position + cut])
             position += cut
-            end.channel.handle(1)
+            end.channel.handle(select.EPOLLIN)
         assert end.received == messages
         end.channel.close()
 
@@ -148,8 +188,8 @@ def test_any_cut_of_the_stream_gives_the_same_messages(messages: list[Any], cuts
 def test_a_peer_that_does_not_read_does_not_block_the_sender() -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with a_loop() as loop, theirs:
-        end = End(loop, ours, server=True)
-        end.channel.ready = True
+        end = End(loop, server=True)
+        end.carry(ours)
         started = time.monotonic()
         for _ in range(20):
             end.channel.send(b"x" * (1 << 20))
@@ -163,11 +203,22 @@ def test_a_peer_that_does_not_read_does_not_block_the_sender() -> None:
 def test_a_frame_that_cannot_be_is_the_end_of_the_connection() -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with a_loop() as loop, theirs:
-        end = End(loop, ours, server=True)
-        end.channel.ready = True
-        theirs.sendall((MAX_FRAME_BYTES + 1).to_bytes(4, "little") + b"x" * 100)
+        end = End(loop, server=True)
+        end.carry(ours)
+        theirs.sendall(HEADER.pack(MAX_FRAME_BYTES + 1, 0) + b"x" * 100)
         run_until(loop, lambda: end.closed)
-        assert not end.decoded
+        assert not end.decoded and "a frame of" in end.channel.fault
+        assert theirs.recv(100) == end.channel.link.goodbye()
+
+
+def test_a_frame_that_is_no_message_is_the_end_of_the_connection() -> None:
+    """It would be sent again over any other socket."""
+    with connected() as (loop, server, client):
+        client.channel._encode = lambda batch: b"\xc1"  # type: ignore[method-assign]
+        client.channel.send("x")
+        run_until(loop, lambda: server.closed and client.closed)
+        assert "no message" in server.channel.fault and not client.channel.fault
+        assert not server.received and not server.endpoint.links.all() and not client.endpoint.links.all()
 
 
 # -- the handshake ------------------------------------------------------------------------------------------------
@@ -176,9 +227,8 @@ def test_a_frame_that_cannot_be_is_the_end_of_the_connection() -> None:
 def test_a_wrong_token_is_refused_and_nothing_is_decoded() -> None:
     with connected(client_token=b"w" * 32) as (loop, server, client):
         client.channel.send("let me in")
-        server.channel.send("a secret")
-        run_until(loop, lambda: server.closed and client.closed)
-        assert (server.closed, client.closed) == (1, 1)
+        run_until(loop, lambda: client.closed)
+        assert (client.closed, client.channel.closed, server.endpoint.channels()) == (1, True, [])
         assert (server.ready, client.ready, server.decoded, client.decoded) == (0, 0, 0, 0)
 
 
@@ -191,20 +241,23 @@ def test_a_wrong_token_is_refused_and_nothing_is_decoded() -> None:
         b"GET / HTTP/1.1\r\n\r\n",
         b"\x00\x00\x00\x00",
         len(msgspec.msgpack.encode(["message"])).to_bytes(4, "little") + msgspec.msgpack.encode(["message"]),
+        framed(msgspec.msgpack.encode(["message"])),
     ],
 )
 def test_an_intruder_is_refused_and_nothing_is_decoded(stream: bytes) -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with a_loop() as loop, theirs:
-        end = End(loop, ours, server=True)
-        end.channel.send("a secret")
+        end = End(loop, server=True)
+        ours.setblocking(False)
+        end.endpoint.accepted(ours)
         theirs.sendall(stream)
-        run_until(loop, lambda: end.closed)
+        run_until(loop, lambda: ours.fileno() < 0)
         assert (end.ready, end.decoded, end.received) == (0, 0, [])
         theirs.settimeout(5)
         sent = b""
-        while part := theirs.recv(1000):
-            sent += part
+        with contextlib.suppress(ConnectionResetError):  # it did not even read all
+            while part := theirs.recv(1000):
+                sent += part
         assert len(sent) == 4 + 32  # the challenge and nothing else
         assert b"secret" not in sent
 
@@ -216,10 +269,10 @@ def exchange(server: Handshake, client: Handshake) -> None:
 
 
 def handshakes(client_token: bytes = TOKEN) -> tuple[Handshake, Handshake]:
-    """Return both sides."""
+    """Return both sides; the server answers with the hello backwards."""
     return (
-        Handshake(TOKEN, SERVER, b"s" * 32, server=True),
-        Handshake(client_token, CLIENT, b"c" * 32, server=False),
+        Handshake(TOKEN, SERVER, b"s" * 32, server=True, answer=lambda peer_id, hello: hello[::-1]),
+        Handshake(client_token, CLIENT, b"c" * 32, server=False, hello=b"hello"),
     )
 
 
@@ -229,6 +282,23 @@ def test_both_sides_prove_themselves() -> None:
     exchange(server, client)
     assert server.done and client.done
     assert (server.peer_id, client.peer_id) == (CLIENT, SERVER)
+    assert (server.peer_words, client.peer_words) == (b"hello", b"olleh")
+
+
+@pytest.mark.parametrize("at", [0, 31, 32, 39, 40, 71, 72, 76])
+def test_what_a_proven_peer_says_cannot_be_changed_on_the_way(at: int) -> None:
+    server, client = handshakes()
+    said = bytearray(client.feed(server.greeting()))
+    said[at] ^= 1
+    with pytest.raises(AuthenticationError):
+        server.feed(bytes(said))
+    server, client = handshakes()
+    answered = bytearray(server.feed(client.feed(server.greeting())))
+    if at < len(answered):
+        answered[at] ^= 1
+        with pytest.raises(AuthenticationError):
+            client.feed(bytes(answered))
+        assert not client.done
 
 
 def test_a_server_that_does_not_know_the_token_is_refused_by_the_client() -> None:
@@ -268,10 +338,10 @@ def test_no_bytes_make_a_handshake_do_anything_but_refuse(data: bytes) -> None:
 def test_a_peer_s_death_is_told_once_after_what_it_sent() -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with a_loop() as loop:
-        end = End(loop, ours, server=True)
-        end.channel.ready = True
+        end = End(loop, server=True)
+        end.carry(ours)
         frame = msgspec.msgpack.encode(["last words"])
-        theirs.sendall(len(frame).to_bytes(4, "little") + frame + b"\x10")  # and half a frame
+        theirs.sendall(framed(frame) + b"\x10")  # and half a frame
         theirs.close()
         end.channel.send("to nobody")
         loop.flush()  # the write fails; what was received is still read first
@@ -290,6 +360,7 @@ def test_closing_says_nothing_to_the_closer_and_drops_what_is_queued() -> None:
         client.channel.close()
         run_until(loop, lambda: server.closed)
         assert client.closed == 0 and server.received == []
+        assert not server.endpoint.links.all() and not client.endpoint.links.all()
 
 
 def test_a_handler_may_close_its_channel_between_two_frames() -> None:
@@ -313,7 +384,7 @@ def test_a_handler_may_close_its_channel_between_two_frames() -> None:
 
 
 def test_listening_and_connecting_by_name() -> None:
-    name = f"afield-test-{os.getpid()}-{time.monotonic_ns()}"
+    name = a_name()
     files = open_files()
     with pytest.raises(ConnectionRefusedError):
         connect(name)

@@ -1,67 +1,75 @@
-"""A message channel over a unix stream socket: length-prefixed msgspec frames, batched in both directions.
+"""A message channel: length-prefixed msgspec frames on a stream socket, batched in both directions, in order and once.
 
-Theory of operation. One frame is a 4-byte little-endian length and a msgpack array of messages, so that any number of
-messages costs one encode, one system call and one wake-up of the peer. `send` only appends to the outbox; `flush` encodes
-what is there and writes it. A socket buffer that is full leaves the rest in `_unsent`, and the loop flushes again when
-the socket can take more. Nothing received is decoded before the handshake of `auth` is done; what is sent before that
-waits in the outbox.
+Theory of operation. One frame is a header (its length, and how many frames have arrived here) and a msgpack array of messages,
+so that any number of messages costs one encode, one system call and one wake-up of the peer. `send` only appends to the
+outbox; `flush` encodes what is there and writes it. A socket buffer that is full leaves the rest in `_unsent`, and the loop
+flushes again when the socket can take more.
+
+A channel outlives its sockets: its `Link` numbers the frames, keeps those that the peer may not have, and knows what is to be
+sent again. Between two sockets the channel is not `ready`, and what is sent waits in the outbox. Who makes the next socket, and
+who is told of what, is the business of `endpoint`. A socket is here only after its peer was proven (`introduction`).
 
 A channel is used by one thread at a time: whoever holds its loop's lock.
 """
 
 from __future__ import annotations
 
-import os
 import select
 import socket
-import struct
 from collections.abc import Callable
 from typing import Any
 
 import msgspec
 
-from afield.transport.auth import AuthenticationError, Handshake
+from afield.transport.link import COUNT_MASK, GOODBYE, HEADER, OWED_BYTES, Link, LinkError
 from afield.transport.loop import Loop
 
 #: No frame is larger: a length beyond it is a bug or an attack, not a message.
 MAX_FRAME_BYTES = 256 << 20
-#: Before the handshake is done nothing larger is accepted.
-MAX_HANDSHAKE_BYTES = 256
 #: The buffer of `drain`.
 DRAIN_BYTES = 1 << 16
 #: One encode never takes more messages, which bounds the frame and the time until the first byte leaves.
 MAX_BATCH = 1024
 
 Messages = list[Any]
-_PEER_CREDENTIALS = struct.Struct("3i")
+_HEADER_BYTES = HEADER.size
+_read_header = HEADER.unpack_from
 
 
 class Channel:
-    """One authenticated connection to a peer process.
+    """One conversation with a proven peer process.
 
     Args:
-        loop: drives the socket.
-        sock: a connected, non-blocking unix stream socket.
-        handshake: proves the peer; its `peer_id` names the peer afterwards.
+        loop: drives its sockets.
+        link: its numbers, and what is kept of it.
+        peer_id: who the peer is, as far as it is known before it is proven.
         decoder: decodes one frame into a list of messages.
         on_messages: called with (channel, messages) for each received frame.
-        on_closed: called once with the channel when the peer is gone, in whatever way.
-        on_ready: called once with the channel when the peer is proven.
+        on_closed: called once with the channel when the peer has closed it, or it cannot go on.
+        on_broken: called with the channel when its socket is gone.
+        on_over: called once with the channel when it is closed, by whomever: it needs no socket any more.
+
+    Attributes:
+        ready: a socket carries it.
+        closed: it is over.
+        fault: what the peer did against the protocol, if that is why it is closed.
     """
 
     __slots__ = (
         "_decode",
         "_encode",
-        "_handshake",
         "_loop",
         "_needed",
+        "_on_broken",
+        "_on_over",
         "_partial",
         "_unsent",
         "closed",
         "context",
+        "fault",
+        "link",
         "on_closed",
         "on_messages",
-        "on_ready",
         "outbox",
         "peer_id",
         "ready",
@@ -71,33 +79,34 @@ class Channel:
     def __init__(
         self,
         loop: Loop,
-        sock: socket.socket,
-        handshake: Handshake,
+        link: Link,
+        peer_id: bytes,
         decoder: Callable[[Any], Messages],
         on_messages: Callable[[Channel, Messages], None],
         on_closed: Callable[[Channel], None],
-        on_ready: Callable[[Channel], None] | None = None,
+        on_broken: Callable[[Channel], None],
+        on_over: Callable[[Channel], None],
     ) -> None:
         self._loop = loop
-        self.sock = sock
-        self._handshake = handshake
+        self.link = link
+        self.peer_id = peer_id
         self._decode = decoder
         self._encode = msgspec.msgpack.Encoder().encode
         self.on_messages = on_messages
         self.on_closed = on_closed
-        self.on_ready = on_ready
+        self._on_broken = on_broken
+        self._on_over = on_over
         self.outbox: Messages = []
-        self.peer_id = b""
+        self.sock: socket.socket | None = None
         self.ready = False
         self.closed = False
+        self.fault = ""
         self.context: Any = None
         self._partial = bytearray()  # the beginning of a frame whose end has not arrived
-        self._needed = 4  # bytes that must be there before parsing it again is worth while
+        self._needed = _HEADER_BYTES  # bytes that must be there before parsing it again is worth while
         self._unsent = memoryview(b"")
-        loop.register(sock.fileno(), self.handle)
-        greeting = handshake.greeting()
-        if greeting:
-            self._write(_frame(greeting))
+
+    # -- messages --------------------------------------------------------------------------------------------------
 
     def send(self, message: Any) -> None:
         """Queue a message; it leaves with the next `flush`."""
@@ -107,26 +116,27 @@ class Channel:
 
     def flush(self) -> None:
         """Write what is queued, as far as the socket takes it."""
-        while self.outbox and self.ready and not self._unsent and not self.closed:
+        while self.outbox and self.ready and not self._unsent:
             if len(self.outbox) <= MAX_BATCH:
                 batch, self.outbox = self.outbox, []
             else:
                 batch, self.outbox = self.outbox[:MAX_BATCH], self.outbox[MAX_BATCH:]
-            self._write(_frame(self._encode(batch)))
+            self._write(self.link.frame(self._encode(batch)))
 
     @property
     def drained(self) -> bool:
-        """Tell whether the socket has taken everything that was sent."""
-        return self.closed or not (self.outbox or self._unsent)
+        """Tell whether a socket has taken everything that was sent."""
+        return self.closed or (self.ready and not (self.outbox or self._unsent))
 
     def handle(self, events: int) -> None:
         """React to what epoll reported for the socket."""
-        if events & select.EPOLLOUT:
+        if events & select.EPOLLOUT and self.sock is not None:
             unsent, self._unsent = self._unsent, memoryview(b"")
             self._loop.modify(self.sock.fileno(), select.EPOLLIN)
             self._write(unsent)
             self.flush()
-        if events & ~select.EPOLLOUT and not self.closed:
+            self._settle_debt()
+        if events & ~select.EPOLLOUT and self.ready:
             self._receive()
 
     def drain(self) -> None:
@@ -134,39 +144,114 @@ class Channel:
         # The loop's buffer is in use: we are called from the handling of another channel's messages.
         buffer, self._loop.buffer = self._loop.buffer, memoryview(bytearray(DRAIN_BYTES))
         try:
-            while not self.closed and self.ready and self._receive():
+            while self.ready and self._receive():
                 pass
         finally:
             self._loop.buffer = buffer
 
-    def close(self) -> None:
-        """Close without calling `on_closed`; what is queued is dropped."""
-        if not self.closed:
-            self.closed = True
-            self._loop.unregister(self.sock.fileno())
-            self.sock.close()
-            self.outbox = []
+    # -- sockets, and the end --------------------------------------------------------------------------------------
 
-    def _disconnected(self) -> None:
+    def attach(self, sock: socket.socket, again: list[bytes]) -> None:
+        """Go on over a new socket of the proven peer; `again` is what it has not got of the frames that were sent."""
+        self._let_go()
+        self.sock = sock
+        self._loop.register(sock.fileno(), self.handle)
+        self.ready = True
+        if again:
+            self._write(b"".join(again))
+        self.flush()
+        self._loop.release(self)
+
+    def close(self) -> None:
+        """Close on purpose and tell the peer so, without calling `on_closed`; what is queued is dropped."""
+        self._end("closed", say=True)
+
+    def died(self) -> None:
+        """The peer is dead, says who knows: nothing comes any more, and nothing is kept."""
+        self._end("died", say=False)
+
+    def refused(self, fault: str = "") -> None:
+        """No socket can carry this any more, for a reason that is final."""
+        self.fault = fault
+        self._over("closed")
+
+    def unknown(self) -> None:
+        """The peer has told the link that it does not know it any more."""
+        self._over("")
+
+    def _let_go(self) -> None:
+        sock, self.sock, self.ready = self.sock, None, False
+        if sock is not None:
+            self._loop.unregister(sock.fileno())
+            sock.close()
+        self._partial, self._needed, self._unsent = bytearray(), _HEADER_BYTES, memoryview(b"")
+
+    def _end(self, event: str, *, say: bool) -> None:
+        if self.closed:
+            return
+        self.closed = True
+        if say and self.ready and not self._unsent:  # else it hears that we do not know the link any more
+            self._write(self.link.goodbye())
+        self._let_go()
+        self.outbox = []
+        if event:
+            self.link.end(event)
+        self._loop.release(self)
+        self._on_over(self)
+
+    def _over(self, event: str, *, say: bool = False) -> None:
+        """End, and tell the owner, who did not ask for it."""
         if not self.closed:
-            self.close()
+            self._end(event, say=say)
             self.on_closed(self)
 
+    def _violated(self, fault: str) -> None:
+        """The peer broke the protocol: it would send the same again over any socket."""
+        self.fault = fault
+        self._over("closed", say=True)
+
+    def _break(self) -> None:
+        self._let_go()
+        self.link.broke()
+        if self.link.fleeting:
+            self._over("closed")
+        else:
+            self._on_broken(self)
+
+    # -- bytes -----------------------------------------------------------------------------------------------------
+
     def _write(self, data: bytes | memoryview) -> None:
+        sock = self.sock
+        assert sock is not None
         try:
-            sent = self.sock.send(data, socket.MSG_NOSIGNAL)  # whatever the program does about SIGPIPE
+            sent = sock.send(data, socket.MSG_NOSIGNAL)  # whatever the program does about SIGPIPE
         except BlockingIOError:
             sent = 0
         except OSError:
-            # The peer is gone. What it sent before it went may still be readable, so the loss is reported by the read
-            # side, which epoll wakes with a hang-up.
+            # The socket is broken. What the peer sent before may still be readable, and we may be in the middle of a
+            # transition, so that is for the loop. The frame is kept.
+            self._loop.after(0.0, lambda: self._write_failed(sock))
             return
         if sent < len(data):
             self._unsent = memoryview(data)[sent:]
-            self._loop.modify(self.sock.fileno(), select.EPOLLIN | select.EPOLLOUT)
+            self._loop.modify(sock.fileno(), select.EPOLLIN | select.EPOLLOUT)
+
+    def _write_failed(self, sock: socket.socket) -> None:
+        """A socket takes nothing more: read what it still has, then it is as good as gone, whatever its other half says."""
+        if self.sock is sock:
+            while self.ready and self._receive():
+                pass
+            if self.sock is sock:
+                self._break()
+
+    def _settle_debt(self) -> None:
+        """Tell the peer how much has arrived, if it must know and nothing else that leaves says so."""
+        if self.link.owed_bytes >= OWED_BYTES and self.ready and not self._unsent:
+            self._write(self.link.acknowledgement())
 
     def _receive(self) -> bool:
         """Read once and handle what is complete; return whether there was anything."""
+        assert self.sock is not None
         buffer = self._loop.buffer
         try:
             count = self.sock.recv_into(buffer)
@@ -175,7 +260,7 @@ class Channel:
         except OSError:
             count = 0
         if not count:
-            self._disconnected()
+            self._break()
             return False
         if not self._partial:
             self._parse(buffer[:count])
@@ -187,84 +272,38 @@ class Channel:
         return True
 
     def _parse(self, data: memoryview) -> None:
-        position, end = 0, len(data)
-        self._needed = 4
-        while end - position >= 4:
-            size = int.from_bytes(data[position : position + 4], "little")
-            start = position + 4
-            if size > (MAX_FRAME_BYTES if self.ready else MAX_HANDSHAKE_BYTES):
-                self._disconnected()
+        position, end, link = 0, len(data), self.link
+        self._needed = _HEADER_BYTES
+        while end - position >= _HEADER_BYTES:
+            size, acknowledged = _read_header(data, position)
+            if acknowledged != link.acknowledged & COUNT_MASK:
+                try:
+                    link.on_acknowledged(acknowledged)
+                except LinkError as error:
+                    self._violated(f"it {error}")
+                    return
+            start = position + _HEADER_BYTES
+            if size > MAX_FRAME_BYTES:
+                if size == GOODBYE:
+                    self._over("peer closed")
+                else:
+                    self._violated(f"it announced a frame of {size} bytes")
                 return
             if end - start < size:
-                self._needed = 4 + size
+                self._needed = _HEADER_BYTES + size
                 break
             position = start + size
-            if self.ready:
+            if size:
+                link.arrived(size)
                 try:
                     messages = self._decode(data[start:position])
-                except msgspec.MsgspecError:  # not one of our messages: another version, or an intruder with the token
-                    self._disconnected()
+                except msgspec.MsgspecError as error:  # not one of our messages: another version, or an intruder
+                    self._violated(f"it sent what is no message: {error}")
                     return
                 self.on_messages(self, messages)
-            else:
-                self._prove(bytes(data[start:position]))
-            if self.closed:
-                return
+                if not self.ready:
+                    return
         if position < end:
             self._partial = bytearray(data[position:])
-
-    def _prove(self, frame: bytes) -> None:
-        try:
-            answer = self._handshake.feed(frame)
-        except AuthenticationError:
-            self._disconnected()
-            return
-        if answer:
-            self._write(_frame(answer))
-        if self._handshake.done:
-            self.ready = True
-            self.peer_id = self._handshake.peer_id
-            if self.on_ready is not None:
-                self.on_ready(self)
-            self.flush()
-
-
-def _frame(body: bytes) -> bytes:
-    return len(body).to_bytes(4, "little") + body
-
-
-def connect(name: str) -> socket.socket:
-    """Connect to the abstract unix socket `name`; raise `ConnectionRefusedError` if nobody listens there.
-
-    Abstract sockets live exactly as long as the process that listens, so no way of dying leaves one behind; the kernel
-    tells who the peer is, and the handshake proves that it belongs to the cluster.
-    """
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    try:
-        sock.connect("\0" + name)
-        sock.setblocking(False)
-        if not same_user(sock):
-            raise ConnectionRefusedError(f"another user listens on {name}")
-    except BaseException:
-        sock.close()
-        raise
-    return sock
-
-
-def listen(name: str) -> socket.socket:
-    """Return a non-blocking listening socket with the abstract name `name`."""
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    try:
-        sock.bind("\0" + name)
-        sock.listen(512)
-        sock.setblocking(False)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
-
-
-def same_user(sock: socket.socket) -> bool:
-    """Tell whether the kernel says that the peer runs as this user (or as root)."""
-    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
-    return _PEER_CREDENTIALS.unpack(credentials)[1] in (os.getuid(), 0)
+        if link.owed_bytes >= OWED_BYTES:
+            self._settle_debt()

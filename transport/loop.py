@@ -2,12 +2,22 @@
 
 `step` waits for events once, runs their handlers, and flushes every channel that has something to send. Handlers are
 called with the epoll event mask. The loop itself takes no lock: `pump` decides which thread drives it.
+
+`after` calls something later. Its clock is a descriptor as all others (`timerfd`), so it also wakes those who only watch
+`fileno`: the standby thread and event loops of the user's. It is opened with the first use.
+
+Order among channels: `first` is flushed before all others, and while it has no socket the others wait, so that what it carries
+stays ahead of what they say.
 """
 
 from __future__ import annotations
 
+import ctypes
+import heapq
+import itertools
 import os
 import select
+import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -17,10 +27,21 @@ RECEIVE_BUFFER_BYTES = 1 << 20
 MAX_EVENTS = 64
 
 
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class _Timer(ctypes.Structure):
+    """`struct itimerspec`: the interval, and the time until it fires, each in seconds and nanoseconds."""
+
+    _fields_ = [(name, ctypes.c_long) for name in ("every_s", "every_ns", "in_s", "in_ns")]
+
+
 class Outgoing(Protocol):
     """Something with messages to send: a channel."""
 
     outbox: list[Any]
+    ready: bool
+    closed: bool
 
     def flush(self) -> None:
         """Send what the outbox has, as far as the socket takes it."""
@@ -37,6 +58,10 @@ class Loop:
         self.first: Outgoing | None = None
         #: Channels with something in their outbox.
         self.dirty: list[Outgoing] = []
+        self._held: list[Outgoing] = []  # dirty, and wait for `first`
+        self._timer = -1
+        self._later: list[tuple[float, int, Callable[[], None]]] = []  # a heap: when due, a number, what to call
+        self._numbers = itertools.count()
         self._kick = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._kicked = False
         self.register(self._kick, self._absorb_kick)
@@ -70,8 +95,13 @@ class Loop:
 
     def flush(self) -> None:
         """Send what the channels have queued."""
-        if self.first is not None and self.first.outbox:
-            self.first.flush()
+        first = self.first
+        if first is not None:
+            if first.outbox:
+                first.flush()
+            if not first.ready and not first.closed:
+                self._held += self.dirty
+                self.dirty.clear()
         while self.dirty:
             dirty, self.dirty = self.dirty, []
             for channel in dirty:
@@ -81,6 +111,35 @@ class Loop:
         """Wait once, handle what happened, send what that produced."""
         self.run(self.wait(timeout_s))
         self.flush()
+
+    def release(self, channel: Outgoing) -> None:
+        """A channel has a socket again, or never will: if it is `first`, the others need not wait for it any more."""
+        if channel is self.first and self._held:
+            self.dirty, self._held = [*self._held, *self.dirty], []
+
+    def after(self, delay_s: float, callback: Callable[[], None]) -> None:
+        """Call `callback` once, as a handler, when so much time has passed."""
+        if self._timer < 0:
+            self._timer = _timer_fd()
+            self.register(self._timer, self._on_timer)
+        heapq.heappush(self._later, (time.monotonic() + delay_s, next(self._numbers), callback))
+        self._set_timer()
+
+    def _on_timer(self, events: int) -> None:
+        try:
+            os.read(self._timer, 8)
+        except BlockingIOError:
+            pass
+        now = time.monotonic()
+        while self._later and self._later[0][0] <= now:
+            heapq.heappop(self._later)[2]()
+        self._set_timer()
+
+    def _set_timer(self) -> None:
+        if self._later and self._timer >= 0:
+            left_ns = max(1, int((self._later[0][0] - time.monotonic()) * 1e9))
+            value = _Timer(0, 0, left_ns // 1_000_000_000, left_ns % 1_000_000_000)
+            _libc.timerfd_settime(self._timer, 0, ctypes.byref(value), None)
 
     def kick(self) -> None:
         """Wake the thread that waits in `wait`; safe from any thread and from `__del__`."""
@@ -104,4 +163,17 @@ class Loop:
         self._kicked = True  # a later `kick` must not write to a descriptor that is another file's by then
         self.unregister(self._kick)
         os.close(self._kick)
+        if self._timer >= 0:
+            self.unregister(self._timer)
+            os.close(self._timer)
+            self._timer = -1
         self._epoll.close()
+
+
+def _timer_fd() -> int:
+    """Return a new timer on the monotonic clock. (`os.timerfd_create` came with Python 3.13.)"""
+    fd = int(_libc.timerfd_create(time.CLOCK_MONOTONIC, os.O_NONBLOCK | os.O_CLOEXEC))
+    if fd < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return fd

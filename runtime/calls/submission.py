@@ -416,6 +416,7 @@ class Submitter:
             process.daemon.send(messages.ReturnLease(message.lease_id))
             lane.grant_failed()
             return
+        worker.send(message.assignment)  # ahead of all pushes, whatever befalls the daemon's channel to the worker
         if worker.context is None:
             worker.context = PeerState()
         lease = Lease(message.lease_id, message.worker, lane, worker)

@@ -7,7 +7,6 @@ and the actor directory; nothing here is on the path of a task that already has 
 from __future__ import annotations
 
 import errno
-import os
 import pickle
 import socket
 import time
@@ -28,8 +27,8 @@ from afield.runtime.process.environment import Environment
 from afield.runtime.wire import messages
 from afield.scheduler.leases import Grant, Infeasible, LeaseManager
 from afield.scheduler.resources import ResourceSet
-from afield.transport.auth import Handshake
-from afield.transport.channel import Channel, listen, same_user
+from afield.transport.channel import Channel
+from afield.transport.endpoint import Endpoint
 from afield.transport.loop import Loop
 
 #: After `shutdown` the workers have so long to end in good order.
@@ -62,10 +61,20 @@ class NodeDaemon:
         self._device_numbers = {device.uuid: device.index for device in config.devices}
         self._store_waits: set[int] = set()  # leases whose workers gave their CPUs back while they wait for room
         self._stopping = self._orderly = False
-        self._listener = listen(self.session.address(b""))
-        self.loop.register(self._listener.fileno(), self._accept)
+        self.endpoint = Endpoint(
+            self.loop,
+            self.session.token,
+            self.node_id,
+            messages.decode,
+            self._on_messages,
+            self._on_closed,
+            on_absent=self._on_absent,
+            on_error=_out_of_files,
+        )
+        self.endpoint.listen(self.session.address(b""))
         self._handlers: dict[type, Callable[[Channel, Any], None]] = {
             messages.Register: self._on_register,
+            messages.Unreachable: self._on_unreachable,
             messages.Demand: self._on_demand,
             messages.ReturnLease: self._on_return_lease,
             messages.Blocked: self._on_blocked,
@@ -96,6 +105,7 @@ class NodeDaemon:
             self.loop.flush()
         self._let_workers_end()
         self.output.finish()
+        self.endpoint.close()
 
     def _let_workers_end(self) -> None:
         """The session was shut down: what its workers have to do before they end is done now; nothing new is granted."""
@@ -119,24 +129,9 @@ class NodeDaemon:
 
     def cores(self) -> dict[str, Core]:
         """Return what can be looked into here: what each core did last, and whether its state is sound."""
-        return {"leases": self.leases, "books": self.tiers.books}
+        return {"leases": self.leases, "books": self.tiers.books, "links": self.endpoint.links}
 
     # -- processes -----------------------------------------------------------------------------------------------
-
-    def _accept(self, events: int) -> None:
-        while True:
-            try:
-                sock, _ = self._listener.accept()
-            except OSError as error:
-                if error.errno in (errno.EMFILE, errno.ENFILE):
-                    raise  # the driver is told our last words
-                return
-            sock.setblocking(False)
-            if not same_user(sock):
-                sock.close()
-                continue
-            handshake = Handshake(self.session.token, self.node_id, os.urandom(32), server=True)
-            Channel(self.loop, sock, handshake, messages.decode, self._on_messages, self._disconnected)
 
     def _on_messages(self, channel: Channel, batch: list[Any]) -> None:
         self.tiers.read_notes()
@@ -151,7 +146,7 @@ class NodeDaemon:
         except Exception:
             traceback.print_exc()
             channel.close()
-            self._disconnected(channel)
+            self._on_closed(channel)
             self.workers.kill_process(channel.peer_id)
 
     def _on_register(self, channel: Channel, message: messages.Register) -> None:
@@ -160,6 +155,9 @@ class NodeDaemon:
             return
         if message.kind == "store":
             self.tiers.stores.on_registered(channel, message)
+            return
+        if message.kind == "worker" and channel.peer_id not in self.workers.by_id:
+            channel.died()  # it was reaped before we came to read this
             return
         self.pids[channel.peer_id] = message.pid
         self.channels[channel.peer_id] = channel
@@ -174,19 +172,46 @@ class NodeDaemon:
         if channel is not None:
             channel.send(message)
 
-    def _disconnected(self, channel: Channel) -> None:
+    def _on_closed(self, channel: Channel) -> None:
+        """A process has closed its channel, or broke the protocol; a socket that breaks is nobody's end."""
         process_id = channel.peer_id
+        self.clients.pop(process_id, None)
         if self.channels.get(process_id) is not channel:
-            self.clients.pop(process_id, None)
             return
         del self.channels[process_id]
         if process_id in self.drivers:
             self.process_died(process_id, "the driver ended")
+        elif channel.fault:
+            self.workers.end_faulty(process_id, channel.fault)
         # A worker's end is reported by the fork server, with the reason.
+
+    def _on_absent(self, channel: Channel, name_is_gone: bool) -> None:
+        """A process does not come back to its channel: it may have been settled before that channel began."""
+        if not self._lives(channel.peer_id):
+            channel.died()
+
+    def _lives(self, process_id: bytes) -> bool:
+        """Tell whether a process has not been settled yet: its death, if it is dead, is still to be told."""
+        return process_id in self.channels or process_id in self.workers.by_id or self.tiers.stores.knows(process_id)
+
+    def _on_unreachable(self, channel: Channel, message: messages.Unreachable) -> None:
+        if message.fault:
+            # Whoever of the two is a worker; its death is told to all.
+            faulty = message.process if message.process in self.workers.by_id else channel.peer_id
+            self.workers.end_faulty(faulty, message.fault)
+        elif not self._lives(message.process):
+            channel.send(messages.ProcessDied(message.process, "it had ended before anybody asked for it"))
+
+    def hear_out(self, process_id: bytes) -> None:
+        """Handle what a dead process had sent."""
+        channel = self.channels.get(process_id)
+        if channel is not None:
+            channel.drain()
 
     def process_died(self, process_id: bytes, reason: str) -> None:
         """Settle everything that a process leaves behind."""
         self.channels.pop(process_id, None)
+        self.endpoint.died(process_id)
         self.drivers.pop(process_id, None)
         self.output.driver_left(process_id)
         self.census.process_died(process_id)
@@ -290,11 +315,12 @@ class NodeDaemon:
         """A worker is ready for its lease."""
         grant = worker.grant
         assert grant is not None
-        self.send(worker.id, self._assignment(grant))
         if self.actors.is_actor_lease(grant.owner):
+            self.send(worker.id, self._assignment(grant))
             self.actors.on_granted(grant, worker)
         elif grant.owner in self.channels:
-            self.send(grant.owner, messages.Grant(grant.key, grant.lease_id, worker.id))
+            assignment = self._assignment(grant)
+            self.send(grant.owner, messages.Grant(grant.key, grant.lease_id, worker.id, assignment))
         else:
             self.leases.release(grant.lease_id)
             self.workers.on_lease_returned(grant.lease_id)
@@ -341,3 +367,8 @@ class NodeDaemon:
         if channel.peer_id == self.primary:
             self._orderly = True
             self.stop()
+
+
+def _out_of_files(error: OSError) -> None:
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        raise error  # the driver is told our last words

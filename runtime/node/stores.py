@@ -293,6 +293,10 @@ class StoreProcesses:
         else:
             store.channel = channel
 
+    def knows(self, process_id: bytes) -> bool:
+        """Tell whether this is the process of a life that is not over."""
+        return process_id in self._by_process
+
     def _on_ready(self, channel: Channel, message: store_messages.StoreReady) -> None:
         store = self._by_process.get(channel.peer_id)
         if store is None or store.state is not State.STARTING:

@@ -252,6 +252,13 @@ class WorkerPool:
                 worker.ended_for = "the session ends"  # also of one that is still to be forked
                 self.kill(worker)
 
+    def end_faulty(self, process_id: bytes, fault: str) -> None:
+        """End a worker with which a channel had to be closed: nobody can talk to it any more."""
+        worker = self.by_id.get(process_id)
+        if worker is not None:
+            worker.ended_for = worker.ended_for or f"a channel with it had to be closed: {fault}"
+            self.kill(worker)
+
     def kill(self, worker: Worker) -> None:
         """End a worker's process; the fork server reports it."""
         if worker.pid:
@@ -304,6 +311,8 @@ class WorkerPool:
                 on_exit(describe_exit(pid, status))
             return
         self._daemon.output.close(worker)
+        if worker.ready:
+            self._daemon.hear_out(worker.id)
         del self.by_id[worker.id]
         self._remove_idle(worker)
         self._not_spare(worker)

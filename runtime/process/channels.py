@@ -1,23 +1,40 @@
 """Whom a process talks to: one listener, and one channel for each peer.
 
 Theory of operation. What we send to a peer always goes through one and the same channel, so that it stays in order; it is
-opened by whoever first has something to say, or by the peer. A peer whose channel is gone, or to whom none can be made, is
-dead: nothing reconnects. Of some deaths the node daemon tells first; then what the peer had sent still counts (`forget`).
+opened by whoever first has something to say, or by the peer. A socket that breaks is nobody's death: `transport.endpoint` makes
+another, the channel goes on, and what is above never hears of it. Who is dead is said by one authority for each pair, and what
+the dead had sent before still counts (`died`):
 
-The channel to the daemon is flushed before all others: what we tell it must be known before anybody else can refer to it.
+| pair | makes the sockets | says that the other is dead |
+|---|---|---|
+| driver - daemon | driver | of the daemon: [name]; of the driver: the lifeline, and with it the session ends |
+| worker - daemon | worker | of the daemon: [name], and the fork server ends the worker; of the worker: [reaped] |
+| store - daemon | store | of the daemon: [name], and the store ends itself; of the store: [reaped] |
+| driver - worker, worker - worker | who speaks first | of a worker: the daemon, to all (`ProcessDied`), when it is [reaped] |
+| command line - daemon | command line | nobody: the channel is *fleeting*, it ends with its socket, and a new one asks again |
+
+[name]: the kernel says that nobody listens on the daemon's name any more, which is so exactly when the daemon is gone.
+[reaped]: the fork server is the parent of all and learns of each end. Who cannot reach a peer asks the daemon (`Unreachable`),
+since the peer may have died before we were there to be told. The fork server and the daemon share a pair of sockets without
+a name, which nothing can make again: its end is the session's.
+
+A channel is closed on purpose by a goodbye: a process leaves, or the peer broke the protocol. The latter is told to the daemon,
+which ends the peer (or us, where the peer is a driver): nobody waits for what cannot be said.
+
+The channel to the daemon is flushed before all others, which wait while it has no socket: what we tell it must be known before
+anybody else can refer to it.
 """
 
 from __future__ import annotations
 
 import errno
-import os
 from collections.abc import Callable
 from typing import Any
 
 from afield.runtime.process.configuration import SessionConfig
 from afield.runtime.wire import messages
-from afield.transport.auth import Handshake
-from afield.transport.channel import Channel, connect, listen, same_user
+from afield.transport.channel import Channel
+from afield.transport.endpoint import Endpoint
 from afield.transport.loop import Loop
 
 
@@ -29,8 +46,11 @@ class Channels:
         process_id: who we are.
         loop: drives them.
         on_batch: handles one frame: called with its channel and its messages.
-        on_disconnected: called with the id of a process that cannot be reached any more.
+        on_left: called with the id of a process that has closed its channel with us, or broke the protocol.
         on_out_of_files: called with a text when this process has no descriptors left.
+
+    Raises:
+        ConnectionRefusedError: the daemon is gone.
     """
 
     def __init__(
@@ -39,79 +59,67 @@ class Channels:
         process_id: bytes,
         loop: Loop,
         on_batch: Callable[[Channel, list[Any]], None],
-        on_disconnected: Callable[[bytes], None],
+        on_left: Callable[[bytes], None],
         on_out_of_files: Callable[[str], None],
     ) -> None:
         self._config = config
-        self._process_id = process_id
-        self._loop = loop
-        self._on_batch = on_batch
-        self._on_disconnected = on_disconnected
+        self._on_left = on_left
         self._on_out_of_files = on_out_of_files
         self._of: dict[bytes, Channel] = {}
-        self._listener = listen(config.address(process_id))
-        loop.register(self._listener.fileno(), self._accept)
-        self.daemon = self._open(connect(config.address(b"")), server=False)
-        loop.first = self.daemon
+        self.endpoint = Endpoint(
+            loop,
+            config.token,
+            process_id,
+            messages.decode,
+            on_batch,
+            self._closed,
+            on_ready=self._ready,
+            on_absent=self._absent,
+            on_error=self._check_files,
+        )
+        self.endpoint.listen(config.address(process_id))
+        self.daemon = loop.first = self.endpoint.open(config.address(b""))
 
     def to(self, process_id: bytes) -> Channel | None:
-        """Return the channel to a process, connecting if needed; None if the process is gone."""
+        """Return the channel to a process, opening it if needed; None if it is gone: the daemon will say so."""
         channel = self._of.get(process_id)
         if channel is None:
             try:
-                channel = self._open(connect(self._config.address(process_id)), server=False)
+                channel = self._of[process_id] = self.endpoint.open(self._config.address(process_id), process_id)
             except OSError as error:
                 self._check_files(error)
-                self._on_disconnected(process_id)
+                self.daemon.send(messages.Unreachable(process_id))
                 return None
-            channel.peer_id = process_id
-            self._of[process_id] = channel
         return channel
 
-    def forget(self, process_id: bytes) -> None:
-        """A process is dead: handle what it had sent, and use its channel no more."""
-        channel = self._of.get(process_id)
-        if channel is not None:
-            channel.drain()
+    def died(self, process_id: bytes) -> None:
+        """A process is dead: handle what it had sent, and use its channels no more."""
+        self.endpoint.died(process_id)
         self._of.pop(process_id, None)
 
     def close(self) -> None:
         """Close all connections in good order."""
-        for channel in [self.daemon, *self._of.values()]:
-            channel.close()
-        self._loop.unregister(self._listener.fileno())
-        self._listener.close()
+        self.endpoint.close()
 
     def abandon(self) -> None:
         """Close this process's copies of the connections of the one that it was forked from."""
-        for channel in [self.daemon, *self._of.values()]:
-            channel.sock.close()
-        self._listener.close()
-
-    def _open(self, sock: Any, *, server: bool) -> Channel:
-        handshake = Handshake(self._config.token, self._process_id, os.urandom(32), server=server)
-        return Channel(self._loop, sock, handshake, messages.decode, self._on_batch, self._closed, self._ready)
-
-    def _accept(self, events: int) -> None:
-        while True:
-            try:
-                sock, _ = self._listener.accept()
-            except OSError as error:
-                self._check_files(error)
-                return
-            sock.setblocking(False)
-            if same_user(sock):
-                self._open(sock, server=True)
-            else:
-                sock.close()
+        self.endpoint.abandon()
 
     def _ready(self, channel: Channel) -> None:
-        self._of.setdefault(channel.peer_id, channel)
+        if channel is not self.daemon:
+            self._of.setdefault(channel.peer_id, channel)
+
+    def _absent(self, channel: Channel, name_is_gone: bool) -> None:
+        if channel is not self.daemon:
+            self.daemon.send(messages.Unreachable(channel.peer_id))
+        elif name_is_gone:
+            channel.refused()
 
     def _closed(self, channel: Channel) -> None:
-        if channel.peer_id:
-            self._of.pop(channel.peer_id, None)
-            self._on_disconnected(channel.peer_id)
+        self._of.pop(channel.peer_id, None)
+        if channel.fault:
+            self.daemon.send(messages.Unreachable(channel.peer_id, channel.fault))
+        self._on_left(channel.peer_id)
 
     def _check_files(self, error: OSError) -> None:
         """Without descriptors there are no connections: this process can take no further part."""

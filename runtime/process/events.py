@@ -26,8 +26,8 @@ class Event(Generic[_Callback]):
 
 #: Nothing will be answered any more; all pending values have failed already. (the serialised error)
 RUNTIME_DEAD: Event[Callable[[bytes], object]] = Event("the runtime is dead")
-#: The channel to a process is gone, or none could be made; the table knows already. (process id)
-PEER_DISCONNECTED: Event[Callable[[bytes], object]] = Event("a peer is disconnected")
+#: A living process has closed its channel with us, or broke the protocol; the table knows already. (process id)
+PEER_LEFT: Event[Callable[[bytes], object]] = Event("a peer left")
 #: The daemon says that a process died; what it had sent has been handled, and the table knows. (process id, why)
 PROCESS_DIED: Event[Callable[[bytes, str], object]] = Event("a process died")
 #: A round of events is over, and effects are executed. (monotonic seconds) -> when to be called again at the latest, or None.
@@ -41,7 +41,7 @@ RECOMPUTE: Event[Callable[[Any], object]] = Event("a task is to run again", alon
 
 EVENTS: tuple[Event[Any], ...] = (
     RUNTIME_DEAD,
-    PEER_DISCONNECTED,
+    PEER_LEFT,
     PROCESS_DIED,
     TICK,
     LIFE_ENDED,

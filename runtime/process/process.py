@@ -109,9 +109,10 @@ class Process:
             process_id,
             self.loop,
             lambda channel, batch: self._on_batch(channel, batch),
-            self._peer_disconnected,
+            self._peer_left,
             self.fail_everything,
         )
+        self.cores["links"] = self.channels.endpoint.links
         self.daemon.on_closed = self._daemon_gone
         self.daemon.send(messages.Register(own.kind, os.getpid(), log_to_driver))
 
@@ -174,16 +175,16 @@ class Process:
     # -- who is there, and who is not ----------------------------------------------------------------------------
 
     def channel_to(self, process_id: bytes) -> Channel | None:
-        """Return the channel to a process, connecting if needed; None if the process is gone."""
+        """Return the channel to a process, opening it if needed; None if it is gone: the daemon will say so."""
         return self.channels.to(process_id)
 
-    def _peer_disconnected(self, process_id: bytes) -> None:
+    def _peer_left(self, process_id: bytes) -> None:
         self.table.on_peer_died(process_id)
-        for tell in self._subscribers.of(events.PEER_DISCONNECTED):
+        for tell in self._subscribers.of(events.PEER_LEFT):
             tell(process_id)
 
     def _on_process_died(self, channel: Channel, message: messages.ProcessDied) -> None:
-        self.channels.forget(message.process)
+        self.channels.died(message.process)
         self.table.on_peer_died(message.process)
         for tell in self._subscribers.of(events.PROCESS_DIED):
             tell(message.process, message.reason)

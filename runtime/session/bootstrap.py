@@ -31,7 +31,7 @@ from afield.runtime.process.environment import Environment
 from afield.runtime.process.limits import usable_memory_bytes
 from afield.runtime.session import sessions
 from afield.scheduler.devices import Device
-from afield.transport.channel import connect
+from afield.transport.sockets import connect
 
 #: Share of the machine's memory that the host store may use unless told otherwise.
 STORE_SHARE = 0.3

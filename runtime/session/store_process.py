@@ -3,8 +3,9 @@
 Theory of operation. A store decides nothing and runs no code of users. It connects to the daemon as a worker does, takes its
 device's memory as one slab (or opens the directory of spill files) and says `StoreReady`, or `StoreFailed` and ends. Then it
 hands each job to its mover, whose threads do the work, answers with `MoveDone` when the mover's event descriptor tells, and
-looks now and then for news of its device. The main thread only waits. When the daemon's connection closes, it ends; the
-memory is the kernel's or the driver's to take back then. An exception ends it too, with its words in the node's log.
+looks now and then for news of its device. The main thread only waits. When the daemon closes the channel, or its name is
+gone, it ends; the memory is the kernel's or the driver's to take back then. An exception ends it too, with its words in the
+node's log.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from afield.gpu_store.tiers import DISK, HOST
 from afield.runtime.process.configuration import SessionConfig, StoreConfig
 from afield.runtime.process.stacks import answer_activity
 from afield.runtime.wire import messages, store_messages
-from afield.transport.auth import Handshake
-from afield.transport.channel import Channel, connect
+from afield.transport.channel import Channel
+from afield.transport.endpoint import Endpoint
 from afield.transport.loop import Loop
 
 #: The user's: which share of a CUDA device's free memory the store takes.
@@ -50,13 +51,19 @@ class StoreProcess:
         self._loop.register(self._done.fileno(), self._on_done)
         self._ended = False
         self._backend: DeviceBackend | None = None
-        handshake = Handshake(config.token, store_id, os.urandom(32), server=False)
-        self._daemon = Channel(
-            self._loop, connect(config.address(b"")), handshake, messages.decode, self._on_messages, self._on_closed
+        endpoint = Endpoint(
+            self._loop,
+            config.token,
+            store_id,
+            messages.decode,
+            self._on_messages,
+            self._on_closed,
+            on_absent=_end_if_gone,
         )
+        self._daemon = endpoint.open(config.address(b""))
         self._daemon.send(messages.Register("store", os.getpid()))
         self._handlers: dict[type, Callable[[Any], None]] = {}
-        self._stack = answer_activity({})
+        self._stack = answer_activity({"links": endpoint.links})
 
     def run(self) -> None:
         """Serve until the daemon is gone."""
@@ -66,7 +73,7 @@ class StoreProcess:
             kind, text = describe(error)
             kind = "full" if isinstance(error, OutOfDeviceMemoryError) else kind
             self._daemon.send(store_messages.StoreFailed(self._own.arena, self._own.life, kind, text))
-            while not (self._ended or (self._daemon.ready and self._daemon.drained)):
+            while not (self._ended or self._daemon.drained):
                 self._loop.step(None)
             return
         self._daemon.send(ready)
@@ -134,6 +141,12 @@ class StoreProcess:
                 self._daemon.send(
                     store_messages.DeviceNews(uuid, event.epoch, event.kind, event.code, event.fatal, event.text)
                 )
+
+
+def _end_if_gone(channel: Channel, name_is_gone: bool) -> None:
+    """The daemon's name lives as long as the daemon."""
+    if name_is_gone:
+        channel.refused()
 
 
 def run_store(config: SessionConfig, directory: str, store_id: bytes, variables: dict[str, str]) -> None:

@@ -1,7 +1,9 @@
 """A small client for tools: asks a session's daemon questions, one at a time, and takes no part in the session.
 
 Theory of operation. It proves with the session's token that it belongs to the same user, registers as a "client" (which
-owns nothing and is asked nothing), and drives its own loop while it waits for an answer.
+owns nothing and is asked nothing), and drives its own loop while it waits for an answer. Its channel is *fleeting*: the daemon
+keeps nothing for a tool that may have been ended with Ctrl-C. When it breaks, the tool asks its question, which changes
+nothing, again on another one.
 """
 
 from __future__ import annotations
@@ -15,9 +17,12 @@ from afield.ids import new_process_id
 from afield.runtime.process.configuration import address_of
 from afield.runtime.session.sessions import SessionInfo
 from afield.runtime.wire import messages
-from afield.transport.auth import Handshake
-from afield.transport.channel import Channel, connect
+from afield.transport.channel import Channel
+from afield.transport.endpoint import Endpoint
 from afield.transport.loop import Loop
+
+#: A question is asked so often at most; nobody's luck is worse than that.
+MAX_ATTEMPTS = 5
 
 
 class Client:
@@ -35,15 +40,25 @@ class Client:
         self._session = session
         self._timeout_s = timeout_s
         self._answers: list[messages.Answer] = []
-        try:
-            token = session.token()
-            sock = connect(address_of(session.name))
-        except (OSError, ValueError):
-            raise self._gone() from None
         self._loop = Loop()
-        handshake = Handshake(token, new_process_id(), os.urandom(32), server=False)
-        self._channel = Channel(self._loop, sock, handshake, messages.decode, self._on_messages, lambda channel: None)
-        self._channel.send(messages.Register("client", os.getpid()))
+        try:
+            self._endpoint = Endpoint(
+                self._loop,
+                session.token(),
+                new_process_id(),
+                messages.decode,
+                self._on_messages,
+                lambda channel: None,
+            )
+            self._channel = self._connect()
+        except (OSError, ValueError):
+            self._loop.close()
+            raise self._gone() from None
+
+    def _connect(self) -> Channel:
+        channel = self._endpoint.open(address_of(self._session.name), fleeting=True)
+        channel.send(messages.Register("client", os.getpid()))
+        return channel
 
     def _gone(self) -> RuntimeDiedError:
         return RuntimeDiedError(f"the session {self._session.name} does not answer: it is starting or has just ended")
@@ -60,12 +75,12 @@ class Client:
             AfieldError: the daemon does not know the question.
         """
         self._answers.clear()
-        self._channel.send(messages.Query(1, what, argument))
-        self._loop.flush()
         deadline = time.monotonic() + self._timeout_s
+        attempts = 0
         while not self._answers:
-            if self._channel.closed:
-                raise self._gone()
+            if attempts == 0 or self._channel.closed:
+                self._ask_again(attempts, messages.Query(1, what, argument))
+                attempts += 1
             left = deadline - time.monotonic()
             if left <= 0:
                 raise GetTimeoutError(f"the session {self._session.name} did not answer within {self._timeout_s:g} s")
@@ -75,9 +90,21 @@ class Client:
             raise AfieldError(answer.error)
         return answer.value
 
+    def _ask_again(self, attempts: int, question: messages.Query) -> None:
+        """Send a question, on a new channel if the last one is over."""
+        if self._channel.closed:
+            try:
+                if attempts >= MAX_ATTEMPTS:
+                    raise self._gone()
+                self._channel = self._connect()
+            except OSError:
+                raise self._gone() from None
+        self._channel.send(question)
+        self._loop.flush()
+
     def close(self) -> None:
         """End the connection."""
-        self._channel.close()
+        self._endpoint.close()
         self._loop.close()
 
     def __enter__(self) -> Client:

@@ -227,11 +227,12 @@ class Demand(msgspec.Struct, array_like=True, tag=21):
 
 
 class Grant(msgspec.Struct, array_like=True, tag=22):
-    """A lease on `worker` for shape `key`."""
+    """A lease on `worker` for shape `key`. The owner passes the assignment on, ahead of what it pushes."""
 
     key: int
     lease_id: int
     worker: bytes
+    assignment: Assign
 
 
 class Infeasible(msgspec.Struct, array_like=True, tag=23):
@@ -275,13 +276,26 @@ class ActorFacts(msgspec.Struct, array_like=True):
 
 
 class Assign(msgspec.Struct, array_like=True, tag=28):
-    """What the worker's present lease is: its resources, its devices (UUIDs, and their numbers on the node), its actor."""
+    """What the worker's present lease is: its resources, its devices (UUIDs, and their numbers on the node), its actor.
+
+    It comes on the same channel as what runs under it, and before that: from the owner, or, for an actor, from the daemon.
+    """
 
     lease_id: int
     devices: list[str]
     device_numbers: list[int]
     shape: dict[str, int]  # in units of 1e-4
     actor: ActorFacts | None = None
+
+
+class Unreachable(msgspec.Struct, array_like=True, tag=38):
+    """A process asks the daemon about another: its channel broke and does not come back, or had to be closed for a `fault`.
+
+    The daemon says `ProcessDied` if it knows of the death; else that follows when it happens. What has a fault is ended.
+    """
+
+    process: bytes
+    fault: str = ""
 
 
 class Retire(msgspec.Struct, array_like=True, tag=29):
@@ -437,6 +451,7 @@ Message = (
     | Reclaim
     | Blocked
     | ProcessDied
+    | Unreachable
     | Assign
     | Retire
     | TierMessage

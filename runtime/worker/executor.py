@@ -25,7 +25,7 @@ from afield.runtime.calls.participant import Participant
 from afield.runtime.cores.work import ANSWER, INTERRUPT, NOTHING
 from afield.runtime.process import current
 from afield.runtime.process.context import TaskContext, enter, running
-from afield.runtime.process.events import PEER_DISCONNECTED, PROCESS_DIED, TICK
+from afield.runtime.process.events import PEER_LEFT, PROCESS_DIED, TICK
 from afield.runtime.process.facts import OwnActor
 from afield.runtime.process.serialization import deserialize
 from afield.runtime.wire import messages
@@ -70,7 +70,7 @@ class Executor:
         process.register(messages.Cancel, self._on_cancel)
         process.register(messages.Consumed, self._on_consumed)
         process.subscribe(TICK, self._signal_again)
-        process.subscribe(PEER_DISCONNECTED, self._forget_peer)
+        process.subscribe(PEER_LEFT, self._forget_peer)
         process.subscribe(PROCESS_DIED, lambda peer, reason: self._forget_peer(peer))  # may come first
         process.cores["work"] = self.work
         self.values.on_block = self._block

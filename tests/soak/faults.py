@@ -1,4 +1,4 @@
-"""What befalls the processes and devices of a soak: kills, stops, losses, collections; and what may be killed."""
+"""What befalls the processes, sockets and devices of a soak: kills, stops, cuts, losses, collections; what may be killed."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from afield.gpu_store.backends import faults
+from tests.cuts import can_cut, cut_one
 from tests.device_helpers import machine, store_pids, uuids
 from tests.helpers import processes, traces
 
@@ -47,6 +48,8 @@ class Faults:
 
     def _run(self) -> None:
         kinds: list[Callable[[], None]] = [self.kill_worker, self.stop_worker, self.collect]
+        if can_cut():
+            kinds += [self.cut_sockets, self.cut_sockets]
         if self._devices:
             kinds += [self.kill_store, self.lose_device, self.lose_device]
         try:
@@ -76,6 +79,12 @@ class Faults:
                 os.kill(pid, signal.SIGSTOP)
                 time.sleep(STOPPED_S)
                 os.kill(pid, signal.SIGCONT)
+
+    def cut_sockets(self) -> None:
+        """Some channels break between living processes: of the driver, the daemon, workers and stores."""
+        pids = [os.getpid(), *processes(traces())]
+        for _ in range(self._rng.randrange(1, 10)):
+            cut_one(self._rng.choice(pids), self._rng)
 
     def collect(self) -> None:
         """At any moment, in a thread of its own."""
