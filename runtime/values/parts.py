@@ -65,11 +65,14 @@ _encode = msgspec.msgpack.Encoder().encode
 Wait = Callable[[Waiter, float | None, bool], bool]
 
 
-class PartsLostError(ObjectLostError):
-    """Parts of a value are gone from every tier: its owner may be able to make it again."""
+class PartsLostError(Exception):
+    """Parts of a value are gone from every tier: its owner may be able to make it again.
+
+    Like the next one a signal between parts of the runtime, and none of its errors: no user's value or error is ever one.
+    """
 
 
-class WouldBlockError(AfieldError):
+class WouldBlockError(Exception):
     """A part has to be brought here first, and the caller cannot wait for that."""
 
 
@@ -370,7 +373,7 @@ def _as_place(place: Any) -> Place:
     return HostPlace(place) if isinstance(place, memoryview) else place
 
 
-_ERRORS: dict[str, type[AfieldError]] = {
+_ERRORS: dict[str, type[Exception]] = {
     "unknown": PartsLostError,
     "lost": PartsLostError,
     "full": ObjectStoreFullError,
