@@ -12,6 +12,7 @@ import msgspec
 
 from afield.runtime.wire.store_messages import StoreMessage
 from afield.runtime.wire.tier_messages import AHEAD as AHEAD
+from afield.runtime.wire.tier_messages import Collect as Collect
 from afield.runtime.wire.tier_messages import Found as Found
 from afield.runtime.wire.tier_messages import Free as Free
 from afield.runtime.wire.tier_messages import GiveBack as GiveBack
