@@ -164,7 +164,14 @@ class Trim:
     arena: int
 
 
-Effect = Granted | Refused | Found | NotFound | Move | WriteFile | ReadFile | DeleteFile | Lost | Trim
+@dataclass(frozen=True, slots=True)
+class Collect:
+    """Nothing of the arena may go: all are asked to look for values that only garbage refers to."""
+
+    arena: int
+
+
+Effect = Granted | Refused | Found | NotFound | Move | WriteFile | ReadFile | DeleteFile | Lost | Trim | Collect
 
 
 @dataclass(frozen=True, slots=True)

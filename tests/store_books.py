@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 from afield.gpu_store.books.residency import Residency
-from afield.gpu_store.tiers import HOST, Effect, Granted, Move, PartCopy, ReadFile, Refused, WriteFile
+from afield.gpu_store.tiers import HOST, Collect, Effect, Granted, Move, PartCopy, ReadFile, Refused, WriteFile
 
 KIB = 1024
 A, B, C = b"client-a", b"client-b", b"client-c"
@@ -56,12 +56,16 @@ class FakePins:
 
 
 class Books(Residency):
-    """The books with a pin board, and shorthand for what processes do."""
+    """The books with a pin board, and shorthand for what processes do.
+
+    Requests to collect garbage are no answers to anything: they are kept in `collects`, by arena, and not returned.
+    """
 
     def __init__(
         self, host: int, gpu: int = 0, peer: int = 0, *, high: float = 1.0, low: float = 1.0, **options: int
     ) -> None:
         self.pins = FakePins()
+        self.collects: list[int] = []
         super().__init__(host, self.pins, high=high, low=low, **options)
         self.request = 1000
         for arena, capacity in ((GPU, gpu), (PEER, peer)):
@@ -84,6 +88,11 @@ class Books(Residency):
             parts.append(PartCopy(arena, grant.offset, size, slot, serial, arena, grant.life))
             effects += [effect for effect in followed if effect is not grant]
         return effects + self.seal(A, object_id, owner, parts)
+
+    def _conclude(self) -> list[Effect]:
+        effects = super()._conclude()
+        self.collects += [effect.arena for effect in effects if isinstance(effect, Collect)]
+        return [effect for effect in effects if not isinstance(effect, Collect)]
 
     def where(self, object_id: bytes) -> list[int]:
         parts = self.parts(object_id)

@@ -21,6 +21,7 @@ from afield.gpu_store.tiers import (
     GET,
     HOST,
     NOWHERE,
+    Collect,
     DeleteFile,
     Effect,
     Found,
@@ -166,6 +167,9 @@ class ManyTiers(RuleBasedStateMachine):
         assert set(effect.object_ids) <= self.objects
 
     def on_trim(self, effect: Trim) -> None:
+        pass
+
+    def on_collect(self, effect: Collect) -> None:
         pass
 
     # -- processes ------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -13,7 +12,6 @@ import pytest
 
 import afield
 from afield.gpu_store.backends.base import SlabImportError
-from afield.runtime.calls import participation
 from afield.runtime.face.api import query
 from afield.runtime.process import current
 from afield.runtime.values import devices
@@ -70,26 +68,6 @@ def test_a_reservation_holds_in_the_next_life_of_the_device_too(device: str) -> 
     poll(lambda: reserved(device) == 16 * MIB)
     del holder
     poll(lambda: reserved(device) == 0)
-
-
-def test_whoever_is_asked_for_memory_again_and_again_does_not_look_for_cycles_each_time(device: str) -> None:
-    kept = afield.array_module().ones(10)
-    participant = participation.participant
-    assert participant is not None
-    collections: list[int] = []
-
-    def note(phase: str, info: dict[str, int]) -> None:
-        if phase == "stop" and info["generation"] == 2:
-            collections.append(info["generation"])
-
-    gc.collect()
-    gc.callbacks.append(note)
-    try:
-        for _ in range(20):
-            participant.values.parts.devices.trim(1)
-    finally:
-        gc.callbacks.remove(note)
-    assert len(collections) == 1 and kept.sum() == 10
 
 
 def test_a_slab_that_went_with_its_store_is_mapped_anew(device: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,8 @@ reserved for tasks), and then it is emptied to the low mark, but for this nobody
 Which copies are pinned only the board knows, and it tells by closing them; those that are to stay readable while they are
 copied are opened again at once. What is found pinned was used just now, and counts so. At most `MAX_SPILLS` copies leave a
 device at a time, and at most `MAX_WRITES` files are written. If nothing that may go is found, the arena is *blocked*: pins
-vanish without a message, so the caller looks again `RETRY_S` later, and whenever a job ends.
+vanish without a message, so the caller looks again `RETRY_S` later, and whenever a job ends. If somebody waits for room then,
+all processes are asked to `Collect` garbage, as a cycle of references may be all that a copy is pinned for.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from afield.gpu_store.books.catalogue import Catalogue
 from afield.gpu_store.books.copying import Copying
 from afield.gpu_store.books.disk_books import MAX_FILE_BYTES
 from afield.gpu_store.books.records import LAST, Copy, Key
-from afield.gpu_store.tiers import HOST, PREFETCH, Trim
+from afield.gpu_store.tiers import HOST, PREFETCH, Collect, Trim
 
 MAX_SPILLS = 8
 MAX_WRITES = 2
@@ -56,6 +57,7 @@ class Eviction:
             if self._evict(books, shortage, head.key, True):
                 return True
             books.block(head.key)
+            self._collect(books)
             return False
         excess = books.excess()
         if excess > 0:
@@ -68,6 +70,11 @@ class Eviction:
         if books.leased_bytes and not books.trimming:
             books.trimming = True
             self._catalogue.effects.append(Trim(books.number))
+
+    def _collect(self, books: ArenaBooks) -> None:
+        """What cannot go is in use, perhaps by nothing but garbage: each time that this is found out, all look for it."""
+        if books.primaries or books.secondaries or books.fixed or books.leased_bytes:
+            self._catalogue.effects.append(Collect(books.number))
 
     def _evict(self, books: ArenaBooks, wanted: int, key: Key, may_wait: bool) -> bool:
         for round_number in range(_ROUNDS):

@@ -324,7 +324,11 @@ class Residency:
                 elif books.due <= now:
                     books.blocked = False
                     books.trimming = False  # what clients had in use then may be free by now
-        return self._conclude()
+        effects = self._conclude()
+        for books in self._arenas.values():
+            if books.blocked and books.due is None:  # again: pins vanish without an event, so nobody else would call
+                books.due = now + RETRY_S
+        return effects
 
     def next_deadline(self) -> float | None:
         """Return when to call `expire` at the latest; the times of what has just begun are known after the next call."""

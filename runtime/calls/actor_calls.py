@@ -55,6 +55,7 @@ class ActorCalls:
         self.callers = self.core.by_id
         process.register(messages.ActorState, self._on_state)
         process.register(messages.WatchActor, self._on_asked)
+        process.register(messages.ArgumentsLost, self._on_arguments_lost)
         submitter.recovery.call_again = self._call_again
         #: Actors that are about to be created here, and that others may have heard of.
         self._expected: set[bytes] = set()
@@ -63,15 +64,12 @@ class ActorCalls:
         """Send the actor to the daemon once its constructor's arguments are there; the task keeps them pinned."""
 
         def send(ready: Task) -> None:
-            error = self.submitter.arguments.failure(ready)
-            if error is not None:
-                self._die(caller, self._argument_failed(spec.class_name, error))
-                self.process.daemon.send(messages.ActorGone(spec.actor_id, caller.error))
-                return
-            spec.arguments, spec.location = ready.arguments, ready.location
-            spec.dependencies = self.submitter.arguments.describe(ready)
-            self.process.daemon.send(spec)
+            if self._has_arguments(caller, ready):
+                spec.arguments, spec.location = ready.arguments, ready.location
+                spec.dependencies = self.submitter.arguments.describe(ready)
+                self.process.daemon.send(spec)
 
+        task.function = Callee(f"{spec.class_name}.__init__", b"", 0)
         caller = self.core.add(spec.actor_id, task)
 
         def enter() -> None:
@@ -83,12 +81,40 @@ class ActorCalls:
 
         self.process.locked(enter)
 
-    def _argument_failed(self, class_name: str, data: bytes) -> bytes:
+    def _has_arguments(self, caller: Caller, creation: Task) -> bool:
+        """Tell whether the constructor can be given its arguments; the actor is dead if one has failed."""
+        error = self.submitter.arguments.failure(creation)
+        if error is not None:
+            self._die(caller, self._argument_failed(creation, error))
+            self.process.daemon.send(messages.ActorGone(caller.actor_id, caller.error))
+        return error is None
+
+    def _on_arguments_lost(self, channel: Channel, message: messages.ArgumentsLost) -> None:
+        """An actor of ours could not be constructed: have the arguments made again that are lost, as for a fresh actor."""
+        caller = self.callers.get(message.actor_id)
+        creation = caller.creation if caller is not None else None
+        if caller is None or creation is None:
+            channel.send(messages.ActorGone(message.actor_id, caller.error if caller is not None else b""))
+            return
+        error = self.submitter.recovery.creation_lost(creation, message.why)
+        if error is not None:
+            self._die(caller, self._argument_failed(creation, error))
+            channel.send(messages.ActorGone(message.actor_id, caller.error))
+            return
+
+        def send(ready: Task) -> None:
+            if self._has_arguments(caller, ready):
+                dependencies = self.submitter.arguments.describe(ready)
+                channel.send(messages.ActorArguments(caller.actor_id, ready.arguments, ready.location, dependencies))
+
+        self.submitter.arguments.when_resolved(creation, send)
+
+    def _argument_failed(self, creation: Task, data: bytes) -> bytes:
         """The constructor never runs: to every caller it is as if it had raised what its argument did."""
         error = deserialize_error(data, "the error of an argument", None)
         cause = getattr(error, "cause", None) or error
         remote = error._remote if isinstance(error, TaskError) else None
-        return serialize_error(ActorConstructionError.from_exception(f"{class_name}.__init__", cause, remote))
+        return serialize_error(ActorConstructionError.from_exception(creation.function.name, cause, remote))
 
     def caller(self, actor_id: bytes) -> Caller:
         """Return the caller of an actor, asking the daemon where it is on first use; the caller holds the lock."""
@@ -292,6 +318,8 @@ class ActorCalls:
         if channel is None:
             return  # it died again; the daemon will say so
         effects = caller.lives(worker)
+        if caller.creation is not None:
+            caller.creation.rounds = 0  # this time its arguments were there
         if not caller.open:
             return  # it was ended meanwhile
         caller.channel = channel

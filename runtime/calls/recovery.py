@@ -149,12 +149,7 @@ class Recovery:
 
     def argument_lost(self, channel: Channel, task: Task) -> bool:
         """A worker could not read an argument: return True if the task is to be run again, False if it has failed."""
-        table = self.process.table
-        task.rounds += 1
-        for dependency in task.dependencies or ():
-            entry = table.entries[dependency]
-            if entry.owner and entry.state == LOCATED:
-                table.lost(dependency)  # which of them it was is not known: its owner is asked once more
+        self._ask_owners(task)
         error = self.arguments.failure(task)
         if error is not None:
             self.runner.fail(task, error)
@@ -168,6 +163,24 @@ class Recovery:
         else:
             self._give_up(task, "an argument was lost on its way, and later calls of this caller have overtaken it")
         return False
+
+    def creation_lost(self, creation: Task, why: str) -> bytes | None:
+        """An actor was not constructed for such a loss; return an error if its arguments are not to be tried once more."""
+        self._ask_owners(creation)
+        if creation.rounds > MAX_ROUNDS:
+            return serialize_error(
+                ObjectLostError(f"{creation.function.name}() has not run: {why}, for the {creation.rounds}th time")
+            )
+        return None
+
+    def _ask_owners(self, task: Task) -> None:
+        """Something among a task's arguments is lost; which of them it was is not known."""
+        table = self.process.table
+        task.rounds += 1
+        for dependency in task.dependencies or ():
+            entry = table.entries[dependency]
+            if entry.owner and entry.state == LOCATED:
+                table.lost(dependency)  # what is ours, the daemon has told us of
 
     def _give_up(self, task: Task, why: str) -> None:
         names = ", ".join(oid.hex() for oid in task.dependencies or ()) or "stored as one object"

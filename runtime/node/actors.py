@@ -28,7 +28,18 @@ _FORGOTTEN = pickle.dumps(ActorDiedError("the actor is gone, and how it ended is
 class Actor:
     """One actor as the directory knows it."""
 
-    __slots__ = ("creator", "error", "kill_reason", "restarts", "restarts_left", "spec", "state", "watchers", "worker")
+    __slots__ = (
+        "arguments_lost",
+        "creator",
+        "error",
+        "kill_reason",
+        "restarts",
+        "restarts_left",
+        "spec",
+        "state",
+        "watchers",
+        "worker",
+    )
 
     def __init__(self, spec: messages.CreateActor, creator: bytes) -> None:
         self.spec = spec
@@ -38,6 +49,7 @@ class Actor:
         self.watchers = {creator}
         self.error = b""
         self.kill_reason = ""
+        self.arguments_lost = False  # its creator was asked for them, and has not answered
         self.restarts = 0
         self.restarts_left = int(spec.options.get("max_restarts", 0))
 
@@ -141,9 +153,35 @@ class ActorDirectory:
             return
         if message.error:
             self._end(actor, message.error)
+        elif message.lost:
+            self._wait_for_arguments(actor, message.lost)
         else:
             actor.state = "alive"
             self._announce(actor)
+
+    def _wait_for_arguments(self, actor: Actor, why: str) -> None:
+        """An argument of the constructor is lost. Whoever created the actor may be able to make it again.
+
+        That can need just the resources that the actor has: its worker ends, and it asks for another one later.
+        """
+        worker, actor.worker = actor.worker, None
+        if worker is not None:
+            self._daemon.workers.kill(worker)
+        if actor.creator in self._daemon.channels:
+            actor.arguments_lost = True
+            self._daemon.send(actor.creator, messages.ArgumentsLost(actor.spec.actor_id, why))
+        else:
+            self._end(actor, self._death(actor, f"{why}, and the process is gone that could make it again"))
+
+    def on_arguments(self, channel: Channel, message: messages.ActorArguments) -> None:
+        """The arguments of a constructor are there again."""
+        actor = self.actors.get(message.actor_id)
+        if actor is not None and actor.arguments_lost and actor.creator == channel.peer_id:
+            actor.arguments_lost = False
+            spec = actor.spec
+            spec.arguments, spec.location = message.arguments, message.location
+            spec.dependencies = message.dependencies
+            self._ask_for_worker(actor)
 
     def on_watch(self, channel: Channel, message: messages.WatchActor) -> None:
         """A process wants to call an actor."""
@@ -170,7 +208,10 @@ class ActorDirectory:
     def on_gone(self, channel: Channel, message: messages.ActorGone) -> None:
         """An actor that others may wait for will not be created; the creator sends this after all that it did create."""
         actor_id = message.actor_id
-        if actor_id in self.actors:
+        actor = self.actors.get(actor_id)
+        if actor is not None:
+            if actor.arguments_lost and actor.creator == channel.peer_id:  # they cannot be made again
+                self._end(actor, message.error or self._death(actor, "an argument of its constructor is lost"))
             return
         error = self._dead[actor_id] = message.error or self._dead.get(actor_id) or _FORGOTTEN
         self._trim(self._dead)
@@ -257,5 +298,5 @@ class ActorDirectory:
                     self._daemon.send(watcher, messages.ActorState(actor_id, "dead", b"", _FORGOTTEN))
         for actor in list(self.actors.values()):
             actor.watchers.discard(process_id)
-            if actor.creator == process_id and not actor.spec.options.get("detached"):
+            if actor.creator == process_id and (actor.arguments_lost or not actor.spec.options.get("detached")):
                 self._end(actor, self._death(actor, "the process that created it ended"))

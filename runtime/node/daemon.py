@@ -84,6 +84,7 @@ class NodeDaemon:
             messages.ActorBorn: self.actors.on_born,
             messages.WatchActor: self.actors.on_watch,
             messages.ActorGone: self.actors.on_gone,
+            messages.ActorArguments: self.actors.on_arguments,
             messages.KillActor: self.actors.on_kill,
             messages.KillWorker: lambda c, x: self.workers.kill_leased(x.lease_id),
             messages.Query: self._on_query,

@@ -201,6 +201,9 @@ class Tiers:
             elif kind is tiers.Trim:
                 for channel in self._daemon.channels.values():
                     channel.send(messages.Trim(effect.arena))
+            elif kind is tiers.Collect:
+                for channel in self._daemon.channels.values():
+                    channel.send(messages.Collect(effect.arena))
             else:
                 self.stores.execute(effect)
 

@@ -9,7 +9,6 @@ slab, which its store process owns, and makes the arena that this process's devi
 from __future__ import annotations
 
 import contextlib
-import gc
 import importlib
 import importlib.util
 import sys
@@ -42,8 +41,6 @@ from afield.runtime.process.process import Process
 from afield.runtime.wire import messages
 from afield.transport.interrupts import uninterruptible
 
-#: While memory stays short the daemon asks for it again and again, and to look at all objects of a process takes its time.
-COLLECT_EVERY_S = 1.0
 #: The daemon hears of the death of a store process within this time.
 NEWS_S = 1.0
 
@@ -76,7 +73,6 @@ class Devices:
         self._stands_in = False
         self._library_allocator: Any = None  # alive as long as the library uses it
         self._on_close = contextlib.ExitStack()
-        self._next_collection = 0.0
         self.bytes_shared = 0
         #: Of a worker: why its device could not be used when it was asked for.
         self.unusable = ""
@@ -236,10 +232,7 @@ class Devices:
         arena = self._arenas.get(number)
         if arena is not None:
             with contextlib.suppress(AfieldError):  # of a device that is lost there is nothing to give back
-                if not arena.trim() and arena.stats().used_bytes and time.monotonic() >= self._next_collection:
-                    gc.collect()  # arrays in reference cycles hold memory that nobody can use
-                    self._next_collection = time.monotonic() + COLLECT_EVERY_S
-                    arena.trim()
+                arena.trim()
 
     def place(self, number: int, life: int, offset: int, size: int, view_pin: ViewPin) -> DevicePlace | None:
         """Return what arrays over stored device memory are built on; None if that life of the arena is over."""

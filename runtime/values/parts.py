@@ -39,6 +39,7 @@ from afield.runtime.process.events import TICK
 from afield.runtime.process.process import INLINE_BYTES, Process
 from afield.runtime.process.serialization import Serialized, deserialize
 from afield.runtime.values.devices import Devices
+from afield.runtime.values.garbage import Garbage
 from afield.runtime.wire import messages
 from afield.transport.channel import Channel
 from afield.transport.interrupts import uninterruptible
@@ -66,11 +67,14 @@ _encode = msgspec.msgpack.Encoder().encode
 Wait = Callable[[Waiter, float | None, bool], bool]
 
 
-class PartsLostError(ObjectLostError):
-    """Parts of a value are gone from every tier: its owner may be able to make it again."""
+class PartsLostError(Exception):
+    """Parts of a value are gone from every tier: its owner may be able to make it again.
+
+    Like the next one a signal between parts of the runtime, and none of its errors: no user's value or error is ever one.
+    """
 
 
-class WouldBlockError(AfieldError):
+class WouldBlockError(Exception):
     """A part has to be brought here first, and the caller cannot wait for that."""
 
 
@@ -92,6 +96,7 @@ class Parts:
         #: What we seal is noted for the daemon here; it reads before it handles any message.
         self._notes = RingWriter(config.pins_fd, process.own.index)
         self.devices = Devices(process, self.lease, self.give_back, self.lease_ahead)
+        self.garbage = Garbage(self._garbage_collected)
         self._slots: deque[int] = deque()
         self._slots_asked = 16
         self._given_back: deque[messages.GiveBack] = deque()
@@ -100,6 +105,7 @@ class Parts:
         process.register(messages.StoreGrant, self._on_store_grant)
         process.register(messages.Found, self._on_found)
         process.register(messages.Trim, lambda channel, message: self.devices.trim(message.arena))
+        process.register(messages.Collect, lambda channel, message: self.garbage.wanted(message.arena))
         process.subscribe(TICK, self._tick)
 
     def close(self) -> None:
@@ -137,6 +143,12 @@ class Parts:
 
     def _lease_host(self, size: int) -> tuple[int, int]:
         return self.lease(HOST, FIRST_LIFE, size)
+
+    def _garbage_collected(self, arena: int) -> None:
+        """What garbage had is free here: let the others know."""
+        if not self.process.dead:
+            self.devices.trim(arena)
+            self.process.locked(self.process.tidy)
 
     def give_back(self, arena: int, life: int, offset: int, size: int) -> None:
         """Return leased bytes that nothing was sealed in; called from any thread, also inside the garbage collector."""
@@ -371,7 +383,7 @@ def _as_place(place: Any) -> Place:
     return HostPlace(place) if isinstance(place, memoryview) else place
 
 
-_ERRORS: dict[str, type[AfieldError]] = {
+_ERRORS: dict[str, type[Exception]] = {
     "unknown": PartsLostError,
     "lost": PartsLostError,
     "full": ObjectStoreFullError,

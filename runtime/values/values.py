@@ -104,6 +104,9 @@ class Values:
                 return self.value_of(ref, entry, deadline, into=into)
             except PartsLostError as lost:
                 self.process.locked(self.table.lost, ref.id, str(lost))
+            # However often it is there again and lost by the time that it is read.
+            if entry.state == LOCATED and deadline is not None and time.monotonic() >= deadline:
+                raise GetTimeoutError(f"{ref!r} was lost, and is not there again in time")
 
     def _entry(self, ref: ObjectRef) -> Entry:
         """Return the entry of an object that is done; the runtime may have been shut down since it was."""
@@ -153,7 +156,7 @@ class Values:
         def complete() -> None:
             try:
                 value = self.value_of(ref, self._entry(ref), blocking=False)
-            except WouldBlockError:
+            except (WouldBlockError, PartsLostError):  # `get` waits for either
                 threading.Thread(target=finish, name="afield-fetch", daemon=True).start()
             except BaseException as error:
                 trim(error, always=True)  # frames of ours refer to the future
@@ -196,7 +199,7 @@ class Values:
         try:
             try:
                 return self.value_of(ref, self._entry(ref), blocking=False)
-            except WouldBlockError:
+            except (WouldBlockError, PartsLostError):  # `get` waits for either
                 return await loop.run_in_executor(None, self.get, ref, None)
         except BaseException as error:
             trim(error)

@@ -12,6 +12,7 @@ import msgspec
 
 from afield.runtime.wire.store_messages import StoreMessage
 from afield.runtime.wire.tier_messages import AHEAD as AHEAD
+from afield.runtime.wire.tier_messages import Collect as Collect
 from afield.runtime.wire.tier_messages import Found as Found
 from afield.runtime.wire.tier_messages import Free as Free
 from afield.runtime.wire.tier_messages import GiveBack as GiveBack
@@ -339,10 +340,11 @@ class BecomeActor(msgspec.Struct, array_like=True, tag=41):
 
 
 class ActorBorn(msgspec.Struct, array_like=True, tag=42):
-    """Worker to daemon: the constructor returned, or raised `error` (serialised)."""
+    """Worker to daemon: the constructor returned, or raised `error` (serialised), or lacks an argument that is `lost`."""
 
     actor_id: bytes
     error: bytes
+    lost: str = ""
 
 
 class WatchActor(msgspec.Struct, array_like=True, tag=43):
@@ -350,6 +352,22 @@ class WatchActor(msgspec.Struct, array_like=True, tag=43):
 
     actor_id: bytes
     creator: bytes = b""  # empty if the actor is detached
+
+
+class ArgumentsLost(msgspec.Struct, array_like=True, tag=18):
+    """Daemon to creator: an actor lacks an argument that is lost; the answer is `ActorArguments` or `ActorGone`."""
+
+    actor_id: bytes
+    why: str
+
+
+class ActorArguments(msgspec.Struct, array_like=True, tag=19):
+    """Creator to daemon: the constructor's arguments are there again, in these places."""
+
+    actor_id: bytes
+    arguments: bytes
+    location: Location | None
+    dependencies: list[Dependency] | None
 
 
 class ActorGone(msgspec.Struct, array_like=True, tag=48):
@@ -461,6 +479,8 @@ Message = (
     | BecomeActor
     | ActorBorn
     | WatchActor
+    | ArgumentsLost
+    | ActorArguments
     | ActorGone
     | ActorState
     | KillActor

@@ -137,4 +137,10 @@ class Trim(msgspec.Struct, array_like=True, tag=58):
     arena: int
 
 
-TierMessage = StoreLease | StoreGrant | GiveBack | Seal | Free | Held | Need | Found | Mapped | Trim
+class Collect(msgspec.Struct, array_like=True, tag=59):
+    """Somebody waits for memory of an arena, and all of it is in use: let go of what only garbage refers to."""
+
+    arena: int
+
+
+TierMessage = StoreLease | StoreGrant | GiveBack | Seal | Free | Held | Need | Found | Mapped | Trim | Collect

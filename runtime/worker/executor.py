@@ -28,6 +28,7 @@ from afield.runtime.process.context import TaskContext, enter, running
 from afield.runtime.process.events import PEER_LEFT, PROCESS_DIED, TICK
 from afield.runtime.process.facts import OwnActor
 from afield.runtime.process.serialization import deserialize
+from afield.runtime.values.parts import PartsLostError
 from afield.runtime.wire import messages
 from afield.runtime.worker.concurrency import Concurrency, make_concurrency
 from afield.runtime.worker.host import Host
@@ -244,7 +245,7 @@ class Executor:
         self.used = True
         context = TaskContext(spec.actor_id, f"{spec.class_name}.__init__")
         enter(context)
-        error = b""
+        error, lost = b"", ""
         try:
             cls = deserialize(spec.blob, f"the class {spec.class_name}", None)
             push = messages.Push(0, spec.actor_id, 0, spec.arguments, spec.location, spec.dependencies)
@@ -260,11 +261,16 @@ class Executor:
             host.outcomes.keep_argument_pins(argument_pins, context)
             self._concurrency = make_concurrency(host, cls, spec.options)
             host.work.concurrent = self._concurrency is not None
+        except PartsLostError as gone:  # no code of the user's raises it
+            lost = f"an argument of its constructor is lost ({gone})"
         except BaseException as raised:
+            broken = host.participant.values.parts.devices.broken()
+            if broken:  # as for a call: this process has no device any more, and the actor is constructed elsewhere
+                host.leave(broken)
             error = host.outcomes.constructor_failure(spec.class_name, raised)
         finally:
             enter(None)
-        born = messages.ActorBorn(spec.actor_id, error)
+        born = messages.ActorBorn(spec.actor_id, error, lost)
         obligation = context.obligation
         if obligation is None or not host.replies.wait_for_registration(obligation, self.process.daemon, born):
             host.waiting.append((self.process.daemon, born))
