@@ -6,6 +6,10 @@ what is there and writes it. A socket buffer that is full leaves the rest in `_u
 the socket can take more. Nothing received is decoded before the handshake of `auth` is done; what is sent before that
 waits in the outbox.
 
+No frame leaves that the peer would refuse. A batch that is too large is sent in parts, and the batches after it are smaller
+(`_most`). One message that is too large, or that cannot be encoded, fails alone: it is handed to `on_refused`, and what stands
+before and behind it is sent.
+
 A channel is used by one thread at a time: whoever holds its loop's lock.
 """
 
@@ -15,6 +19,7 @@ import os
 import select
 import socket
 import struct
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +36,8 @@ MAX_HANDSHAKE_BYTES = 256
 DRAIN_BYTES = 1 << 16
 #: One encode never takes more messages, which bounds the frame and the time until the first byte leaves.
 MAX_BATCH = 1024
+#: It takes so many at first, and as many as make up so many bytes once their size is known: what is encoded is memory.
+FIRST_BATCH, BATCH_BYTES = 64, 4 << 20
 
 Messages = list[Any]
 _PEER_CREDENTIALS = struct.Struct("3i")
@@ -47,6 +54,10 @@ class Channel:
         on_messages: called with (channel, messages) for each received frame.
         on_closed: called once with the channel when the peer is gone, in whatever way.
         on_ready: called once with the channel when the peer is proven.
+
+    Attributes:
+        on_refused: called with (channel, message, why) for a message that cannot be sent: it is too large, or not one that
+            can be encoded. The channel goes on.
     """
 
     __slots__ = (
@@ -54,6 +65,7 @@ class Channel:
         "_encode",
         "_handshake",
         "_loop",
+        "_most",
         "_needed",
         "_partial",
         "_unsent",
@@ -62,6 +74,7 @@ class Channel:
         "on_closed",
         "on_messages",
         "on_ready",
+        "on_refused",
         "outbox",
         "peer_id",
         "ready",
@@ -86,6 +99,7 @@ class Channel:
         self.on_messages = on_messages
         self.on_closed = on_closed
         self.on_ready = on_ready
+        self.on_refused: Callable[[Channel, Any, str], None] = _lost
         self.outbox: Messages = []
         self.peer_id = b""
         self.ready = False
@@ -94,6 +108,7 @@ class Channel:
         self._partial = bytearray()  # the beginning of a frame whose end has not arrived
         self._needed = 4  # bytes that must be there before parsing it again is worth while
         self._unsent = memoryview(b"")
+        self._most = FIRST_BATCH  # messages that the next frame may have
         loop.register(sock.fileno(), self.handle)
         greeting = handshake.greeting()
         if greeting:
@@ -108,11 +123,33 @@ class Channel:
     def flush(self) -> None:
         """Write what is queued, as far as the socket takes it."""
         while self.outbox and self.ready and not self._unsent and not self.closed:
-            if len(self.outbox) <= MAX_BATCH:
+            if len(self.outbox) <= self._most:
                 batch, self.outbox = self.outbox, []
             else:
-                batch, self.outbox = self.outbox[:MAX_BATCH], self.outbox[MAX_BATCH:]
-            self._write(_frame(self._encode(batch)))
+                batch, self.outbox = self.outbox[: self._most], self.outbox[self._most :]
+            body = self._encoded(batch)
+            if body is not None:
+                self._write(_frame(body))
+
+    def _encoded(self, batch: Messages) -> bytes | None:
+        """Encode messages as one frame; None if that cannot be: they are in the outbox again, to leave in parts, or refused."""
+        try:
+            body: bytes = self._encode(batch)
+            size, fault = len(body), ""
+        except Exception as error:  # of whatever a message has in it; MemoryError is one too
+            size, fault = 0, f"it cannot be encoded: {type(error).__name__}: {error}"
+        if not fault and size <= MAX_FRAME_BYTES:
+            if size > BATCH_BYTES:
+                self._most = max(1, len(batch) * BATCH_BYTES // size)
+            elif len(batch) == self._most < MAX_BATCH:
+                self._most *= 2
+            return body
+        self._most = max(1, len(batch) // 2)
+        if len(batch) > 1:
+            self.outbox = batch + self.outbox
+        else:
+            self.on_refused(self, batch[0], fault or f"it has {size} bytes, and a message may have {MAX_FRAME_BYTES}")
+        return None
 
     @property
     def drained(self) -> bool:
@@ -227,6 +264,11 @@ class Channel:
             if self.on_ready is not None:
                 self.on_ready(self)
             self.flush()
+
+
+def _lost(channel: Channel, message: Any, why: str) -> None:
+    """Nobody has said what is to follow from a message that cannot be sent: its loss must not go unseen."""
+    print(f"afield: a {type(message).__name__} was not sent: {why}", file=sys.stderr)
 
 
 def _frame(body: bytes) -> bytes:
