@@ -21,7 +21,8 @@ from afield.errors import (
     TaskError,
 )
 from afield.ids import TASK_ID_BYTES
-from afield.runtime.calls.submission import Callee, PeerState, Submitter
+from afield.runtime.calls.callee import Callee
+from afield.runtime.calls.submission import PeerState, Submitter
 from afield.runtime.cores.caller import (
     CANCELLED,
     DIED,

@@ -13,6 +13,7 @@ from afield.runtime.process.configuration import ProcessConfig, SessionConfig
 from afield.runtime.process.events import LIFE_ENDED, RUNTIME_DEAD
 from afield.runtime.process.process import Process
 from afield.runtime.values.arguments import Arguments
+from afield.runtime.values.definitions import Definitions
 from afield.runtime.values.values import Values
 
 
@@ -40,6 +41,7 @@ class Participant:
             last_words=last_words,
         )
         self.values = Values(self.process)
+        self.definitions = Definitions(self.values)
         self.streams = Streams(self.process, self.values.blocking_wait)
         self.arguments = arguments = Arguments(self.process, self.values)
         self.submitter = Submitter(self.process, arguments, self.streams)
