@@ -166,6 +166,90 @@ def test_of_many_results_those_beyond_a_bound_are_stored(runtime: afield.Cluster
     assert {len(value) for value in values} == {NEARLY_INLINE_BYTES}
 
 
+@pytest.fixture
+def small_frames(runtime: afield.ClusterInfo, monkeypatch: pytest.MonkeyPatch) -> int:
+    """A driver whose channels send no frame over 200,000 bytes; the other processes are as always."""
+    limit = 200_000
+    monkeypatch.setattr("afield.transport.channel.MAX_FRAME_BYTES", limit)
+    return limit
+
+
+def test_what_the_driver_cannot_send_is_an_error_there(small_frames: int) -> None:
+    table = bytes(MAX_DEFINITION_BYTES - 10_000)  # just not stored
+
+    @afield.remote
+    def length(*parts: bytes) -> int:
+        return sum(map(len, parts)) + len(table)
+
+    @afield.remote
+    def plain(*parts: bytes) -> int:
+        return sum(map(len, parts))
+
+    refs = [afield.put(bytes(NEARLY_INLINE_BYTES)) for _ in range(5)]
+    bad, good = [plain.remote(*refs), length.remote()], [plain.remote(refs[0]) for _ in range(50)]
+    for ref in [*bad, length.remote()]:
+        with pytest.raises(afield.errors.MessageTooLargeError, match="a message may have 200000"):
+            afield.get(ref, timeout=60)
+    assert afield.get(good, timeout=60) == [NEARLY_INLINE_BYTES] * 50
+
+
+def test_what_the_driver_cannot_tell_of_an_actor_is_an_error_there(small_frames: int) -> None:
+    table = bytes(MAX_DEFINITION_BYTES - 10_000)
+
+    @afield.remote
+    class Holder:
+        def length(self, *parts: bytes) -> int:
+            return sum(map(len, parts)) + len(table)
+
+    with pytest.raises(afield.ActorDiedError, match="a message may have 200000"):
+        afield.get(Holder.remote().length.remote(), timeout=60)
+
+    @afield.remote
+    class Light:
+        def length(self, *parts: bytes) -> int:
+            return sum(map(len, parts))
+
+    light = Light.remote()
+    refs = [afield.put(bytes(NEARLY_INLINE_BYTES)) for _ in range(5)]
+    first, large, last = light.length.remote(), light.length.remote(*refs), light.length.remote(refs[0])
+    assert afield.get([first, last], timeout=60) == [0, NEARLY_INLINE_BYTES]
+    with pytest.raises(afield.errors.MessageTooLargeError):
+        afield.get(large, timeout=60)
+    with pytest.raises(afield.AfieldError, match="a message may have 200000"):
+        afield.get_actor("x" * small_frames)
+
+
+def test_what_a_worker_cannot_answer_is_an_error_at_its_caller(runtime: afield.ClusterInfo) -> None:
+    class Answers:
+        def limit(self) -> None:
+            from afield.transport import channel
+
+            channel.MAX_FRAME_BYTES = 50_000
+
+        def answer(self, size: int) -> bytes:
+            return bytes(size)
+
+        @afield.method(num_returns=2)
+        def two(self) -> tuple[bytes, bytes]:
+            return bytes(40_000), bytes(40_000)
+
+        def items(self) -> Any:
+            yield from (bytes(10), bytes(60_000), bytes(11))
+
+    actor = afield.remote(Answers).remote()
+    afield.get(actor.limit.remote(), timeout=60)
+    refs = [actor.answer.remote(60_000), *actor.two.remote()]
+    for ref in refs:
+        with pytest.raises(afield.errors.MessageTooLargeError, match="a message may have 50000"):
+            afield.get(ref, timeout=60)
+    stream = actor.items.remote()
+    assert afield.get(next(stream), timeout=60) == bytes(10)
+    with pytest.raises(afield.errors.MessageTooLargeError):
+        afield.get(next(stream), timeout=60)
+    assert afield.get(next(stream), timeout=60) == bytes(11)
+    assert afield.get(actor.answer.remote(100), timeout=60) == bytes(100)
+
+
 @pytest.mark.slow
 def test_beyond_the_size_of_a_frame(no_runtime: None) -> None:
     afield.init(num_cpus=2, host_memory=4 << 30)

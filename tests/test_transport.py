@@ -135,13 +135,14 @@ def test_a_batch_over_the_limit_leaves_in_parts(monkeypatch: pytest.MonkeyPatch)
         assert max(server.batches) == 3 or max(server.batches) == 2
 
 
-def test_the_answer_to_a_refusal_goes_over_the_same_channel(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_takes_the_place_of_a_refused_message_keeps_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("afield.transport.channel.MAX_FRAME_BYTES", 1000)
     with connected() as (loop, server, client):
-        client.channel.on_refused = lambda channel, message, why: channel.send(["too large", len(message)])
-        client.channel.send(bytes(2000))
-        run_until(loop, lambda: server.received)
-        assert server.received == [["too large", 2000]]
+        client.channel.on_refused = lambda channel, message, why: ["too large", len(message)]
+        for message in ("before", bytes(2000), "after"):
+            client.channel.send(message)
+        run_until(loop, lambda: len(server.received) == 3)
+        assert server.received == ["before", ["too large", 2000], "after"]
 
 
 def test_a_refusal_that_nobody_handles_is_seen(

@@ -57,7 +57,7 @@ class Channel:
 
     Attributes:
         on_refused: called with (channel, message, why) for a message that cannot be sent: it is too large, or not one that
-            can be encoded. The channel goes on.
+            can be encoded. What it returns, if it is not None, leaves in its place. The channel goes on.
     """
 
     __slots__ = (
@@ -99,7 +99,7 @@ class Channel:
         self.on_messages = on_messages
         self.on_closed = on_closed
         self.on_ready = on_ready
-        self.on_refused: Callable[[Channel, Any, str], None] = _lost
+        self.on_refused: Callable[[Channel, Any, str], Any] = _lost
         self.outbox: Messages = []
         self.peer_id = b""
         self.ready = False
@@ -148,7 +148,10 @@ class Channel:
         if len(batch) > 1:
             self.outbox = batch + self.outbox
         else:
-            self.on_refused(self, batch[0], fault or f"it has {size} bytes, and a message may have {MAX_FRAME_BYTES}")
+            why = fault or f"it has {size} bytes, and a message may have {MAX_FRAME_BYTES}"
+            instead = self.on_refused(self, batch[0], why)
+            if instead is not None:
+                self.outbox.insert(0, instead)
         return None
 
     @property

@@ -84,6 +84,13 @@ class ActorCalls:
 
         self.process.locked(enter)
 
+    def creation_refused(self, actor_id: bytes, error: Exception) -> None:
+        """The daemon could not be told of an actor; the caller holds the lock."""
+        caller = self.callers.get(actor_id)
+        if caller is not None:
+            self._die(caller, serialize_error(ActorDiedError(f"the actor could not be created: {error}")))
+            self.process.daemon.send(messages.ActorGone(actor_id, caller.error))
+
     def _argument_failed(self, class_name: str, data: bytes) -> bytes:
         """The constructor never runs: to every caller it is as if it had raised what its argument did."""
         error = deserialize_error(data, "the error of an argument", None)

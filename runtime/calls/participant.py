@@ -7,6 +7,7 @@ from collections.abc import Callable
 from afield.ids import TASK_ID_BYTES
 from afield.runtime.calls.actor_calls import ActorCalls
 from afield.runtime.calls.cancellation import Cancellation
+from afield.runtime.calls.refusals import Refusals
 from afield.runtime.calls.streams import Streams
 from afield.runtime.calls.submission import Submitter
 from afield.runtime.process.configuration import ProcessConfig, SessionConfig
@@ -46,6 +47,7 @@ class Participant:
         self.arguments = arguments = Arguments(self.process, self.values)
         self.submitter = Submitter(self.process, arguments, self.streams)
         self.actors = ActorCalls(self.process, self.submitter)
+        Refusals(self.process, self.submitter, self.actors)
         self.cancellation = Cancellation(self.process, self.submitter, self.actors, self.streams)
         self.process.cores |= {"lanes": self.submitter.core, "actors": self.actors.core}
         self.process.subscribe(LIFE_ENDED, self._on_life_ended)

@@ -406,10 +406,14 @@ class Submitter:
         lane.granted(lease, time.monotonic())
 
     def _on_infeasible(self, channel: Channel, message: messages.Infeasible) -> None:
-        lane = self._lanes_by_key[message.key]
+        self.infeasible(message.key, message.reason)
+
+    def infeasible(self, key: int, reason: str) -> None:
+        """There never will be a lease for a lane: what waits in it fails."""
+        lane = self._lanes_by_key[key]
         lane.demanded = 0
         while lane.ready:
-            self.fail_with(lane.ready.popleft(), TaskUnschedulableError(message.reason))
+            self.fail_with(lane.ready.popleft(), TaskUnschedulableError(reason))
 
     def _on_hand_back(self, channel: Channel, message: messages.HandBack) -> None:
         lease: Lease | None = channel.context.lease

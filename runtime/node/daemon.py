@@ -10,6 +10,7 @@ import errno
 import os
 import pickle
 import socket
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -136,7 +137,20 @@ class NodeDaemon:
                 sock.close()
                 continue
             handshake = Handshake(self.session.token, self.node_id, os.urandom(32), server=True)
-            Channel(self.loop, sock, handshake, messages.decode, self._on_messages, self._disconnected)
+            channel = Channel(self.loop, sock, handshake, messages.decode, self._on_messages, self._disconnected)
+            channel.on_refused = self._refused
+
+    def _refused(self, channel: Channel, message: Any, why: str) -> Any:
+        """A message is too large: whoever asked is told; a worker that misses what it was to be told is of no use."""
+        text = f"a message of the node daemon ({type(message).__name__}) could not be sent: {why}"
+        if isinstance(message, messages.Answer):
+            return messages.Answer(message.request, None, text)
+        print(text, file=sys.stderr, flush=True)
+        worker = self.workers.by_id.get(channel.peer_id)
+        if worker is not None:
+            worker.ended_for = text
+            self.workers.kill(worker)
+        return None
 
     def _on_messages(self, channel: Channel, batch: list[Any]) -> None:
         self.tiers.read_notes()

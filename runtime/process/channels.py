@@ -48,6 +48,8 @@ class Channels:
         self._on_batch = on_batch
         self._on_disconnected = on_disconnected
         self._on_out_of_files = on_out_of_files
+        #: Called with (channel, message, why) for a message that cannot be sent; set by whoever knows what follows.
+        self.on_refused: Callable[[Channel, Any, str], Any] | None = None
         self._of: dict[bytes, Channel] = {}
         self._listener = listen(config.address(process_id))
         loop.register(self._listener.fileno(), self._accept)
@@ -90,7 +92,13 @@ class Channels:
 
     def _open(self, sock: Any, *, server: bool) -> Channel:
         handshake = Handshake(self._config.token, self._process_id, os.urandom(32), server=server)
-        return Channel(self._loop, sock, handshake, messages.decode, self._on_batch, self._closed, self._ready)
+        channel = Channel(self._loop, sock, handshake, messages.decode, self._on_batch, self._closed, self._ready)
+        channel.on_refused = self._refused
+        return channel
+
+    def _refused(self, channel: Channel, message: Any, why: str) -> Any:
+        assert self.on_refused is not None, f"{type(message).__name__} was refused too early: {why}"
+        return self.on_refused(channel, message, why)
 
     def _accept(self, events: int) -> None:
         while True:
