@@ -48,6 +48,7 @@ __all__ = [
     "InternalError",
     "InvalidOptionError",
     "LossError",
+    "MessageTooLargeError",
     "NoClusterError",
     "NoDeviceError",
     "NotInitializedError",
@@ -214,6 +215,10 @@ class CapacityError(AfieldError):
 
 class ObjectStoreFullError(CapacityError, MemoryError):
     """The host store had no room in time; the message carries the arithmetic and the largest holders."""
+
+
+class MessageTooLargeError(CapacityError):
+    """Something cannot be told to another process, since it makes a message too large; the text says what and why."""
 
 
 class PendingCallsLimitExceededError(CapacityError):

@@ -29,6 +29,8 @@ raised                             when
 **There is no room** (`CapacityError`)
 `ObjectStoreFullError`             `put`, a result or `empty` found no room in the host store in time; also a MemoryError.
 `OutOfDeviceMemoryError`           the same for a device.
+`MessageTooLargeError`             something that cannot go to the store, such as millions of refs in one value, is too large
+                                   to be told to another process.
 `PendingCallsLimitExceededError`   an actor has `max_pending_calls` calls pending.
 **Something was lost** (`LossError`)
 `ActorError`                       never by itself: either of `ActorDiedError` and `ActorUnavailableError`.

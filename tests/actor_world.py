@@ -20,7 +20,8 @@ from afield.errors import ActorDiedError, ActorUnavailableError, TaskCancelledEr
 from afield.ids import FIRST_RETURN
 from afield.machines import FlightRecorder
 from afield.runtime.calls.actor_calls import ActorCalls
-from afield.runtime.calls.submission import Callee, Submitter
+from afield.runtime.calls.callee import Callee
+from afield.runtime.calls.submission import Submitter
 from afield.runtime.cores.caller import life_of
 from afield.runtime.cores.dispatch import Task
 from afield.runtime.cores.objects import FAILED, INLINE, PENDING, LifeEnded, Recompute
@@ -28,11 +29,12 @@ from afield.runtime.cores.ownership import OwnershipTable
 from afield.runtime.process.events import RECOMPUTE
 from afield.runtime.process.serialization import deserialize, serialize_error
 from afield.runtime.values.arguments import Arguments
+from afield.runtime.values.definitions import Definition
 from afield.runtime.wire import messages
 
 ACTOR = b"actor".ljust(16, b"-")
-PLAIN = Callee("call", b"", 1)
-RETRIED = Callee("call", b"", 1, retry_on=True)
+PLAIN = Callee("call", Definition(b""), 1)
+RETRIED = Callee("call", Definition(b""), 1, retry_on=True)
 DEAD = serialize_error(ActorDiedError("the actor is dead"))
 FAILURE = serialize_error(TaskError.from_exception("call", ValueError("raised"), ""))
 

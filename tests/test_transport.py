@@ -148,6 +148,55 @@ def test_a_burst_travels_in_few_frames_and_in_order() -> None:
         assert len(server.batches) < 20
 
 
+def test_what_is_too_large_or_no_message_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("afield.transport.channel.MAX_FRAME_BYTES", 100_000)
+    with connected() as (loop, server, client):
+        refused: list[tuple[Any, str]] = []
+        client.channel.on_refused = lambda channel, message, why: refused.append((message, why))
+        sent = [bytes(90_000), bytes(100_000), 1 << 70, "\ud800", object(), 5]
+        for i in range(300):
+            client.channel.send(i)
+            client.channel.send(sent[i % 6])
+        run_until(loop, lambda: server.received[-1:] == [5])
+        assert server.received == [x for i in range(300) for x in (i, *[sent[i % 6]] * (i % 6 in (0, 5)))]
+        assert [message for message, _ in refused] == [sent[i % 6] for i in range(300) if i % 6 in (1, 2, 3, 4)]
+        assert "100000" in refused[0][1] and "100006" in refused[0][1]
+        assert "OverflowError" in refused[1][1] and server.closed == client.closed == 0
+
+
+def test_a_batch_over_the_limit_leaves_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("afield.transport.channel.MAX_FRAME_BYTES", 100_000)
+    with connected() as (loop, server, client):
+        sent = [bytes([i]) * 30_000 for i in range(200)]
+        for message in sent:
+            client.channel.send(message)
+        run_until(loop, lambda: len(server.received) == 200)
+        assert server.received == sent
+        assert max(server.batches) == 3 or max(server.batches) == 2
+
+
+def test_what_takes_the_place_of_a_refused_message_keeps_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("afield.transport.channel.MAX_FRAME_BYTES", 1000)
+    with connected() as (loop, server, client):
+        client.channel.on_refused = lambda channel, message, why: ["too large", len(message)]
+        for message in ("before", bytes(2000), "after"):
+            client.channel.send(message)
+        run_until(loop, lambda: len(server.received) == 3)
+        assert server.received == ["before", ["too large", 2000], "after"]
+
+
+def test_a_refusal_that_nobody_handles_is_seen(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("afield.transport.channel.MAX_FRAME_BYTES", 1000)
+    with connected() as (loop, server, client):
+        client.channel.send(bytes(2000))
+        client.channel.send("next")
+        run_until(loop, lambda: server.received)
+        assert server.received == ["next"]
+        assert "a bytes was not sent: it has 2004 bytes" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("size", [RECEIVE_BUFFER_BYTES - 20, RECEIVE_BUFFER_BYTES, 3 * RECEIVE_BUFFER_BYTES + 7])
 def test_frames_larger_than_the_buffers(size: int) -> None:
     with connected() as (loop, server, client):

@@ -9,6 +9,10 @@ A channel outlives its sockets: its `Link` numbers the frames, keeps those that 
 sent again. Between two sockets the channel is not `ready`, and what is sent waits in the outbox. Who makes the next socket, and
 who is told of what, is the business of `endpoint`. A socket is here only after its peer was proven (`introduction`).
 
+No frame leaves that the peer would refuse. A batch that is too large is sent in parts, and the batches after it are smaller
+(`_most`). One message that is too large, or that cannot be encoded, fails alone: it is handed to `on_refused`, and what stands
+before and behind it is sent.
+
 A channel is used by one thread at a time: whoever holds its loop's lock.
 """
 
@@ -16,6 +20,7 @@ from __future__ import annotations
 
 import select
 import socket
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +35,8 @@ MAX_FRAME_BYTES = 256 << 20
 DRAIN_BYTES = 1 << 16
 #: One encode never takes more messages, which bounds the frame and the time until the first byte leaves.
 MAX_BATCH = 1024
+#: It takes so many at first, and as many as make up so many bytes once their size is known: what is encoded is memory.
+FIRST_BATCH, BATCH_BYTES = 64, 4 << 20
 
 Messages = list[Any]
 _HEADER_BYTES = HEADER.size
@@ -53,12 +60,15 @@ class Channel:
         ready: a socket carries it.
         closed: it is over.
         fault: what the peer did against the protocol, if that is why it is closed.
+        on_refused: called with (channel, message, why) for a message that cannot be sent: it is too large, or not one that
+            can be encoded. What it returns, if it is not None, leaves in its place. The channel goes on.
     """
 
     __slots__ = (
         "_decode",
         "_encode",
         "_loop",
+        "_most",
         "_needed",
         "_on_broken",
         "_on_over",
@@ -70,6 +80,7 @@ class Channel:
         "link",
         "on_closed",
         "on_messages",
+        "on_refused",
         "outbox",
         "peer_id",
         "ready",
@@ -96,6 +107,7 @@ class Channel:
         self.on_closed = on_closed
         self._on_broken = on_broken
         self._on_over = on_over
+        self.on_refused: Callable[[Channel, Any, str], Any] = _lost
         self.outbox: Messages = []
         self.sock: socket.socket | None = None
         self.ready = False
@@ -105,6 +117,7 @@ class Channel:
         self._partial = bytearray()  # the beginning of a frame whose end has not arrived
         self._needed = _HEADER_BYTES  # bytes that must be there before parsing it again is worth while
         self._unsent = memoryview(b"")
+        self._most = FIRST_BATCH  # messages that the next frame may have
 
     # -- messages --------------------------------------------------------------------------------------------------
 
@@ -117,11 +130,36 @@ class Channel:
     def flush(self) -> None:
         """Write what is queued, as far as the socket takes it."""
         while self.outbox and self.ready and not self._unsent:
-            if len(self.outbox) <= MAX_BATCH:
+            if len(self.outbox) <= self._most:
                 batch, self.outbox = self.outbox, []
             else:
-                batch, self.outbox = self.outbox[:MAX_BATCH], self.outbox[MAX_BATCH:]
-            self._write(self.link.frame(self._encode(batch)))
+                batch, self.outbox = self.outbox[: self._most], self.outbox[self._most :]
+            body = self._encoded(batch)
+            if body is not None:
+                self._write(self.link.frame(body))
+
+    def _encoded(self, batch: Messages) -> bytes | None:
+        """Encode messages as one frame; None if that cannot be: they are in the outbox again, to leave in parts, or refused."""
+        try:
+            body: bytes = self._encode(batch)
+            size, fault = len(body), ""
+        except Exception as error:  # of whatever a message has in it; MemoryError is one too
+            size, fault = 0, f"it cannot be encoded: {type(error).__name__}: {error}"
+        if not fault and size <= MAX_FRAME_BYTES:
+            if size > BATCH_BYTES:
+                self._most = max(1, len(batch) * BATCH_BYTES // size)
+            elif len(batch) == self._most < MAX_BATCH:
+                self._most *= 2
+            return body
+        self._most = max(1, len(batch) // 2)
+        if len(batch) > 1:
+            self.outbox = batch + self.outbox
+        else:
+            why = fault or f"it has {size} bytes, and a message may have {MAX_FRAME_BYTES}"
+            instead = self.on_refused(self, batch[0], why)
+            if instead is not None:
+                self.outbox.insert(0, instead)
+        return None
 
     @property
     def drained(self) -> bool:
@@ -307,3 +345,8 @@ class Channel:
             self._partial = bytearray(data[position:])
         if link.owed_bytes >= OWED_BYTES:
             self._settle_debt()
+
+
+def _lost(channel: Channel, message: Any, why: str) -> None:
+    """Nobody has said what is to follow from a message that cannot be sent: its loss must not go unseen."""
+    print(f"afield: a {type(message).__name__} was not sent: {why}", file=sys.stderr)

@@ -47,6 +47,7 @@ class Endpoint:
         on_ready: called once with each channel when its peer is proven.
         on_absent: called with a channel and whether the peer's name is gone, for the owner to find out whether it is dead.
         on_error: called when this process cannot have another socket.
+        on_refused: see `Channel.on_refused`.
     """
 
     def __init__(
@@ -60,11 +61,13 @@ class Endpoint:
         on_ready: Callable[[Channel], None] = lambda channel: None,
         on_absent: Callable[[Channel, bool], None] = lambda channel, name_is_gone: None,
         on_error: Callable[[OSError], None] = lambda error: None,
+        on_refused: Callable[[Channel, Any, str], Any] | None = None,
     ) -> None:
         self.loop = loop
         self.links = Links()
         self.on_absent = on_absent
         self.on_error = on_error
+        self._on_refused = on_refused
         self._token = token
         self._process_id = process_id
         self._decode = decoder
@@ -191,6 +194,8 @@ class Endpoint:
         channel = Channel(
             self.loop, link, peer_id, self._decode, self._on_messages, self._on_closed, on_broken, on_over
         )
+        if self._on_refused is not None:
+            channel.on_refused = self._on_refused
         self._channels[id(link)] = channel
         return channel
 

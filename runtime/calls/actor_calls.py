@@ -21,7 +21,8 @@ from afield.errors import (
     TaskError,
 )
 from afield.ids import TASK_ID_BYTES
-from afield.runtime.calls.submission import Callee, PeerState, Submitter
+from afield.runtime.calls.callee import Callee
+from afield.runtime.calls.submission import PeerState, Submitter
 from afield.runtime.cores.caller import (
     CANCELLED,
     DIED,
@@ -37,6 +38,7 @@ from afield.runtime.cores.caller import (
 from afield.runtime.cores.dispatch import Task
 from afield.runtime.process.process import Process
 from afield.runtime.process.serialization import deserialize_error, serialize_error
+from afield.runtime.values.definitions import Definition
 from afield.runtime.wire import messages
 from afield.transport.channel import Channel
 from afield.transport.interrupts import uninterruptible
@@ -69,7 +71,7 @@ class ActorCalls:
                 spec.dependencies = self.submitter.arguments.describe(ready)
                 self.process.daemon.send(spec)
 
-        task.function = Callee(f"{spec.class_name}.__init__", b"", 0)
+        task.function = Callee(f"{spec.class_name}.__init__", Definition(b""), 0)
         caller = self.core.add(spec.actor_id, task)
 
         def enter() -> None:
@@ -108,6 +110,13 @@ class ActorCalls:
                 channel.send(messages.ActorArguments(caller.actor_id, ready.arguments, ready.location, dependencies))
 
         self.submitter.arguments.when_resolved(creation, send)
+
+    def creation_refused(self, actor_id: bytes, error: Exception) -> None:
+        """The daemon could not be told of an actor; the caller holds the lock."""
+        caller = self.callers.get(actor_id)
+        if caller is not None:
+            self._die(caller, serialize_error(ActorDiedError(f"the actor could not be created: {error}")))
+            self.process.daemon.send(messages.ActorGone(actor_id, caller.error))
 
     def _argument_failed(self, creation: Task, data: bytes) -> bytes:
         """The constructor never runs: to every caller it is as if it had raised what its argument did."""

@@ -7,12 +7,14 @@ from collections.abc import Callable
 from afield.ids import TASK_ID_BYTES
 from afield.runtime.calls.actor_calls import ActorCalls
 from afield.runtime.calls.cancellation import Cancellation
+from afield.runtime.calls.refusals import Refusals
 from afield.runtime.calls.streams import Streams
 from afield.runtime.calls.submission import Submitter
 from afield.runtime.process.configuration import ProcessConfig, SessionConfig
 from afield.runtime.process.events import LIFE_ENDED, RUNTIME_DEAD
 from afield.runtime.process.process import Process
 from afield.runtime.values.arguments import Arguments
+from afield.runtime.values.definitions import Definitions
 from afield.runtime.values.values import Values
 
 
@@ -40,10 +42,12 @@ class Participant:
             last_words=last_words,
         )
         self.values = Values(self.process)
+        self.definitions = Definitions(self.values)
         self.streams = Streams(self.process, self.values.blocking_wait)
         self.arguments = arguments = Arguments(self.process, self.values)
         self.submitter = Submitter(self.process, arguments, self.streams)
         self.actors = ActorCalls(self.process, self.submitter)
+        Refusals(self.process, self.submitter, self.actors)
         self.cancellation = Cancellation(self.process, self.submitter, self.actors, self.streams)
         self.process.cores |= {"lanes": self.submitter.core, "actors": self.actors.core}
         self.process.subscribe(LIFE_ENDED, self._on_life_ended)

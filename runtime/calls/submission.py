@@ -9,6 +9,7 @@ from typing import Any
 
 from afield.errors import TaskCancelledError, TaskError, TaskUnschedulableError, WorkerCrashedError
 from afield.ids import FIRST_RETURN, STREAM_END_INDEX, object_id
+from afield.runtime.calls.callee import Callee
 from afield.runtime.calls.generators import ObjectRefGenerator
 from afield.runtime.calls.recovery import Recovery
 from afield.runtime.calls.streams import Streams
@@ -27,40 +28,11 @@ from afield.transport.interrupts import uninterruptible
 #: A burst of submissions looks for replies this often.
 POLL_EVERY = 32
 
-RetryOn = bool | tuple[type[BaseException], ...]
-
-
-class Callee:
-    """What a push names: a remote function, or an actor's method (then `blob` is empty)."""
-
-    __slots__ = ("backpressure", "blob", "group", "index", "name", "num_returns", "once", "retry_on")
-
-    _indexes = itertools.count(1)
-
-    def __init__(
-        self,
-        name: str,
-        blob: bytes,
-        num_returns: int,
-        backpressure: int = 0,
-        group: str = "",
-        retry_on: RetryOn = False,
-        once: bool = False,
-    ) -> None:
-        self.index = next(Callee._indexes)
-        self.name = name
-        self.blob = blob
-        self.num_returns = num_returns
-        self.backpressure = backpressure
-        self.group = group
-        self.retry_on = retry_on
-        self.once = once
-
-    def define(self) -> messages.Define:
-        """Return the message that makes a worker know it."""
-        return messages.Define(
-            self.index, self.name, self.blob, self.num_returns, self.backpressure, self.group, self.once
-        )
+#: So many arguments of a push, each of at most `INLINE_BYTES`, are no matter; more of them are sent in portions.
+FEW_DEPENDENCIES = 16
+PORTION_BYTES = 1 << 20
+#: What one takes beside its data: ids, and the location of what is stored.
+DEPENDENCY_BYTES = 100
 
 
 class PeerState:
@@ -237,6 +209,10 @@ class Submitter:
             channel.send(function.define())
         sequence = self._next_sequence()
         dependencies = None if task.dependencies is None else self.arguments.describe(task)
+        if dependencies is not None and len(dependencies) > FEW_DEPENDENCIES:
+            *before, dependencies = _in_portions(dependencies)
+            for portion in before:
+                channel.send(messages.MoreDependencies(sequence, portion))
         channel.send(messages.Push(sequence, task.task_id, function.index, task.arguments, task.location, dependencies))
         return sequence
 
@@ -316,7 +292,7 @@ class Submitter:
 
     def _finish(self, channel: Channel, task: Task, reply: messages.Reply) -> bool:
         """Record an outcome; return True if the task runs again instead."""
-        if reply.kind == FAILED and self._retry(channel, task, reply.data):
+        if reply.kind and self._failed(reply) and self._retry(channel, task, reply):
             return True
         if reply.kind == messages.ARGUMENT_LOST:
             if task.cancelled:  # it has not run, and does not run again
@@ -346,11 +322,7 @@ class Submitter:
         task = self._inflight(channel.context).pop(message.sequence, None)
         if task is None:
             return
-        if (
-            message.results
-            and message.results[0].kind == FAILED
-            and self._retry(channel, task, message.results[0].data)
-        ):
+        if message.results and self._failed(message.results[0]) and self._retry(channel, task, message.results[0]):
             return
         for index, result in enumerate(message.results):
             self._fulfil(channel, task, index, result)
@@ -367,16 +339,31 @@ class Submitter:
             report = lambda count: self.process.locked(channel.send, messages.Consumed(item.sequence, count))  # noqa: E731
         self.streams.on_item(task, item, self._receive(channel, item.contained), report)
 
-    def _retry(self, channel: Channel, task: Task, data: bytes) -> bool:
+    @staticmethod
+    def _failed(result: messages.Result | messages.Reply) -> bool:
+        """Tell whether a result is an error; that of one which is stored has the type of what was raised in its `data`."""
+        return result.kind == FAILED or (result.kind == LOCATED and bool(result.data))
+
+    def _retry(self, channel: Channel, task: Task, result: messages.Result | messages.Reply) -> bool:
         """Run a task again whose exception is one that its caller wants retried."""
         retry_on = task.function.retry_on
         if not retry_on or not task.retries_left or task.cancelled:
             return False
-        error = deserialize_error(data, "the error", None)
-        if not isinstance(error, TaskError):
-            return False
-        if isinstance(retry_on, tuple) and not isinstance(error.cause, retry_on) and not isinstance(error, retry_on):
-            return False
+        if result.kind == LOCATED:
+            kind = deserialize_error(result.data, "the type of the error", None)
+            if isinstance(retry_on, tuple) and not (isinstance(kind, type) and issubclass(kind, retry_on)):
+                return False
+            self.cut_short(channel.peer_id, task)  # what was stored of it is nobody's
+        else:
+            error = deserialize_error(result.data, "the error", None)
+            if not isinstance(error, TaskError):
+                return False
+            if (
+                isinstance(retry_on, tuple)
+                and not isinstance(error.cause, retry_on)
+                and not isinstance(error, retry_on)
+            ):
+                return False
         self.use_retry(task)
         self.tasks_retried += 1
         if task.lane is not None:
@@ -425,10 +412,14 @@ class Submitter:
         lane.granted(lease, time.monotonic())
 
     def _on_infeasible(self, channel: Channel, message: messages.Infeasible) -> None:
-        lane = self._lanes_by_key[message.key]
+        self.infeasible(message.key, message.reason)
+
+    def infeasible(self, key: int, reason: str) -> None:
+        """There never will be a lease for a lane: what waits in it fails."""
+        lane = self._lanes_by_key[key]
         lane.demanded = 0
         while lane.ready:
-            self.fail_with(lane.ready.popleft(), TaskUnschedulableError(message.reason))
+            self.fail_with(lane.ready.popleft(), TaskUnschedulableError(reason))
 
     def _on_hand_back(self, channel: Channel, message: messages.HandBack) -> None:
         lease: Lease | None = channel.context.lease
@@ -481,3 +472,16 @@ class Submitter:
                 "raise max_retries if it is safe to run it again, and look at the worker's output for the cause"
             ),
         )
+
+
+def _in_portions(dependencies: list[messages.Dependency]) -> list[list[messages.Dependency]]:
+    """Divide arguments into lists of which each makes a message of bounded size."""
+    portions: list[list[messages.Dependency]] = [[]]
+    size = 0
+    for dependency in dependencies:
+        if size > PORTION_BYTES:
+            portions.append([])
+            size = 0
+        portions[-1].append(dependency)
+        size += len(dependency.data) + DEPENDENCY_BYTES
+    return portions

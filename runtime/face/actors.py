@@ -17,7 +17,7 @@ from afield.runtime.face.strategies import placement_of, with_environment
 from afield.runtime.process.context import calling_context
 from afield.runtime.process.facts import inherited_environment
 from afield.runtime.process.refs import ObjectRef
-from afield.runtime.process.serialization import serialize
+from afield.runtime.values.definitions import Definition
 from afield.runtime.wire import messages
 from afield.tracebacks import trim
 
@@ -34,7 +34,7 @@ class ActorClass:
         self._options = options
         self._shape = shape_of(options, default_cpus=0)
         self._session: object = None
-        self._blob = b""
+        self._definition: Definition | None = None
         self.__doc__ = cls.__doc__
         self.__name__ = cls.__name__
 
@@ -66,10 +66,9 @@ class ActorClass:
         _check_signature(self._cls, args, kwargs, self.__name__)
         self._check_options()
         if self._session is not participant.key:
-            serialized = serialize(self._cls, f"the class {self.__name__}", stored=False)
-            for ref in serialized.refs:
-                participant.process.pin_for_ever(ref, f"captured by the class {self.__name__}")
-            self._blob, self._session = serialized.pack(), participant.key
+            what = f"the class {self.__name__}"
+            self._definition = participant.definitions.define(self._cls, what, what)
+            self._session = participant.key
         process = participant.process
         process.check_usable()
         actor_id = calling_context().next_task_id()
@@ -96,6 +95,9 @@ class ActorClass:
         task = Task(actor_id, None, b"", None, retries_left=restarts)
         if args or kwargs:
             participant.arguments.encode(task, args, kwargs, f"{self.__name__}.__init__")
+        assert self._definition is not None
+        if self._definition.ref is not None:  # kept with the arguments: as long as the actor may start again
+            task.pinned = [*(task.pinned or ()), self._definition.ref.id]
         detached = self._options.get("lifetime") == "detached"
         options = {
             "max_restarts": restarts,
@@ -107,7 +109,7 @@ class ActorClass:
         }
         placement = placement_of(self._options, inherited_environment())
         spec = messages.CreateActor(
-            actor_id, self.__name__, self._blob, dict(self._shape), b"", None, None, options, placement
+            actor_id, self.__name__, self._definition.blob, dict(self._shape), b"", None, None, options, placement
         )
         participant.actors.create(spec, task, detached)
         return ActorHandle(description, None if detached else ObjectRef(life_of(actor_id)))

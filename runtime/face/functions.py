@@ -7,12 +7,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
 
 from afield.runtime.calls import participation
-from afield.runtime.calls.submission import Callee
+from afield.runtime.calls.callee import Callee
 from afield.runtime.face.options import TASK_OPTIONS, check_task, retry_on, returns_of, shape_of, validate
 from afield.runtime.face.parameters import Parameters, describe
 from afield.runtime.face.strategies import placement_of, with_environment
 from afield.runtime.process.facts import inherited_environment
-from afield.runtime.process.serialization import serialize
 from afield.tracebacks import trim
 
 if TYPE_CHECKING:
@@ -79,12 +78,11 @@ class RemoteFunction(Generic[P, R]):
             raise  # without a frame of this method
 
     def _bind(self, participant: Participant) -> tuple[object, Callee, Lane]:
-        serialized = serialize(self._function, f"the function {self._name}()", stored=False)
-        for ref in serialized.refs:  # captured by the function: they live as long as it may be called
-            participant.process.pin_for_ever(ref, f"captured by the function {self._name}()")
+        name = f"the function {self._name}()"
+        definition = participant.definitions.define(self._function, name, name)
         pushed = Callee(
             self._name,
-            serialized.pack(),
+            definition,
             self._num_returns,
             backpressure=self._options.get("_generator_backpressure_num_objects") or 0,
             retry_on=retry_on(self._options),

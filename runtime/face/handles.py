@@ -9,12 +9,13 @@ from typing import Any
 
 from afield.errors import InvalidOptionError, NotInitializedError
 from afield.runtime.calls import participation
-from afield.runtime.calls.submission import Callee, RetryOn
+from afield.runtime.calls.callee import Callee, RetryOn
 from afield.runtime.cores.caller import life_of
 from afield.runtime.face.options import METHOD_OPTIONS, retry_on, returns_of, validate
 from afield.runtime.face.parameters import Parameters, describe
 from afield.runtime.process.refs import ObjectRef, rebuild_ref
 from afield.runtime.process.serialization import deserialize, serialize
+from afield.runtime.values.definitions import Definition
 from afield.tracebacks import trim
 
 _METHOD_OPTIONS_ATTRIBUTE = "__afield_method_options__"
@@ -25,6 +26,8 @@ _METHOD_FIELDS = {
 }
 #: Options of an actor that each handle to it must know.
 OWN_HANDLE_OPTIONS = ("max_task_retries", "max_pending_calls", "groups")
+#: A method is looked up by its name.
+METHOD = Definition(b"")
 #: Methods that every actor has: ready when the constructor is done; ends the actor after the calls before it.
 SPECIAL_METHODS = ("__afield_ready__", "__afield_terminate__")
 SPECIAL_METHODS_BY_ALIAS = {"__ray_ready__": "__afield_ready__", "__ray_terminate__": "__afield_terminate__"}
@@ -150,7 +153,7 @@ class ActorMethod:
         self._parameters = Parameters(known.get("parameters"), f"{handle._class_name}.{name}")
         self._function = Callee(
             name,
-            b"",
+            METHOD,
             known["num_returns"],
             backpressure=known.get("backpressure") or 0,
             group=known.get("group") or "",

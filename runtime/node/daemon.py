@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import pickle
 import socket
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -70,6 +71,7 @@ class NodeDaemon:
             self._on_closed,
             on_absent=self._on_absent,
             on_error=_out_of_files,
+            on_refused=self._refused,
         )
         self.endpoint.listen(self.session.address(b""))
         self._handlers: dict[type, Callable[[Channel, Any], None]] = {
@@ -133,6 +135,18 @@ class NodeDaemon:
         return {"leases": self.leases, "books": self.tiers.books, "links": self.endpoint.links}
 
     # -- processes -----------------------------------------------------------------------------------------------
+
+    def _refused(self, channel: Channel, message: Any, why: str) -> Any:
+        """A message is too large: whoever asked is told; a worker that misses what it was to be told is of no use."""
+        text = f"a message of the node daemon ({type(message).__name__}) could not be sent: {why}"
+        if isinstance(message, messages.Answer):
+            return messages.Answer(message.request, None, text)
+        print(text, file=sys.stderr, flush=True)
+        worker = self.workers.by_id.get(channel.peer_id)
+        if worker is not None:
+            worker.ended_for = text
+            self.workers.kill(worker)
+        return None
 
     def _on_messages(self, channel: Channel, batch: list[Any]) -> None:
         self.tiers.read_notes()

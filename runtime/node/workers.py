@@ -10,8 +10,8 @@ A worker that ends before it has connected is replaced, a few times, and then it
 
 from __future__ import annotations
 
-import errno
 import os
+import select
 import signal
 import socket
 from collections import OrderedDict, deque
@@ -105,6 +105,8 @@ class WorkerPool:
         self._stores_starting: dict[bytes, tuple[Callable[[int], None], Callable[[str], None]]] = {}
         self._store_exits: dict[int, Callable[[str], None]] = {}
         self._failed_starts: dict[int, int] = {}  # lease -> workers that ended before they connected
+        #: Requests that the fork server's socket has not taken yet: one for each process that is to be forked.
+        self._requests: deque[bytes] = deque()
         self._last_index = DRIVER_INDEX
         daemon.loop.register(fork_sock.fileno(), self._on_fork_server)
 
@@ -152,13 +154,23 @@ class WorkerPool:
         self._ask_for("store", store_id, variables, b"")
 
     def _ask_for(self, kind: str, process_id: bytes, variables: dict[str, str], environment: bytes) -> None:
-        self._sock.setblocking(True)
-        try:
-            self._sock.send(msgspec.msgpack.encode(("fork", kind, process_id, variables, environment)))
-        except OSError:
-            self._daemon.stop()
-        finally:
-            self._sock.setblocking(False)
+        self._requests.append(msgspec.msgpack.encode(("fork", kind, process_id, variables, environment)))
+        if len(self._requests) == 1:
+            self._send_requests()
+
+    def _send_requests(self) -> None:
+        """Send what the socket takes, never waiting: the fork server may be waiting for us to read what it says."""
+        while self._requests:
+            try:
+                self._sock.send(self._requests[0])
+            except BlockingIOError:
+                self._daemon.loop.modify(self._sock.fileno(), select.EPOLLIN | select.EPOLLOUT)
+                return
+            except OSError:
+                self._daemon.stop()
+                return
+            self._requests.popleft()
+        self._daemon.loop.modify(self._sock.fileno(), select.EPOLLIN)
 
     def on_registered(self, channel: Channel) -> None:
         """A forked worker has connected."""
@@ -270,6 +282,8 @@ class WorkerPool:
     # -- the fork server -----------------------------------------------------------------------------------------
 
     def _on_fork_server(self, events: int) -> None:
+        if events & select.EPOLLOUT:
+            self._send_requests()
         while True:
             try:
                 data, fds, _, _ = socket.recv_fds(self._sock, MAX_MESSAGE, 2)
@@ -284,6 +298,8 @@ class WorkerPool:
             what, first, second = msgspec.msgpack.decode(data)
             if what == "forked":
                 self._on_forked(first, second, fds)
+            elif what == "failed":
+                self._on_fork_failed(first, second)
             else:
                 self._on_exit(first, second)
 
@@ -293,15 +309,27 @@ class WorkerPool:
             on_forked, self._store_exits[pid] = store
             on_forked(pid)
             return
-        if len(outputs) < 2:
-            raise OSError(errno.EMFILE, "the node daemon ran out of file descriptors; raise the limit (ulimit -n)")
         worker = self.by_id[worker_id]
         worker.pid = pid
         self._by_pid[pid] = worker
+        if len(outputs) < 2:
+            for fd in outputs:
+                os.close(fd)
+            worker.ended_for = "the node daemon ran out of file descriptors; raise the limit (ulimit -n)"
+            self.kill(worker)
+            return
         for stream, fd in zip(("out", "err"), outputs, strict=True):
             self._daemon.output.open(worker, stream, fd)
         if worker.ended_for:  # its device was lost while it was being forked
             self.kill(worker)
+
+    def _on_fork_failed(self, process_id: bytes, why: str) -> None:
+        """A process could not be forked; what it was for is tried again, a few times."""
+        store = self._stores_starting.pop(process_id, None)
+        if store is not None:
+            store[1](why)
+        else:
+            self._gone(self.by_id[process_id], why)
 
     def _on_exit(self, pid: int, status: int) -> None:
         worker = self._by_pid.pop(pid, None)
@@ -313,10 +341,15 @@ class WorkerPool:
         self._daemon.output.close(worker)
         if worker.ready:
             self._daemon.hear_out(worker.id)
+        self._gone(
+            worker, f"pid {pid} was ended: {worker.ended_for}" if worker.ended_for else describe_exit(pid, status)
+        )
+
+    def _gone(self, worker: Worker, reason: str) -> None:
+        """A worker is no more, or never was."""
         del self.by_id[worker.id]
         self._remove_idle(worker)
         self._not_spare(worker)
-        reason = f"pid {pid} was ended: {worker.ended_for}" if worker.ended_for else describe_exit(pid, status)
         if worker.grant is not None:
             self._by_lease.pop(worker.grant.lease_id, None)
             if worker.ready or not self._replace(worker, worker.grant, reason):

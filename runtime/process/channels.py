@@ -65,6 +65,8 @@ class Channels:
         self._config = config
         self._on_left = on_left
         self._on_out_of_files = on_out_of_files
+        #: Called with (channel, message, why) for a message that cannot be sent; set by whoever knows what follows.
+        self.on_refused: Callable[[Channel, Any, str], Any] | None = None
         self._of: dict[bytes, Channel] = {}
         self.endpoint = Endpoint(
             loop,
@@ -76,6 +78,7 @@ class Channels:
             on_ready=self._ready,
             on_absent=self._absent,
             on_error=self._check_files,
+            on_refused=self._refused,
         )
         self.endpoint.listen(config.address(process_id))
         self.daemon = loop.first = self.endpoint.open(config.address(b""))
@@ -104,6 +107,10 @@ class Channels:
     def abandon(self) -> None:
         """Close this process's copies of the connections of the one that it was forked from."""
         self.endpoint.abandon()
+
+    def _refused(self, channel: Channel, message: Any, why: str) -> Any:
+        assert self.on_refused is not None, f"{type(message).__name__} was refused too early: {why}"
+        return self.on_refused(channel, message, why)
 
     def _ready(self, channel: Channel) -> None:
         if channel is not self.daemon:

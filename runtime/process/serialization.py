@@ -290,6 +290,18 @@ def _pickle_arrays(value: Any, buffers: Buffers, packer: DevicePacker) -> bytes:
     return out.getvalue()
 
 
+class Failure:
+    """A stored error that stands for a value: whoever reads it raises it."""
+
+    __slots__ = ("error",)
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Failure, (self.error,)
+
+
 @interruptible
 def serialize_error(error: BaseException) -> bytes:
     """Return the inline form of an error that stands for a value."""

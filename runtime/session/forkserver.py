@@ -6,7 +6,8 @@ how each of them ended; it reports that to the daemon. It ends when the daemon e
 pipe), or when it is told to, and takes every child with it, whatever they are doing.
 
 The daemon talks to it over a socket pair: `("fork", kind, process id, variables, environment)` there, `("forked", process id,
-pid)` and `("exited", pid, status)` back. A "worker" comes with the read ends of its output and error pipes; a "store" prints
+pid)`, `("failed", process id, why)` and `("exited", pid, status)` back. The daemon never waits to send, so that it
+always reads, and we may wait for it. A "worker" comes with the read ends of its output and error pipes; a "store" prints
 into the node's log.
 """
 
@@ -110,32 +111,41 @@ class ForkServer:
         what, kind, process_id, variables, environment = msgspec.msgpack.decode(data)
         if what != "fork":
             return False
-        if kind == "store":
-            pid = self._fork(lambda: self._run_store(process_id, variables))
-            with contextlib.suppress(OSError):
-                self.sock.send(msgspec.msgpack.encode(("forked", process_id, pid)))
-        else:
-            self._fork_worker(process_id, variables, environment)
+        try:
+            if kind == "store":
+                pid = self._fork(lambda: self._run_store(process_id, variables))
+                self._say("forked", process_id, pid)
+            else:
+                self._fork_worker(process_id, variables, environment)
+        except OSError as error:  # no more processes, memory or descriptors for now: it costs this one process
+            self._say("failed", process_id, f"it could not be forked: {error}")
         return True
 
-    def _fork_worker(self, worker_id: bytes, variables: dict[str, str], environment: bytes) -> None:
-        out_read, out = os.pipe2(os.O_CLOEXEC)
-        err_read, err = os.pipe2(os.O_CLOEXEC)
-
-        def become_worker() -> None:
-            os.close(out_read)
-            os.close(err_read)
-            self._run_worker(worker_id, variables, environment, out, err)
-
-        pid = self._fork(become_worker)
-        self.workers.add(pid)
-        os.close(out)
-        os.close(err)
-        message = msgspec.msgpack.encode(("forked", worker_id, pid))
+    def _say(self, what: str, which: bytes | int, value: int | str) -> None:
+        """Tell the daemon, which always reads; one that is gone is noticed elsewhere."""
         with contextlib.suppress(OSError):
-            socket.send_fds(self.sock, [message], [out_read, err_read])
-        os.close(out_read)
-        os.close(err_read)
+            self.sock.send(msgspec.msgpack.encode((what, which, value)))
+
+    def _fork_worker(self, worker_id: bytes, variables: dict[str, str], environment: bytes) -> None:
+        pipes: list[int] = []
+        try:
+            pipes += os.pipe2(os.O_CLOEXEC)
+            pipes += os.pipe2(os.O_CLOEXEC)
+            out_read, out, err_read, err = pipes
+
+            def become_worker() -> None:
+                os.close(out_read)
+                os.close(err_read)
+                self._run_worker(worker_id, variables, environment, out, err)
+
+            pid = self._fork(become_worker)
+            self.workers.add(pid)
+            message = msgspec.msgpack.encode(("forked", worker_id, pid))
+            with contextlib.suppress(OSError):
+                socket.send_fds(self.sock, [message], [out_read, err_read])
+        finally:
+            for fd in pipes:
+                os.close(fd)
 
     def _reap(self) -> bool:
         """Report children that ended, and end what they had started; return False if the daemon is one of them."""
@@ -156,8 +166,7 @@ class ForkServer:
         if workers:
             offspring.end(workers)
         for pid, status in ended.items():
-            with contextlib.suppress(OSError):
-                self.sock.send(msgspec.msgpack.encode(("exited", pid, status)))
+            self._say("exited", pid, status)
         return True
 
     def _fork(self, child: Callable[[], None]) -> int:

@@ -17,7 +17,14 @@ from afield.runtime.cores.objects import FAILED, INLINE, LOCATED, PENDING, Entry
 from afield.runtime.process.context import calling_context, running
 from afield.runtime.process.process import INLINE_BYTES, Process
 from afield.runtime.process.refs import ObjectRef
-from afield.runtime.process.serialization import Serialized, deserialize, deserialize_error, dumps_plain, serialize
+from afield.runtime.process.serialization import (
+    Failure,
+    Serialized,
+    deserialize,
+    deserialize_error,
+    dumps_plain,
+    serialize,
+)
 from afield.runtime.values.parts import Parts, PartsLostError, WouldBlockError
 from afield.tracebacks import trim
 from afield.transport.interrupts import interruptible, uninterruptible
@@ -71,10 +78,10 @@ class Values:
                 data = serialized.pack()
         elif len(data) > INLINE_BYTES:
             large = Serialized(data, [], [])
-        return self._own(object_id, data, large, refs)
+        return self.own(object_id, data, large, refs)
 
     @uninterruptible
-    def _own(self, object_id: bytes, data: bytes | None, large: Serialized | None, refs: list[bytes]) -> ObjectRef:
+    def own(self, object_id: bytes, data: bytes | None, large: Serialized | None, refs: list[bytes]) -> ObjectRef:
         """Enter a value of ours; what has been stored has a holder from here on, whatever interrupts."""
         kind: int = INLINE
         stored: Any = data
@@ -246,6 +253,11 @@ class Values:
         )
         if location is not entry.value:
             self.table.moved(entry, location)
+        if type(value) is Failure:
+            try:
+                raise value.error
+            finally:
+                value = None
         return value
 
     def _on_ref_in(self, container: bytes) -> Callable[[bytes, bytes], None]:

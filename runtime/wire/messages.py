@@ -88,6 +88,13 @@ class Push(msgspec.Struct, array_like=True, tag=2, gc=False):
     dependencies: list[Dependency] | None = None
 
 
+class MoreDependencies(msgspec.Struct, array_like=True, tag=39, gc=False):
+    """Arguments of the push `sequence` that follows, before those that it has itself: all together are much."""
+
+    sequence: int
+    dependencies: list[Dependency]
+
+
 class Reply(msgspec.Struct, array_like=True, tag=3, gc=False):
     """The outcome of a task with one output."""
 
@@ -446,6 +453,7 @@ class Shutdown(msgspec.Struct, array_like=True, tag=53):
 Message = (
     Define
     | Push
+    | MoreDependencies
     | Reply
     | ReplyMany
     | Recall

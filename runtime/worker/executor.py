@@ -27,7 +27,7 @@ from afield.runtime.process import current
 from afield.runtime.process.context import TaskContext, enter, running
 from afield.runtime.process.events import PEER_LEFT, PROCESS_DIED, TICK
 from afield.runtime.process.facts import OwnActor
-from afield.runtime.process.serialization import deserialize
+from afield.runtime.values.definitions import rebuild
 from afield.runtime.values.parts import PartsLostError
 from afield.runtime.wire import messages
 from afield.runtime.worker.concurrency import Concurrency, make_concurrency
@@ -55,6 +55,8 @@ class Executor:
         self._own_actor: OwnActor | None = None
         self._concurrency: Concurrency | None = None
         self._callees: dict[tuple[bytes, int], LoadedCallee] = {}
+        #: What has come of the arguments of pushes that follow: (caller, sequence) -> arguments.
+        self._dependencies: dict[tuple[bytes, int], list[messages.Dependency]] = {}
         self._idle: Waiter | None = None
         self._actor_spec: messages.BecomeActor | None = None
         self._ending = False
@@ -63,6 +65,7 @@ class Executor:
         self._signal_due = 0.0  # when the next signal is sent, while an interrupt is due
         self._signal_again_s = SIGNAL_AGAIN_S
         process.register(messages.Define, self._on_define)
+        process.register(messages.MoreDependencies, self._on_more_dependencies)
         process.register(messages.Push, self._on_push)
         process.register(messages.Recall, self._on_recall)
         process.register(messages.Assign, self._on_assign)
@@ -90,6 +93,10 @@ class Executor:
         callee = self._callees.get((channel.peer_id, message.function))
         if callee is None:
             return  # the caller is gone, and this is the last that it has sent
+        if self._dependencies:
+            before = self._dependencies.pop((channel.peer_id, message.sequence), None)
+            if before is not None:
+                message.dependencies = before + (message.dependencies or [])
         call = Invocation(channel, message, callee)
         if not self.work.arrived(call):
             return  # the daemon will tell the caller that the actor is dead
@@ -97,6 +104,10 @@ class Executor:
             self._concurrency.start(call)
         elif self._idle is not None:
             self._idle.finish()
+
+    def _on_more_dependencies(self, channel: Channel, message: messages.MoreDependencies) -> None:
+        key = channel.peer_id, message.sequence
+        self._dependencies.setdefault(key, []).extend(message.dependencies)
 
     def _wake(self) -> None:
         if self._idle is not None:
@@ -132,6 +143,8 @@ class Executor:
     def _forget_peer(self, peer: bytes) -> None:
         for key in [key for key in self._callees if key[0] == peer]:
             del self._callees[key]
+        for early in [early for early in self._dependencies if early[0] == peer]:
+            del self._dependencies[early]
         for channel in self.work.callers():
             if channel.peer_id == peer:
                 for call in self.work.caller_gone(channel):
@@ -247,7 +260,7 @@ class Executor:
         enter(context)
         error, lost = b"", ""
         try:
-            cls = deserialize(spec.blob, f"the class {spec.class_name}", None)
+            cls = rebuild(spec.blob, f"the class {spec.class_name}", self.values)
             push = messages.Push(0, spec.actor_id, 0, spec.arguments, spec.location, spec.dependencies)
             argument_pins: list[Any] = []
             args: Any = ()

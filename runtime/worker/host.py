@@ -45,7 +45,7 @@ class Host:
     def function(self, callee: LoadedCallee) -> Callable[..., Any]:
         """Return the function of a callee that is not rebuilt yet, or the actor's method."""
         if not self.actor_id:
-            return callee.rebuild()
+            return callee.rebuild(self.participant.values)
         if callee.name.startswith("__afield_"):
             return _ready if callee.name == "__afield_ready__" else _exit
         method: Callable[..., Any] = getattr(self.actor, callee.name)

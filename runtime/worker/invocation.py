@@ -139,7 +139,9 @@ class Invocation(TaskContext):
         elif self.cancel is not None:
             reply = None
         else:
-            reply = host.outcomes.failure(self.sequence, self.callee, error, in_user_code, self.channel.peer_id)
+            reply = host.outcomes.failure(
+                self.sequence, self.task_id, self.callee, error, in_user_code, self.channel.peer_id
+            )
         self.state = REPLYING
         return reply
 
@@ -185,7 +187,7 @@ class Invocation(TaskContext):
     def cancelled(self, host: Host, when: str) -> Any:
         """Make the reply of a call that was cancelled."""
         error = TaskCancelledError(f"{self.name}() was cancelled {when}")
-        return host.outcomes.failure(self.sequence, self.callee, error, False, self.channel.peer_id)
+        return host.outcomes.failure(self.sequence, self.task_id, self.callee, error, False, self.channel.peer_id)
 
     # -- ways of running -----------------------------------------------------------------------------------------
 

@@ -8,11 +8,12 @@ A reply that was made in vain, because its call was cancelled meanwhile, is take
 from __future__ import annotations
 
 import itertools
+import pickle
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from afield.errors import ActorConstructionError, AfieldError, TaskError
+from afield.errors import ActorConstructionError, AfieldError, CapacityError, MessageTooLargeError, TaskError
 from afield.ids import ARGUMENTS_INDEX, object_id
 from afield.runtime.calls.participant import Participant
 from afield.runtime.cores.objects import FAILED, INLINE, LOCATED, Obligation
@@ -21,6 +22,7 @@ from afield.runtime.process.context import TaskContext
 from afield.runtime.process.process import INLINE_BYTES
 from afield.runtime.process.serialization import (
     Arg,
+    Failure,
     Serialized,
     collector,
     deserialize,
@@ -28,10 +30,19 @@ from afield.runtime.process.serialization import (
     serialize,
     serialize_error,
 )
+from afield.runtime.values.definitions import rebuild
 from afield.runtime.values.parts import ARGUMENT, PartsLostError
+from afield.runtime.values.values import Values
 from afield.runtime.wire import messages
 from afield.tracebacks import describe
 from afield.transport.interrupts import interruptible, uninterruptible
+
+#: The results of one reply may have so many bytes inside it, and an error as many; what is beyond them is stored.
+MAX_REPLY_BYTES = 1 << 20
+#: A result beyond that which is no larger is not stored: its location takes as much.
+SMALL_BYTES = 256
+#: Stands for the type of an error that is not told.
+NO_TYPE = pickle.dumps(None, 5)
 
 
 class LoadedCallee:
@@ -51,9 +62,9 @@ class LoadedCallee:
         #: The function, once it was rebuilt; an actor's methods are looked up each time.
         self.function: Callable[..., Any] | None = None
 
-    def rebuild(self) -> Callable[..., Any]:
+    def rebuild(self, values: Values) -> Callable[..., Any]:
         """Rebuild the function, which may run code of the user's, and return it."""
-        function: Callable[..., Any] = deserialize(self.blob, f"the function {self.name}()", None)
+        function: Callable[..., Any] = rebuild(self.blob, f"the function {self.name}()", values)
         self.function = function
         return function
 
@@ -125,7 +136,10 @@ class Outcomes:
             argument_pins.append((weakref.ref(made), oid, owner))
             return made
 
-        return self.values.parts.read(oid, location, what, on_ref, view_pin, priority=ARGUMENT)[0]
+        value = self.values.parts.read(oid, location, what, on_ref, view_pin, priority=ARGUMENT)[0]
+        if type(value) is Failure:
+            raise value.error
+        return value
 
     def _dependency(
         self, dependency: messages.Dependency, on_ref: Callable[[bytes, bytes], None], argument_pins: list[Any]
@@ -176,11 +190,16 @@ class Outcomes:
         self, holders: list[list[Any]], values: list[Serialized], call: Call, push: messages.Push, owner: bytes
     ) -> messages.ReplyMany:
         results: list[messages.Result] = []
+        inline_bytes, room = INLINE_BYTES, MAX_REPLY_BYTES
         try:
             for index, holder in enumerate(holders):
-                results.append(self.written(holder, values[index], push.task_id, index, owner))
+                result = self.written(holder, values[index], push.task_id, index, owner, inline_bytes)
+                results.append(result)
+                room -= len(result.data)
+                if room < 0:  # what follows is stored, but for what is no larger than the place where it lies
+                    inline_bytes = SMALL_BYTES
         except BaseException:
-            self._unsent(results, push, owner)
+            self._take_back(results, push.task_id, owner)
             raise
         call.state = REPLYING
         return messages.ReplyMany(push.sequence, results)
@@ -192,11 +211,17 @@ class Outcomes:
         return serialize(value, f"the result of {name}()") if data is None else Serialized(data, [], [])
 
     def written(
-        self, holder: list[Any], serialized: Serialized, task_id: bytes, index: int, owner: bytes
+        self,
+        holder: list[Any],
+        serialized: Serialized,
+        task_id: bytes,
+        index: int,
+        owner: bytes,
+        inline_bytes: int = INLINE_BYTES,
     ) -> messages.Result:
         """Make the result out of a pickled value, to which `holder` has the only reference; large ones are stored."""
         location = None
-        if not serialized.fits(INLINE_BYTES):
+        if not serialized.fits(inline_bytes):
             # The refs inside are still held by the value: it is not in a frame of ours, but in the pickle's own list.
             pinned = self._pin_all(serialized.refs)
             try:
@@ -226,21 +251,30 @@ class Outcomes:
 
     def discard(self, reply: Any, push: messages.Push, owner: bytes) -> None:
         """A reply will not be sent, since another takes its place."""
-        self._unsent(reply.results if type(reply) is messages.ReplyMany else [reply], push, owner)
+        self._take_back(reply.results if type(reply) is messages.ReplyMany else [reply], push.task_id, owner)
 
-    def _unsent(self, results: Sequence[messages.Result | messages.Reply], push: messages.Push, owner: bytes) -> None:
+    def _take_back(self, results: Sequence[messages.Result | messages.Reply], task_id: bytes, owner: bytes) -> None:
         """These were made in vain: nobody will say `Took` for what is in them, and nobody learns where they are stored."""
         for result in results:
             if result.contained is not None:
                 self.process.locked(self.process.table.on_took, owner, result.contained.token)
-        stored = [object_id(push.task_id, index) for index, result in enumerate(results) if result.location is not None]
+        stored = [object_id(task_id, index) for index, result in enumerate(results) if result.location is not None]
         if stored:
             self.process.locked(self.process.daemon.send, messages.Free(stored))
 
     def failure(
-        self, sequence: int, callee: LoadedCallee, error: BaseException, in_user_code: bool, receiver: bytes
+        self,
+        sequence: int,
+        task_id: bytes,
+        callee: LoadedCallee,
+        error: BaseException,
+        in_user_code: bool,
+        receiver: bytes,
     ) -> Any:
-        """Make the reply of a task that raised; an error of the runtime's own goes on as it is."""
+        """Make the reply of a task that raised; an error of the runtime's own goes on as it is.
+
+        A large error is stored like a result: reading it raises it. Where that cannot be it is described instead.
+        """
         if isinstance(error, PartsLostError) and not in_user_code:
             return messages.Reply(sequence, messages.ARGUMENT_LOST, b"")
         wrapped: BaseException = error
@@ -248,9 +282,12 @@ class Outcomes:
             wrapped = _wrap(TaskError, callee.name, error)
         try:
             serialized = serialize(wrapped, "the error", stored=False)
-        except Exception:
-            plain = TaskError(callee.name, None, type(error).__name__, describe(error))
-            serialized = serialize(plain, "the error", stored=False)
+            if serialized.size > MAX_REPLY_BYTES:
+                if callee.num_returns != messages.STREAMING:
+                    return self._store_failure(sequence, task_id, callee, wrapped, receiver)
+                raise MessageTooLargeError(f"it has {serialized.size} bytes")
+        except Exception as failure:
+            serialized = serialize(_described(TaskError, callee.name, error, failure), "the error", stored=False)
         data, refs = serialized.pack(), serialized.refs
         if callee.num_returns in (1, messages.STREAMING):
             return messages.Reply(sequence, FAILED, data, None, self._hand_on(refs, receiver))
@@ -259,9 +296,44 @@ class Outcomes:
         ]
         return messages.ReplyMany(sequence, results)
 
+    def _store_failure(
+        self, sequence: int, task_id: bytes, callee: LoadedCallee, error: BaseException, receiver: bytes
+    ) -> Any:
+        """Make the reply of a task that raised a large error; `data` has its type, for those who may retry."""
+        value = serialize(Failure(error), "the error", stored=False)
+        try:
+            kind = serialize(type(getattr(error, "cause", None)), "its type", stored=False).pack()
+        except Exception:
+            kind = b""
+        results: list[messages.Result] = []
+        try:
+            for index in range(callee.num_returns):
+                results.append(self.written([], value, task_id, index, receiver))
+                results[-1].data = kind if 0 < len(kind) <= INLINE_BYTES else NO_TYPE
+        except BaseException:
+            self._take_back(results, task_id, receiver)
+            raise
+        if callee.num_returns != 1:
+            return messages.ReplyMany(sequence, results)
+        only = results[0]
+        return messages.Reply(sequence, only.kind, only.data, only.location, only.contained)
+
     def constructor_failure(self, class_name: str, error: BaseException) -> bytes:
-        """Serialise what an actor's constructor raised."""
-        return serialize_error(_wrap(ActorConstructionError, f"{class_name}.__init__", error))
+        """Serialise what an actor's constructor raised; what is too large for the daemon to keep is described."""
+        name = f"{class_name}.__init__"
+        data = serialize_error(_wrap(ActorConstructionError, name, error))
+        if len(data) > MAX_REPLY_BYTES:
+            too_large = MessageTooLargeError(f"it has {len(data)} bytes")
+            data = serialize_error(_described(ActorConstructionError, name, error, too_large))
+        return data
+
+
+def _described(kind: type[TaskError], name: str, error: BaseException, why: Exception) -> TaskError:
+    """Stand in for an error that cannot travel; `why` says what hinders it."""
+    summary = type(error).__name__
+    if isinstance(why, CapacityError):
+        summary += f" (the exception itself could not be sent: {type(why).__name__}: {str(why)[:500]})"
+    return kind(name, None, summary, describe(error))
 
 
 def _wrap(kind: type[TaskError], name: str, error: BaseException) -> TaskError:

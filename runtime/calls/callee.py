@@ -1,0 +1,43 @@
+"""What a push names, as its caller keeps it."""
+
+from __future__ import annotations
+
+import itertools
+
+from afield.runtime.values.definitions import Definition
+from afield.runtime.wire import messages
+
+RetryOn = bool | tuple[type[BaseException], ...]
+
+
+class Callee:
+    """What a push names: a remote function, or an actor's method (then its definition is empty)."""
+
+    __slots__ = ("backpressure", "definition", "group", "index", "name", "num_returns", "once", "retry_on")
+
+    _indexes = itertools.count(1)
+
+    def __init__(
+        self,
+        name: str,
+        definition: Definition,
+        num_returns: int,
+        backpressure: int = 0,
+        group: str = "",
+        retry_on: RetryOn = False,
+        once: bool = False,
+    ) -> None:
+        self.index = next(Callee._indexes)
+        self.name = name
+        self.definition = definition
+        self.num_returns = num_returns
+        self.backpressure = backpressure
+        self.group = group
+        self.retry_on = retry_on
+        self.once = once
+
+    def define(self) -> messages.Define:
+        """Return the message that makes a worker know it."""
+        return messages.Define(
+            self.index, self.name, self.definition.blob, self.num_returns, self.backpressure, self.group, self.once
+        )
