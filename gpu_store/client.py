@@ -12,7 +12,8 @@ the store copies.
 
 from __future__ import annotations
 
-import contextlib
+import bisect
+import ctypes
 import math
 import mmap
 import weakref
@@ -34,6 +35,11 @@ Piece = tuple[int, int]
 
 _MADV_POPULATE_READ = 22
 _BLOCK_BYTES = 1 << 20
+#: Pages are asked for so many at a time, so that others get at the address space of the process in between.
+_POPULATE_BYTES = 32 << 20
+#: Called without the interpreter lock, as all that ctypes calls.
+_madvise = ctypes.CDLL(None).madvise
+_madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 class Writable(Protocol):
@@ -159,8 +165,10 @@ class HostStoreClient:
         if first <= last:
             start = first * _BLOCK_BYTES
             length = min((last + 1) * _BLOCK_BYTES, self.capacity) - start
-            with contextlib.suppress(OSError):  # a kernel before 5.14: the pages fault in one by one
-                self._mapping.madvise(_MADV_POPULATE_READ, start, length)
+            # Not by `mmap.madvise`, which keeps the interpreter lock: making pages takes up to a second for a GiB.
+            for at in range(start, start + length, _POPULATE_BYTES):
+                # Where it fails (a kernel before 5.14), the pages fault in one by one.
+                _madvise(self._base + at, min(_POPULATE_BYTES, start + length - at), _MADV_POPULATE_READ)
             touched[first : last + 1] = b"\1" * (last + 1 - first)
 
     def store(
@@ -223,9 +231,10 @@ class HostStoreClient:
             holder.clear()
             return None, []
         found: list[tuple[int, int, BornExtent]] = []
+        starts: list[int] = []
         for index, buffer in enumerate(value.buffers):
             place = self._offset_of(buffer)
-            extent = self._born_at(place, buffer.nbytes) if place is not None else None
+            extent = self._born_at(starts, place, buffer.nbytes) if place is not None else None
             if place is not None and extent is not None:
                 # From here on the bytes are read through the slab: our view of the array must not keep it alive.
                 value.buffers[index] = self._writable[place : place + buffer.nbytes]
@@ -256,11 +265,14 @@ class HostStoreClient:
         offset: int = np.frombuffer(buffer, np.uint8).__array_interface__["data"][0] - self._base
         return offset if 0 <= offset < self.capacity else None
 
-    def _born_at(self, offset: int, size: int) -> BornExtent | None:
-        for extent in self._born.values():
-            if extent.offset <= offset and offset + size <= extent.offset + extent.size:
-                return extent
-        return None
+    def _born_at(self, starts: list[int], offset: int, size: int) -> BornExtent | None:
+        """Return the extent that these bytes lie in; `starts` gets the offsets of all in order, once they are needed."""
+        extent = self._born.get(offset)
+        if extent is None:
+            starts += [] if starts else sorted(self._born.copy())
+            index = bisect.bisect_right(starts, offset) - 1
+            extent = self._born.get(starts[index]) if index >= 0 else None  # None too if it died meanwhile
+        return extent if extent is not None and offset + size <= extent.offset + extent.size else None
 
     def empty(self, shape: int | tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
         """Return an uninitialised array in the store."""

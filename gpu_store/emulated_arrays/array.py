@@ -34,6 +34,7 @@ from afield.gpu_store.emulated_arrays.devices import (
     Holder,
     checked_dtype,
     dense_strides,
+    dtype_in_place,
     holder_of,
     process_devices,
 )
@@ -45,7 +46,7 @@ _METHODS = words(
     """
     all any argmax argmin argpartition argsort choose clip compress conj conjugate cumprod cumsum diagonal dot fill
     flatten max mean min nonzero partition prod put ravel repeat reshape round sort squeeze std sum swapaxes take trace
-    transpose var view
+    transpose var
     """
 )
 
@@ -319,6 +320,17 @@ class EmulatedArray(NDArrayOperatorsMixin, Held):
 
     def __deepcopy__(self, memo: Any) -> EmulatedArray:
         return self.copy("K")
+
+    def view(self, dtype: Any = None, array_class: Any = None) -> EmulatedArray:
+        """Return the same memory as another dtype; raises ValueError for one that no device array can have."""
+        for kind in (dtype, array_class):
+            if isinstance(kind, type) and issubclass(kind, np.ndarray):
+                raise TypeError(
+                    f"{kind.__name__} is a host array's type: a device array is not viewed as one; use x.get()"
+                )
+        wanted = self.dtype if dtype is None else dtype_in_place(dtype)
+        self._home.touch()
+        return self._like(self._array.view(wanted))
 
     # ---- parts --------------------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from afield.gpu_store.emulated_arrays.devices import Array, DeviceMemory, holder_of
+from afield.gpu_store.emulated_arrays.devices import Array, DeviceMemory, dtype_in_place, holder_of
 from afield.gpu_store.emulated_arrays.names import words
 
 #: Values that may be mixed with device arrays: they are passed to a kernel by value.
@@ -136,6 +136,7 @@ class Call:
                 return known
             holder = holder_of(result)
             if holder is not None:
+                dtype_in_place(result.dtype)  # NumPy makes views of any dtype
                 return self.kind._hold(result, holder.device)
             return self.kind._hold(self._target().copy_in(result), self._target())
         if isinstance(result, np.generic):

@@ -163,6 +163,22 @@ def checked_dtype(dtype: Any) -> np.dtype[Any]:
     return native
 
 
+def dtype_in_place(dtype: Any) -> np.dtype[Any]:
+    """Return the dtype that bytes in device memory are to be read as; raises ValueError for one that no array can have.
+
+    Unlike `checked_dtype` it refuses a foreign byte order: values can be converted while they are copied, bytes that are
+    there already would silently be other values.
+    """
+    wanted: np.dtype[Any] = np.dtype(dtype)
+    if wanted.char in _PLAIN_DTYPES and wanted.isnative:
+        return wanted
+    if checked_dtype(wanted) != wanted:
+        raise ValueError(
+            f"Unsupported dtype {wanted.str}: device arrays are in the byte order of the machine; copy with astype(x) instead"
+        )
+    return wanted
+
+
 class DeviceMemory:
     """One device, as arrays know it: its number in this process, its UUID, and its memory."""
 
@@ -225,7 +241,7 @@ class DeviceMemory:
 
         Raises ValueError where the array would reach outside `memory`.
         """
-        checked = checked_dtype(dtype)
+        checked = dtype_in_place(dtype)
         if 0 not in shape:
             layout = strides if strides is not None else _c_strides(shape, checked.itemsize)
             spans = [(extent - 1) * stride for extent, stride in zip(shape, layout, strict=True)]
@@ -237,7 +253,7 @@ class DeviceMemory:
 
     def adopt_array(self, array: Array) -> Array:
         """Return the same memory as an array of this device; `array` is kept alive by it."""
-        checked_dtype(array.dtype)
+        dtype_in_place(array.dtype)
         return np.asarray(Holder(self, array.__array_interface__, None, array, None))
 
     def _lay(

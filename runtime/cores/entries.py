@@ -19,6 +19,7 @@ from typing import Any
 
 from afield.machines import FlightRecorder
 from afield.runtime.cores.objects import (
+    FAILED,
     FREED,
     INLINE,
     LIFE,
@@ -47,6 +48,8 @@ class Entries:
         self.entries: dict[bytes, Entry] = {}
         self.effects: list[Any] = []
         self.recorder = FlightRecorder()
+        #: Told of each object that fails: whoever waits for several wants to hear of the first.
+        self.on_failed: list[Callable[[bytes], None]] = []
         self.lineage: Keeper | None = None
         #: Objects that lineage must be asked about. Nearly all small values never are in here.
         self.lineage_knows: set[bytes] = set()
@@ -239,6 +242,19 @@ class Entries:
             waiters, entry.waiters = entry.waiters, None
             for notify in waiters:
                 notify()
+        if entry.state == FAILED and self.on_failed:
+            for tell in list(self.on_failed):
+                tell(object_id)
+
+    def watch_for_failures(self, object_ids: Iterable[bytes], tell: Callable[[bytes], None]) -> None:
+        """Call `tell` with each object that fails from here on, of these at least, until it is taken out of `on_failed`."""
+        self.on_failed.append(tell)
+        for object_id in object_ids:
+            entry = self.entries.get(object_id)
+            if entry is not None and entry.state == FAILED:
+                tell(object_id)
+            elif entry is not None and entry.state == PENDING and entry.owner and not entry.subscribed:
+                self._ask_owner(object_id, entry)
 
     def when_done(self, object_id: bytes, notify: Callable[[], None]) -> bool:
         """Call `notify` once the value is there; return True (and do not call) if it is there already."""

@@ -104,7 +104,7 @@ def get(refs: ObjectRef | Sequence[ObjectRef], *, timeout: float | None = None, 
         for ref in refs:
             if type(ref) is not ObjectRef:
                 raise TypeError(f"get() takes an ObjectRef or a list of them; the list has {_describe(ref)}")
-        return [values.get(ref, deadline, into=into) for ref in refs]
+        return values.get_all(refs, deadline, into=into)
     except BaseException as error:
         trim(error)
         raise  # without a frame of this function

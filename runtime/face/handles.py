@@ -125,6 +125,13 @@ class ActorHandle:
         self.__dict__[name] = bound
         return bound
 
+    def __copy__(self) -> ActorHandle:
+        """Return the handle itself, which never changes: nothing leaves the process, so nothing is kept for it."""
+        return self
+
+    def __deepcopy__(self, memo: Any) -> ActorHandle:
+        return self
+
     def __reduce__(self) -> tuple[Any, ...]:
         return ActorHandle, (self._description, self._life)
 
@@ -162,6 +169,13 @@ class ActorMethod:
         #: A reference to the object of the actor's life, not to the handle, which would be a cycle.
         self._life = handle._life
         self._handle_description = description
+
+    def __copy__(self) -> ActorMethod:
+        """Return the method itself, as a copy of its handle is the handle."""
+        return self
+
+    def __deepcopy__(self, memo: Any) -> ActorMethod:
+        return self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError(

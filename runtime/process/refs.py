@@ -64,6 +64,16 @@ class ObjectRef(msgspec.Struct, gc=False, eq=False, repr_omit_defaults=True):
         if process is not None:
             process.handle_dropped(self.id)
 
+    def __copy__(self) -> ObjectRef:
+        """Return the ref itself, which never changes: nothing leaves the process, so nothing has to be kept for it."""
+        return self
+
+    def __deepcopy__(self, memo: Any) -> ObjectRef:
+        return self
+
+    def __replace__(self, **changes: Any) -> ObjectRef:
+        raise TypeError("an ObjectRef cannot be made with another id")
+
     def __reduce__(self) -> tuple[Any, ...]:
         process = current.process
         if process is None:

@@ -119,12 +119,12 @@ class Serialized:
         """Write the packed form into `target` and return its length; `born[i]` is (part, offset) of a buffer that stays."""
         count = len(self.buffers)
         if not count:
-            target[: len(self.pickled)] = self.pickled
+            copy_bytes(target[: len(self.pickled)], memoryview(self.pickled))
             return len(self.pickled)
         start = _HEADER.size + _PLACE.size * count
         _HEADER.pack_into(target, 0, PACKED, count, len(self.pickled))
         position = start + len(self.pickled)
-        target[start:position] = self.pickled
+        copy_bytes(target[start:position], memoryview(self.pickled))
         for index, buffer in enumerate(self.buffers):
             place = born[index] if born else None
             if place is not None:

@@ -40,7 +40,9 @@ class Arguments:
         data = dumps_plain((args, kwargs))
         nested: list[bytes] = []
         if data is None or len(data) > INLINE_BYTES:
-            serialized = serialize((args, kwargs), f"the arguments of {name}()")
+            # What is plain has been pickled already, however large.
+            plain = Serialized(data, [], []) if data is not None else None
+            serialized = plain or serialize((args, kwargs), f"the arguments of {name}()")
             nested = serialized.refs
             if not serialized.fits(INLINE_BYTES):
                 self._store(task, serialized)

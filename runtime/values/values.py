@@ -122,9 +122,47 @@ class Values:
             raise RuntimeDiedError(self.process.dead or "the runtime was shut down")
         return entry
 
-    def wait_done(self, ref: ObjectRef, deadline: float | None) -> None:
-        """Block until the value of `ref` is there."""
-        waiter = Waiter()
+    def get_all(self, refs: Sequence[ObjectRef], deadline: float | None, *, into: int | None = None) -> list[Any]:
+        """Return the values of `refs`; raises as soon as one of them has failed, whatever the others do."""
+        entries = self.table.entries
+        values: list[Any] = []
+        failed: list[bytes] = []
+        waiting: list[Waiter] = []
+        ids: set[bytes] = set()
+        watching = False
+
+        def tell(object_id: bytes) -> None:
+            if object_id in ids:
+                failed.append(object_id)
+                for waiter in waiting:
+                    waiter.finish()
+
+        try:
+            for index, ref in enumerate(refs):
+                entry = entries.get(ref.id)
+                if entry is not None and entry.state == PENDING and index + 1 < len(refs):
+                    if not watching:  # the first that has to be waited for: from here on, each of the rest may fail
+                        watching = True
+                        ids.update(other.id for other in refs[index:])
+                        self.process.locked(self.table.watch_for_failures, ids, tell)
+                    waiting[:] = [Waiter()]
+                    if not failed:
+                        self.wait_done(ref, deadline, waiting[0])
+                    if failed:
+                        self.process.locked(self.table.stop_waiting, ref.id, waiting[0].finish)
+                        first = next(other for other in refs if other.id == failed[0])
+                        self.get(first, deadline, into=into)  # raises, unless it is made again by now
+                        failed.clear()
+                values.append(self.get(ref, deadline, into=into))
+                ids.discard(ref.id)
+        finally:
+            if watching:
+                self.process.locked(self.table.on_failed.remove, tell)
+        return values
+
+    def wait_done(self, ref: ObjectRef, deadline: float | None, waiter: Waiter | None = None) -> None:
+        """Block until the value of `ref` is there, or somebody else finishes the waiter."""
+        waiter = waiter or Waiter()
         finish = waiter.finish
         if self.process.locked(self.table.when_done, ref.id, finish):
             return

@@ -171,7 +171,9 @@ class Outcomes:
             data = dumps_plain(holder[0])
             if data is not None and len(data) <= INLINE_BYTES:
                 return messages.Reply(push.sequence, INLINE, data)
-            return self._write_one(holder, self.pickled(holder[0], callee.name), call, push, owner)
+            # What is plain has been pickled already, however large.
+            plain = Serialized(data, [], []) if data is not None else None
+            return self._write_one(holder, plain or self.pickled(holder[0], callee.name), call, push, owner)
         holders = _several(holder.pop(), callee)
         # All are pickled before one is stored: what cannot be pickled then leaves nothing behind.
         pickled = [self.pickled(each[0], callee.name) for each in holders]
