@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from afield.errors import TaskCancelledError, TaskError, TaskUnschedulableError, WorkerCrashedError
+from afield.errors import TaskCancelledError, TaskUnschedulableError, WorkerCrashedError
 from afield.ids import FIRST_RETURN, STREAM_END_INDEX, object_id
 from afield.runtime.calls.generators import ObjectRefGenerator
 from afield.runtime.calls.recovery import Recovery
@@ -18,7 +18,7 @@ from afield.runtime.process.context import calling_context
 from afield.runtime.process.events import PROCESS_DIED, TICK
 from afield.runtime.process.process import Process
 from afield.runtime.process.refs import ObjectRef
-from afield.runtime.process.serialization import deserialize_error, serialize_error
+from afield.runtime.process.serialization import serialize_error
 from afield.runtime.values.arguments import Arguments
 from afield.runtime.wire import messages
 from afield.transport.channel import Channel
@@ -26,8 +26,6 @@ from afield.transport.pump import uninterruptible
 
 #: A burst of submissions looks for replies this often.
 POLL_EVERY = 32
-
-RetryOn = bool | tuple[type[BaseException], ...]
 
 
 class Callee:
@@ -44,7 +42,7 @@ class Callee:
         num_returns: int,
         backpressure: int = 0,
         group: str = "",
-        retry_on: RetryOn = False,
+        retry_on: bool | bytes = False,
         once: bool = False,
     ) -> None:
         self.index = next(Callee._indexes)
@@ -59,7 +57,14 @@ class Callee:
     def define(self) -> messages.Define:
         """Return the message that makes a worker know it."""
         return messages.Define(
-            self.index, self.name, self.blob, self.num_returns, self.backpressure, self.group, self.once
+            self.index,
+            self.name,
+            self.blob,
+            self.num_returns,
+            self.backpressure,
+            self.group,
+            self.once,
+            self.retry_on,
         )
 
 
@@ -311,8 +316,10 @@ class Submitter:
 
     def _finish(self, channel: Channel, task: Task, reply: messages.Reply) -> bool:
         """Record an outcome; return True if the task runs again instead."""
-        if reply.kind == FAILED and self._retry(channel, task, reply.data):
-            return True
+        if reply.kind == messages.FAILED_AGAIN:
+            if self._retry(channel, task, reply.contained):
+                return True
+            reply.kind = FAILED
         if reply.kind == messages.ARGUMENT_LOST:
             if task.cancelled:  # it has not run, and does not run again
                 self.fail_with(task, TaskCancelledError(f"{task.function.name}() was cancelled before it started"))
@@ -320,7 +327,7 @@ class Submitter:
             return self.recovery.argument_lost(channel, task)
         if task.num_returns == messages.STREAMING:
             self.streams.finish(task, reply.kind, reply.data, self._receive(channel, reply.contained))
-        else:
+        elif task.num_returns:
             self._fulfil(channel, task, 0, reply)
             if reply.kind == LOCATED or task.task_id in self.recovery.running:
                 self.recovery.ended(task)
@@ -341,15 +348,15 @@ class Submitter:
         task = self._inflight(channel.context).pop(message.sequence, None)
         if task is None:
             return
-        if (
-            message.results
-            and message.results[0].kind == FAILED
-            and self._retry(channel, task, message.results[0].data)
-        ):
-            return
-        for index, result in enumerate(message.results):
+        results = message.results
+        if results and results[0].kind == messages.FAILED_AGAIN:
+            if self._retry(channel, task, *(result.contained for result in results)):
+                return
+            for result in results:
+                result.kind = FAILED
+        for index, result in enumerate(results):
             self._fulfil(channel, task, index, result)
-        if task.task_id in self.recovery.running or any(result.kind == LOCATED for result in message.results):
+        if task.task_id in self.recovery.running or any(result.kind == LOCATED for result in results):
             self.recovery.ended(task)
         self.arguments.unpin(task)
 
@@ -362,16 +369,13 @@ class Submitter:
             report = lambda count: self.process.locked(channel.send, messages.Consumed(item.sequence, count))  # noqa: E731
         self.streams.on_item(task, item, self._receive(channel, item.contained), report)
 
-    def _retry(self, channel: Channel, task: Task, data: bytes) -> bool:
-        """Run a task again whose exception is one that its caller wants retried."""
-        retry_on = task.function.retry_on
-        if not retry_on or not task.retries_left or task.cancelled:
+    def _retry(self, channel: Channel, task: Task, *contained: messages.Contained | None) -> bool:
+        """Run a task again whose exception is one that its caller wants retried, which the worker has told."""
+        if not task.retries_left or task.cancelled:
             return False
-        error = deserialize_error(data, "the error", None)
-        if not isinstance(error, TaskError):
-            return False
-        if isinstance(retry_on, tuple) and not isinstance(error.cause, retry_on) and not isinstance(error, retry_on):
-            return False
+        for each in contained:  # the refs in an error that nobody will see
+            for ref in self._receive(channel, each):
+                self.process.table.unpin(ref)
         self.use_retry(task)
         self.tasks_retried += 1
         if task.lane is not None:

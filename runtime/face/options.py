@@ -9,6 +9,7 @@ from typing import Any
 
 from afield.errors import InvalidOptionError
 from afield.runtime.face.strategies import strategy_problem
+from afield.runtime.process.serialization import serialize
 from afield.runtime.wire.messages import STREAMING
 from afield.scheduler.resources import ResourceSet
 
@@ -146,7 +147,9 @@ def returns_of(options: Mapping[str, Any], function: Callable[..., Any]) -> int:
     return STREAMING if streams else 1
 
 
-def retry_on(options: Mapping[str, Any]) -> bool | tuple[type[BaseException], ...]:
-    """Return which exceptions of the user's code are retried."""
+def retry_on(options: Mapping[str, Any]) -> bool | bytes:
+    """Return which exceptions of the user's code are retried: types are packed, as only the worker compares them."""
     given = options.get("retry_exceptions")
-    return bool(given) if given is None or isinstance(given, bool) else tuple(given)
+    if given is None or isinstance(given, bool):
+        return bool(given)
+    return bool(given) and serialize(tuple(given), "retry_exceptions", stored=False).pack()

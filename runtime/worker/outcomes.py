@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from afield.causes import is_a
 from afield.errors import ActorConstructionError, AfieldError, TaskError
 from afield.ids import ARGUMENTS_INDEX, object_id
 from afield.runtime.calls.participant import Participant
@@ -22,22 +23,19 @@ from afield.runtime.process.process import INLINE_BYTES
 from afield.runtime.process.serialization import (
     Arg,
     Serialized,
-    collector,
     deserialize,
     dumps_plain,
     serialize,
-    serialize_error,
 )
 from afield.runtime.values.parts import ARGUMENT, PartsLostError
 from afield.runtime.wire import messages
-from afield.tracebacks import describe
 from afield.transport.pump import uninterruptible
 
 
 class LoadedCallee:
     """A function as its owner defined it; unpickled on first use."""
 
-    __slots__ = ("backpressure", "blob", "function", "group", "name", "num_returns", "once", "plain")
+    __slots__ = ("backpressure", "blob", "function", "group", "name", "num_returns", "once", "plain", "retry_on")
 
     def __init__(self, message: messages.Define) -> None:
         self.name = message.name
@@ -46,6 +44,7 @@ class LoadedCallee:
         self.backpressure = message.backpressure
         self.group = message.group
         self.once = message.once
+        self.retry_on = message.retry_on
         #: As nearly all are: one result, and it may run again.
         self.plain = message.num_returns == 1 and not message.once
         #: The function, once it was rebuilt; an actor's methods are looked up each time.
@@ -240,33 +239,38 @@ class Outcomes:
         self, sequence: int, callee: LoadedCallee, error: BaseException, in_user_code: bool, receiver: bytes
     ) -> Any:
         """Make the reply of a task that raised; an error of the runtime's own goes on as it is."""
-        if isinstance(error, PartsLostError) and not in_user_code:
+        if is_a(error, PartsLostError) and not in_user_code:
             return messages.Reply(sequence, messages.ARGUMENT_LOST, b"")
-        wrapped: BaseException = error
-        if in_user_code or not isinstance(error, AfieldError):
-            wrapped = _wrap(TaskError, callee.name, error)
-        try:
-            serialized = serialize(wrapped, "the error", stored=False)
-        except Exception:
-            plain = TaskError(callee.name, None, type(error).__name__, describe(error))
-            serialized = serialize(plain, "the error", stored=False)
+        of_user = in_user_code or not is_a(error, AfieldError)
+        serialized = _encoded(TaskError, callee.name, error) if of_user else serialize(error, "the error", stored=False)
         data, refs = serialized.pack(), serialized.refs
-        if callee.num_returns in (1, messages.STREAMING):
-            return messages.Reply(sequence, FAILED, data, None, self._hand_on(refs, receiver))
-        results = [
-            messages.Result(FAILED, data, None, self._hand_on(refs, receiver)) for _ in range(callee.num_returns)
-        ]
+        again = of_user and callee.retry_on is not False and _is_to_be_retried(error, callee.retry_on)
+        kind = messages.FAILED_AGAIN if again else FAILED
+        if callee.num_returns in (1, messages.STREAMING) or (again and not callee.num_returns):
+            return messages.Reply(sequence, kind, data, None, self._hand_on(refs, receiver))
+        results = [messages.Result(kind, data, None, self._hand_on(refs, receiver)) for _ in range(callee.num_returns)]
         return messages.ReplyMany(sequence, results)
 
     def constructor_failure(self, class_name: str, error: BaseException) -> bytes:
         """Serialise what an actor's constructor raised."""
-        return serialize_error(_wrap(ActorConstructionError, f"{class_name}.__init__", error))
+        return _encoded(ActorConstructionError, f"{class_name}.__init__", error).pack()
 
 
-def _wrap(kind: type[TaskError], name: str, error: BaseException) -> TaskError:
-    """Wrap what the user's code raised. It is pickled on trial: the refs in it are not passed on by that."""
-    outer, collector.refs = collector.refs, []
+def _encoded(kind: type[TaskError], name: str, error: BaseException) -> Serialized:
+    """Pickle what the user's code raised, wrapped. Code of the user's runs here, and nothing that it raises leaves."""
     try:
-        return kind.from_exception(name, error)
-    finally:
-        collector.refs = outer
+        return serialize(kind.from_exception(name, error), "the error", stored=False)
+    except BaseException:
+        return serialize(kind.described(name, error), "the error", stored=False)
+
+
+def _is_to_be_retried(error: BaseException, retry_on: bool | bytes) -> bool:
+    """Tell whether a task that raised this is to be run again; its owner may not know the types."""
+    if isinstance(retry_on, bool):
+        return retry_on
+    try:
+        kinds = deserialize(retry_on, "retry_exceptions", None)
+        cause = error.cause if isinstance(error, TaskError) else None
+        return any(issubclass(kind, kinds) for kind in (type(error), TaskError, type(cause)))
+    except BaseException:
+        return False
