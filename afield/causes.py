@@ -117,11 +117,12 @@ def class_attribute(kind: type, name: str, default: Any = None) -> Any:
 
 def new(kind: type[Any], args: tuple[Any, ...] = ()) -> Any:
     """Make an instance of an exception class, without running its `__new__` and `__init__`."""
-    for each in _TYPE["__mro__"].__get__(kind):
+    each: Any = kind
+    while True:  # along the bases that decide about the memory of an instance, of which the last is `BaseException`
         maker = _TYPE["__dict__"].__get__(each).get("__new__")
         if type(maker) is BuiltinFunctionType:
             return maker(kind, *args) if issubclass(kind, BaseExceptionGroup) else maker(kind)
-    raise TypeError("a class without a built-in base")
+        each = _TYPE["__base__"].__get__(each)
 
 
 def slots_of(kind: type) -> Iterator[tuple[str, Any]]:

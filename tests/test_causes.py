@@ -217,6 +217,10 @@ class NeverSet(Exception):
         raise RuntimeError("no tracebacks")
 
 
+class OutOfMemory(afield.ObjectStoreFullError):
+    """`MemoryError` among its bases does not decide about its memory."""
+
+
 class OsLike(OSError):
     def __init__(self, path: str) -> None:
         super().__init__(2, "not there", path)
@@ -245,6 +249,7 @@ MAKE: dict[str, Callable[[], BaseException]] = {
     "FrozenKeywords": lambda: FrozenKeywords(code=7),
     "Slots": lambda: Slots(7),
     "OsLike": lambda: OsLike("/nowhere"),
+    "OutOfMemory": lambda: OutOfMemory("the text"),
     "UnicodeDecodeError": lambda: UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid"),
 }
 PLAIN: list[type[BaseException]] = [

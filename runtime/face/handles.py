@@ -169,7 +169,7 @@ class ActorMethod:
             known["retry_on"] = retry_on(options)
         return ActorMethod(ActorHandle(self._handle_description, self._life), self._name, known)
 
-    def remote(self, *args: Any, **kwargs: Any) -> Any:
+    def remote(self, /, *args: Any, **kwargs: Any) -> Any:
         """Call the method; return its outcome's `ObjectRef` without waiting (see `RemoteFunction.remote`).
 
         Raises:
