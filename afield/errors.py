@@ -15,12 +15,26 @@ All of them can be pickled, so that they travel as the value of a future.
 from __future__ import annotations
 
 import pickle
+from abc import ABCMeta
 from typing import Any
 
+from afield.causes import (
+    INNATE,
+    Cause,
+    Unopened,
+    add_note,
+    class_attribute,
+    copy_slots,
+    is_a,
+    name_of,
+    new,
+    put_innate,
+    state_of,
+    text_of,
+)
 from afield.tracebacks import (
     Frame,
     Report,
-    UnknownError,
     continued,
     describe,
     formatted,
@@ -28,7 +42,6 @@ from afield.tracebacks import (
     is_shown_by_files,
     put_back,
     stand_in,
-    text_of,
     traceback_of,
 )
 
@@ -82,18 +95,24 @@ class AfieldError(Exception):
         return shown if self.__cause__ is None else f"{shown}\ncaused by {self.__cause__!r}"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        cause: Any = self.__cause__
-        if cause is not None and not _survives(cause):
-            cause = _Parts(cause) if _survives(_Parts(cause)) else None
-        return _rebuild_error, (type(self), self.args, vars(self), cause)
+        state = vars(self)
+        cause = state.get(_UNOPENED) or (None if self.__cause__ is None else Cause(self.__cause__))
+        return _rebuild_error, (type(self), self.args, {n: v for n, v in state.items() if n != _UNOPENED}, cause)
+
+
+#: An attribute: the cause of an error that only passes through this process.
+_UNOPENED = "_unopened"
 
 
 def _rebuild_error(
-    kind: type[AfieldError], args: tuple[Any, ...], state: dict[str, Any], cause: BaseException | None
+    kind: type[AfieldError], args: tuple[Any, ...], state: dict[str, Any], cause: BaseException | Unopened | None
 ) -> AfieldError:
     error = kind(*args)
     vars(error).update(state)
-    error.__cause__ = cause
+    if type(cause) is Unopened:
+        vars(error)[_UNOPENED] = cause
+    else:
+        error.__cause__ = cause  # type: ignore[assignment]
     return error
 
 
@@ -229,6 +248,30 @@ class OutOfDeviceMemoryError(CapacityError, MemoryError):
     """The device had no room in time; the message carries the arithmetic and the largest holders."""
 
 
+class _Own:
+    """An attribute of `TaskError`'s own, whatever the user's type has under the same name."""
+
+    __slots__ = ("name",)
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, error: BaseException | None, owner: type) -> Any:
+        if error is None:
+            return self
+        try:
+            return state_of(error)[self.name]
+        except KeyError:
+            raise AttributeError(self.name) from None
+
+    def __set__(self, error: BaseException, value: Any) -> None:
+        state_of(error)[self.name] = value
+
+
+def _own() -> Any:
+    return _Own()
+
+
 class TaskError(AfieldError):
     """The user's code raised in a task or an actor call.
 
@@ -242,28 +285,32 @@ class TaskError(AfieldError):
         summary: the type and the text of the exception.
     """
 
-    cause: BaseException | None
-    function_name: str
-    summary: str
+    cause: BaseException | None = _own()
+    function_name: str = _own()
+    summary: str = _own()
     _foreseen = True
     #: What the class was derived from when the user's exception type was mixed in.
     _base: type[TaskError]
     #: What is known of the exception, and where else this error was raised on its way here; or a text, if that is all.
-    _remote: Report | str
-    _passed: tuple[Frame, ...] = ()
+    _remote: Report | str = _own()
+    _passed: tuple[Frame, ...] = _own()
 
     def __init__(
         self, function_name: str, cause: BaseException | None, summary: str, remote_traceback: Report | str = ""
     ) -> None:
         # Not super().__init__: in the derived class the next base is the user's type, whose signature is unknown.
-        Exception.__init__(self, function_name, summary)
+        put_innate(self, "args", (function_name, summary))
+        put_innate(self, "__cause__", cause)
         self.function_name = function_name
         self.cause = cause
         self.summary = summary
         self._remote = remote_traceback
-        self.__cause__ = cause
-        if remote_traceback and isinstance(remote_traceback, str):
-            self.add_note(f"Where {function_name}() ran:\n{remote_traceback}")
+        self._passed = ()
+        if type(remote_traceback) is str and remote_traceback:
+            add_note(self, f"Where {function_name}() ran:\n{remote_traceback}")
+
+    def __init_subclass__(cls) -> None:
+        """The user's type does not take part in the making of the derived one."""
 
     @property
     def remote_traceback(self) -> str:
@@ -280,9 +327,7 @@ class TaskError(AfieldError):
         return f"{type(self).__name__}: {self}\n\n{self.remote_traceback}"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        cause: Any = self.cause
-        if cause is not None and not _survives(cause):
-            cause = _Parts(cause)
+        cause = state_of(self).get(_UNOPENED) or (None if self.cause is None else Cause(self.cause))
         return _rebuild_task_error, (
             self._base,
             self.function_name,
@@ -296,13 +341,19 @@ class TaskError(AfieldError):
     def from_exception(
         cls, function_name: str, error: BaseException, remote_traceback: Report | str | None = None
     ) -> TaskError:
-        """Wrap what a task raised; an exception that cannot make the round trip through pickle is described instead."""
-        if isinstance(error, TaskError):  # of a task that this one called: it goes on, and tells that it passed here
-            error._passed = frames_of(error)
-            return error
+        """Wrap what a task raised; an exception that cannot make the round trip through pickle arrives as a description."""
+        if is_a(error, TaskError):  # of a task that this one called: it goes on, and tells that it passed here
+            passed: Any = error
+            passed._passed = frames_of(error)
+            return passed  # type: ignore[no-any-return]
         remote = describe(error) if remote_traceback is None else remote_traceback
-        cause = error if _survives(error) or _survives(_Parts(error)) else None
-        return _new_task_error(cls, function_name, cause, summary_of(error), remote)
+        return cls(function_name, error, summary_of(error), remote)
+
+    @classmethod
+    def described(cls, function_name: str, error: BaseException) -> TaskError:
+        """Say what is known of an exception with which nothing else can be done."""
+        name = name_of(type(error))[1]
+        return cls(function_name, None, f"{name}: (nothing more can be told of it)")
 
 
 TaskError._base = TaskError
@@ -315,98 +366,116 @@ class ActorConstructionError(TaskError, ActorDiedError):
 ActorConstructionError._base = ActorConstructionError
 
 
+def of_constructor(function_name: str, error: BaseException) -> ActorConstructionError:
+    """Make the error of an actor whose constructor never ran, since `error`, read with `load_unopened`, is an argument's."""
+    if not is_a(error, TaskError):
+        made = ActorConstructionError(function_name, None, summary_of(error), describe(error))
+        state_of(made)[_UNOPENED] = Unopened(pickle.dumps(error, 5))
+        return made
+    of_task: Any = error
+    made = ActorConstructionError(function_name, None, of_task.summary, of_task._remote)
+    state_of(made)[_UNOPENED] = state_of(error).get(_UNOPENED)
+    return made
+
+
 def summary_of(error: BaseException) -> str:
     """Return the type and the text of an exception in a line."""
     text = text_of(error)
-    name = type(error).__name__
+    name = name_of(type(error))[1].rpartition(".")[2]
     return f"{name}: {text}" if text else name
 
 
-def _survives(value: object) -> bool:
-    """Tell whether `value` makes the round trip; classes of `__main__` travel by value, which plain pickle cannot do."""
-    import cloudpickle
-
-    try:
-        pickle.loads(cloudpickle.dumps(value, 5))
-    except Exception:
-        return False
-    return True
-
-
-class _Parts:
-    """Carries an exception that pickle cannot rebuild, mostly because its constructor takes something else than `args`.
-
-    Attributes that cannot be pickled stay behind.
-    """
-
-    def __init__(self, error: BaseException) -> None:
-        state = {name: value for name, value in vars(error).items() if _survives(value)}
-        self._parts = type(error), error.args, state
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _from_parts, self._parts
-
-
-def _from_parts(kind: type[BaseException], args: tuple[Any, ...], state: dict[str, Any]) -> BaseException:
-    error = kind.__new__(kind, *args)
-    error.args = args
-    vars(error).update(state)
-    return error
-
-
-_derived: dict[tuple[type, type], type[TaskError]] = {}
+#: Raised from `get` these would end more than the task: the reader's coroutine, or, unseen, the iteration it is in.
+_NEVER_MIXED_IN = (BaseExceptionGroup, StopIteration, StopAsyncIteration)
+#: Found before what the user's type has of the same name: an error that has arrived runs none of its code but that of its
+#: own methods and properties.
+_OURS: dict[str, Any] = {
+    **{name: vars(BaseException)[name] for name in INNATE},
+    **{name: vars(BaseException)[name] for name in ("__setattr__", "__delattr__", "__getattribute__")},
+    **{
+        name: vars(object)[name]
+        for name in ("__eq__", "__ne__", "__hash__", "__class__", "__reduce_ex__", "__format__")
+    },
+    "__bool__": lambda self: True,
+    "__notes__": _Own(),
+    "__module__": __name__,
+}
+#: By the base and the number of the user's type, which the derived one keeps alive; no type is hashed.
+_derived: dict[tuple[type, int], tuple[type, type[TaskError]]] = {}
 
 
 def _rebuild_task_error(
     base: type[TaskError],
     function_name: str,
-    cause: BaseException | None,
+    cause: BaseException | Unopened | None,
     summary: str,
     remote: Report | str,
     passed: tuple[Frame, ...],
 ) -> TaskError:
     """Make the error that has arrived, with the traceback and the chain of what was raised."""
-    if isinstance(cause, UnknownError):
-        cause = None
-    error = _new_task_error(base, function_name, cause, summary, remote)
+    if type(cause) is Unopened:
+        error = base(function_name, None, summary, remote)
+        error._passed = passed
+        state_of(error)[_UNOPENED] = cause
+        return error
+    error = _new_task_error(base, function_name, cause, summary, remote)  # type: ignore[arg-type]
     error._passed = passed
     if isinstance(remote, str):
         return error
     if cause is None:
-        error.__cause__, lent = stand_in(remote)
+        shown, lent = stand_in(remote)
+        put_innate(error, "__cause__", shown)
     else:
-        lent = put_back(cause, remote)
-    error.__traceback__, more = traceback_of(passed)
+        lent = put_back(cause, remote)  # type: ignore[arg-type]
+    traceback, more = traceback_of(passed)
+    put_innate(error, "__traceback__", traceback)
     if (lent or more) and is_shown_by_files():
-        error.add_note(f"Where {function_name}() ran, with the lines that it had then:\n{error.remote_traceback}")
+        add_note(error, f"Where {function_name}() ran, with the lines that it had then:\n{error.remote_traceback}")
     return error
 
 
 def _new_task_error(
     base: type[TaskError], function_name: str, cause: BaseException | None, summary: str, remote: Report | str
 ) -> TaskError:
-    error = _task_error_class(base, cause)(function_name, cause, summary, remote)
-    if cause is not None:
-        for name, value in vars(cause).items():  # so that `error.code` works where the user's type has it
-            if name != "__notes__":  # they are shown with the cause
-                vars(error).setdefault(name, value)
+    if cause is None:
+        return base(function_name, None, summary, remote)
+    error: TaskError = new(_task_error_class(base, type(cause)))
+    TaskError.__init__(error, function_name, cause, summary, remote)
+    if type(error) is not base:
+        copy_slots(cause, error)
+    taken = {*vars(TaskError), *vars(AfieldError), "__notes__"}  # notes are shown with the cause
+    for name, value in state_of(cause).items():  # so that `error.code` works where the user's type has it
+        if name not in taken:
+            state_of(error).setdefault(name, value)
     return error
 
 
-def _task_error_class(base: type[TaskError], cause: BaseException | None) -> type[TaskError]:
-    """Return the subclass of `base` and of the cause's type.
-
-    `SystemExit` and `KeyboardInterrupt` are not mixed in: raised from `get` they would end the reader.
-    """
-    kind = type(cause)
-    if cause is None or not isinstance(cause, Exception):
+def _task_error_class(base: type[TaskError], kind: type[BaseException]) -> type[TaskError]:
+    """Return the subclass of `base` and of the cause's type, where that is mixed in."""
+    if not issubclass(kind, Exception) or issubclass(kind, _NEVER_MIXED_IN):
         return base
-    known = _derived.get((base, kind))
+    known = _derived.get((base, id(kind)))
     if known is None:
-        try:
-            known = type(f"{base.__name__}({kind.__name__})", (base, kind), {"__module__": __name__})
-            known("f", cause, "", "")
-        except Exception:  # layout conflict, or a type that refuses to be derived from or constructed
-            known = base
-        _derived[base, kind] = known
-    return known
+        known = _derived[base, id(kind)] = kind, _mixed(base, kind)
+    return known[1]
+
+
+def _mixed(base: type[TaskError], kind: type[BaseException]) -> type[TaskError]:
+    # A metaclass of the user's is not asked, as it may want more than other classes do; but that of abstract classes has to be.
+    metaclass: Any = type(kind)
+    maker = metaclass if metaclass is ABCMeta else type
+    name = f"{base.__name__}({name_of(kind)[1].rpartition('.')[2]})"
+    namespace = _OURS | ({"__getattr__": _attribute_of_cause} if class_attribute(kind, "__getattr__") else {})
+    try:
+        derived: type[TaskError] = maker.__new__(metaclass, name, (base, kind), namespace)
+        new(derived)
+    except Exception:  # layout conflict, or a type that refuses to be derived from
+        return base
+    return derived
+
+
+def _attribute_of_cause(error: TaskError, name: str) -> Any:
+    """What the user's type makes up when it is asked for, it is asked for itself; it may rely on what it has only there."""
+    if not (name.startswith("__") and name.endswith("__")):
+        return getattr(error.cause, name)
+    raise AttributeError(name)

@@ -27,6 +27,17 @@ from collections.abc import Callable, Iterable, Iterator
 from types import CodeType, FunctionType, TracebackType
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
+from afield.causes import (
+    add_note,
+    class_attribute,
+    innate,
+    is_a,
+    members_of,
+    name_of,
+    notes_of,
+    put_innate,
+    text_of,
+)
 from afield.source_lines import lend, source_text
 
 P = ParamSpec("P")
@@ -79,13 +90,6 @@ class Elsewhere:
     """Marks the errors that stand in for errors of another process: of the same name, without their class."""
 
 
-class UnknownError(Exception):
-    """An exception whose class cannot be found in the process where it arrives."""
-
-    def __setstate__(self, state: object) -> None:
-        """What it had is of no use without its class."""
-
-
 def wants_all_frames() -> bool:
     """Tell whether frames of our own are to be shown; the only place that asks for this setting."""
     return os.environ.get("AFIELD_FULL_TRACEBACKS", "0") not in ("", "0")
@@ -108,10 +112,10 @@ def trim(error: BaseException, *, foreseen: bool | None = None, always: bool = F
         always: whatever the setting says.
     """
     if always or not wants_all_frames():
-        kept = _users(error.__traceback__, _is_foreseen(error) if foreseen is None else foreseen)
+        kept = _users(innate(error, "__traceback__"), _is_foreseen(error) if foreseen is None else foreseen)
         for entry, following in itertools.zip_longest(kept, kept[1:]):
             entry.tb_next = following
-        error.__traceback__ = kept[0] if kept else None
+        put_innate(error, "__traceback__", kept[0] if kept else None)
 
 
 def unseen(function: Callable[P, R]) -> Callable[P, R]:
@@ -144,7 +148,7 @@ def _all(traceback: TracebackType | None) -> Iterator[TracebackType]:
 
 
 def _is_foreseen(error: BaseException) -> bool:
-    return getattr(error, "_foreseen", isinstance(error, KeyboardInterrupt))
+    return class_attribute(type(error), "_foreseen") is True or is_a(error, KeyboardInterrupt)
 
 
 # -- describing -------------------------------------------------------------------------------------------------------
@@ -168,42 +172,28 @@ class _Describer:
             return None
         self._seen.add(id(error))
         text = text_of(error)
-        cause = error.__cause__
-        context = error.__context__ if cause is None and not error.__suppress_context__ else None
-        members = error.exceptions if isinstance(error, BaseExceptionGroup) else ()
+        cause = innate(error, "__cause__")
+        hidden = cause is not None or innate(error, "__suppress_context__")
+        context = None if hidden else innate(error, "__context__")
         return Report(
-            type(error).__module__,
-            type(error).__qualname__,
+            *name_of(type(error)),
             _cut(text, MAX_TEXT),
             _hint(error, text),
-            tuple(_cut(str(note), MAX_TEXT) for note in itertools.islice(_notes(error), MAX_ERRORS)),
+            tuple(_cut(note, MAX_TEXT) for note in notes_of(error)[:MAX_ERRORS]),
             frames_of(error),
             self.report(cause),
             self.report(context),
-            tuple(filter(None, map(self.report, members))),
+            tuple(filter(None, map(self.report, members_of(error)))),
         )
-
-
-def text_of(error: BaseException) -> str:
-    """Return the text of an error, whatever its `__str__` does."""
-    try:
-        return str(error)
-    except Exception:
-        return "(its text cannot be shown)"
-
-
-def _notes(error: BaseException) -> Iterable[Any]:
-    notes = getattr(error, "__notes__", None)
-    return notes if isinstance(notes, list | tuple) else ()
 
 
 def _hint(error: BaseException, text: str) -> str:
     """Return what Python adds to an error's text when it shows it, which it finds in frames that do not travel."""
     import traceback
 
-    if not isinstance(error, NameError | AttributeError | ImportError):
+    if not is_a(error, (NameError, AttributeError, ImportError)):
         return ""
-    with contextlib.suppress(Exception):
+    with contextlib.suppress(BaseException):
         shown = "".join(traceback.TracebackException.from_exception(error, limit=1).format_exception_only())
         _, found, hint = shown.partition(f": {text}. Did you")
         if found:
@@ -217,9 +207,8 @@ def _cut(text: str, limit: int) -> str:
 
 def frames_of(error: BaseException) -> tuple[Frame, ...]:
     """Describe the frames of an error's traceback."""
-    entries = list(_all(error.__traceback__))
-    if not wants_all_frames():
-        entries = _users(error.__traceback__, _is_foreseen(error))
+    traceback = innate(error, "__traceback__")
+    entries = list(_all(traceback)) if wants_all_frames() else _users(traceback, _is_foreseen(error))
     runs = [list(run) for _, run in itertools.groupby(entries, lambda entry: (entry.tb_frame.f_code, entry.tb_lineno))]
     if len(runs) <= MAX_FRAMES:
         return tuple(_frame_of(run[0], len(run)) for run in runs)
@@ -250,13 +239,20 @@ def _frame_of(entry: TracebackType, times: int) -> Frame:
         code.co_name,
         code.co_qualname,
         code.co_firstlineno,
-        str(frame.f_globals.get("__name__", "")),
+        text_of(frame.f_globals.get("__name__", "")),
         _cut(source_text(code.co_filename, line, end_line, frame.f_globals), MAX_LINE),
         end_line,
         columns,
         times,
-        bool(_local(frame, "__tracebackhide__")),
+        _is_true(_local(frame, "__tracebackhide__")),
     )
+
+
+def _is_true(value: object) -> bool:
+    try:
+        return bool(value)
+    except BaseException:  # it is the user's
+        return False
 
 
 def _local(frame: Any, name: str) -> object:
@@ -274,19 +270,20 @@ def put_back(error: BaseException, report: Report) -> bool:
 
     Returns True if lines are shown that the files here do not have.
     """
-    error.__traceback__, lent = traceback_of(report.frames)
-    if report.hint and report.hint not in _notes(error):
-        error.add_note(report.hint)
-    if report.cause is not None:
-        error.__cause__, more = _linked(error.__cause__, report.cause)
-        lent |= more
-    elif report.context is not None:
-        error.__context__, more = _linked(error.__context__, report.context)
-        lent |= more
-    if isinstance(error, BaseExceptionGroup) and len(error.exceptions) == len(report.members):
-        for member, described in zip(error.exceptions, report.members, strict=True):
-            if _is_described_by(member, described):
-                lent |= put_back(member, described)
+    traceback, lent = traceback_of(report.frames)
+    put_innate(error, "__traceback__", traceback)
+    if report.hint and report.hint not in notes_of(error):
+        add_note(error, report.hint)
+    for link, described in (("__cause__", report.cause), ("__context__", report.context)):
+        if described is not None:
+            linked, more = _linked(innate(error, link), described)
+            put_innate(error, link, linked)
+            lent |= more
+    members = members_of(error)
+    if len(members) == len(report.members):
+        for member, of_member in zip(members, report.members, strict=True):
+            if _is_described_by(member, of_member):
+                lent |= put_back(member, of_member)
     return lent
 
 
@@ -314,8 +311,7 @@ def _linked(error: BaseException | None, report: Report) -> tuple[BaseException,
 
 
 def _is_described_by(error: BaseException, report: Report) -> bool:
-    kind = type(error)
-    return (kind.__module__, kind.__qualname__) == (report.module, report.name)
+    return name_of(type(error)) == (report.module, report.name)
 
 
 def formatted(report: Report) -> str:
@@ -329,8 +325,7 @@ def continued(text: str, error: BaseException, frames: tuple[Frame, ...]) -> str
     """Return what Python prints of an error that was raised, from what `text` shows, in these frames."""
     import traceback
 
-    kind = type(error)
-    passed = Report(kind.__module__, kind.__qualname__, text_of(error), "", (), frames, None, None, ())
+    passed = Report(*name_of(type(error)), text_of(error), "", (), frames, None, None, ())
     shown = "".join(traceback.format_exception(stand_in(passed)[0]))
     return f"{text}\nThe above exception was the direct cause of the following exception:\n\n{shown}"
 

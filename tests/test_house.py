@@ -24,7 +24,18 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 PARTS = ("scheduler", "gpu_store", "transport", "runtime", "libraries")
-LEAVES = ("errors", "ids", "units", "clock", "machines", "version", "code_names", "source_lines", "tracebacks")
+LEAVES = (
+    "causes",
+    "errors",
+    "ids",
+    "units",
+    "clock",
+    "machines",
+    "version",
+    "code_names",
+    "source_lines",
+    "tracebacks",
+)
 SHIPPED = ("afield", *PARTS)
 
 #: Layer -> the layers it may import. Tests and benchmarks may import anything; nothing imports them.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def hold(**options: Any) -> Any:
 
 
 def available(name: str) -> float:
-    return afield.available_resources()[name]
+    return afield.available_resources().get(name, 0.0)
 
 
 # -- amounts ------------------------------------------------------------------------------------------------------
@@ -194,3 +195,108 @@ def test_what_is_no_node_s_id(node_id: Any) -> None:
 def test_soft_is_true_or_false() -> None:
     with pytest.raises(afield.InvalidOptionError, match="soft='no': expected True or False"):
         NodeAffinitySchedulingStrategy("00ff", soft="no")  # type: ignore[arg-type]
+
+
+def test_what_is_used_up_is_not_available(no_runtime: None) -> None:
+    afield.init(num_cpus=1, resources={"x": 2})
+
+    class Local:
+        def here(self) -> dict[str, float]:
+            return afield.available_resources()
+
+    actor = afield.remote(Local).options(num_cpus=1, resources={"x": 1}).remote()
+    available = afield.get(actor.here.remote(), timeout=30)
+    assert "CPU" not in available and available["x"] == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"namespace": 123}, "namespace=123.*expected a string"),
+        ({"address": 5}, "address=5.*expected a string"),
+        ({"spill_dir": 3}, "spill_dir=3.*expected the path"),
+        ({"log_to_driver": "no"}, "log_to_driver='no'.*expected True or False"),
+        ({"resources": [("x", 1)]}, "resources=.*expected a dict"),
+        ({"host_memory": 1 << 60}, "more than the .* of memory that may be used here"),
+    ],
+)
+def test_wrong_kinds_for_init(no_runtime: None, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(afield.InvalidOptionError, match=message):
+        afield.init(**options)
+    assert not afield.is_initialized()
+
+
+def test_the_port_of_a_dashboard_that_is_not_there_is_of_no_matter(no_runtime: None) -> None:
+    with afield.init(num_cpus=1, dashboard_port=8266):
+        assert afield.is_initialized()
+
+
+def test_whole_numbers_of_numpy_s(shared_runtime: None) -> None:
+    @afield.remote(max_retries=np.int64(2), num_returns=np.int32(2))
+    def pair() -> tuple[int, int]:
+        return 1, 2
+
+    class Local:
+        @afield.method(num_returns=np.int64(2))
+        def pair(self) -> tuple[int, int]:
+            return 3, 4
+
+    actor = afield.remote(max_concurrency=np.int64(2), concurrency_groups={"g": np.int64(1)})(Local).remote()
+    assert afield.get([*pair.remote(), *actor.pair.remote()], timeout=30) == [1, 2, 3, 4]
+    refs = [afield.put(1), afield.put(2)]
+    assert afield.wait(refs, num_returns=np.int64(2)) == (refs, [])  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("timeout", [float("nan"), np.float64("nan")])
+def test_a_timeout_that_is_no_number(shared_runtime: None, timeout: float) -> None:
+    ref = afield.put(1)
+    for wait in (afield.get, lambda ref, timeout: afield.wait([ref], timeout=timeout)):
+        with pytest.raises(ValueError, match=r"timeout=.*nan"):
+            wait(ref, timeout=timeout)
+        with pytest.raises(TypeError, match=r"timeout=.1.*expected seconds"):
+            wait(ref, timeout="1")
+
+
+@pytest.mark.parametrize("timeout", [timedelta(seconds=20), np.float32(20), np.int64(20), 20])
+def test_timeouts(shared_runtime: None, timeout: Any) -> None:
+    ref = afield.put(1)
+    assert afield.get(ref, timeout=timeout) == 1 and afield.wait([ref], timeout=timeout) == ([ref], [])
+
+
+def test_parameters_may_have_any_name(shared_runtime: None) -> None:
+    @afield.remote
+    def f(self: int) -> int:
+        return self
+
+    class Local:
+        def __init__(this, self: int) -> None:  # noqa: N805
+            this.x = self
+
+        def get(this, self: int) -> int:  # noqa: N805
+            return this.x + self
+
+    actor = afield.remote(Local).remote(self=1)
+    assert afield.get([f.remote(self=1), actor.get.remote(self=2)], timeout=30) == [1, 3]
+
+
+def test_what_can_be_no_task_and_no_base() -> None:
+    async def items() -> Any:
+        yield 1
+
+    with pytest.raises(afield.InvalidOptionError, match=r"items\(\) is `async def`"):
+        afield.remote(items)
+
+    @afield.remote
+    class Base:
+        pass
+
+    with pytest.raises(TypeError, match="Base is an actor class, and cannot be derived from"):
+
+        class Derived(Base):
+            pass
+
+
+@pytest.mark.parametrize("arguments", [(3,), ("x", 3)])
+def test_names_of_actors_are_text(shared_runtime: None, arguments: Any) -> None:
+    with pytest.raises(TypeError, match="=3 is a int; expected a string"):
+        afield.get_actor(*arguments)

@@ -455,3 +455,37 @@ def test_devices_of_a_shared_runtime_are_mended(run: Any) -> None:
 def test_the_guide_is_a_test_file_that_passes(run: Any) -> None:
     program = program_of((ROOT / "docs" / "testing.md").read_text(encoding="utf-8"))
     run(program).assert_outcomes(passed=4)
+
+
+@pytest.mark.slow
+def test_devices_as_a_parameter(run: Any) -> None:
+    result = run(
+        """
+        @pytest.mark.parametrize("afield_runtime", ["emulated:3", "none"], indirect=True)
+        def test_devices(afield_runtime):
+            assert len(afield_runtime.devices) in (0, 3)
+            assert afield.cluster_resources().get("GPU", 0) == len(afield_runtime.devices)
+
+        @pytest.mark.parametrize("afield_runtime", [3], indirect=True)
+        def test_no_text(afield_runtime):
+            pass
+        """
+    )
+    result.assert_outcomes(passed=2, errors=1)
+    result.stdout.fnmatch_lines(["*the parameter 3 of afield_runtime is not valid*"])
+
+
+@pytest.mark.slow
+def test_nothing_is_looked_for_after_ctrl_c(run: Any) -> None:
+    result = run(
+        """
+        KEPT = []
+
+        def test_is_interrupted(afield_runtime):
+            KEPT.append(afield.put(1))
+            raise KeyboardInterrupt
+        """
+    )
+    output = result.stdout.str() + result.stderr.str()
+    assert "KeyboardInterrupt" in output and "left 1 object behind" not in output
+    assert "INTERNALERROR" not in output

@@ -46,11 +46,31 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
         item.stash[_FAILED] = True
 
 
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, None]:
+    """Note what was ended by Ctrl-C, of which there is no report."""
+    outcome = yield
+    if outcome.excinfo is not None:
+        item.stash[_FAILED] = True
+
+
 def _runtimes(config: pytest.Config) -> Runtimes:
     from afield.testing.runtimes import Runtimes
 
     devices = config.getoption("--afield-devices") or config.getini("afield_devices")
     return config.stash.setdefault(_RUNTIMES, Runtimes(str(devices)))
+
+
+def devices_of(request: pytest.FixtureRequest) -> str | None:
+    """Return the devices that `parametrize("afield_runtime", [...], indirect=True)` asks for; None for those of the option."""
+    devices = getattr(request, "param", None)
+    if devices is not None and not isinstance(devices, str):
+        pytest.fail(
+            f"the parameter {devices!r} of {request.fixturename} is not valid; expected its devices as text, such as "
+            '"emulated:3" or "none"',
+            pytrace=False,
+        )
+    return devices
 
 
 def _is_checked(request: pytest.FixtureRequest) -> bool:
@@ -61,7 +81,8 @@ def _is_checked(request: pytest.FixtureRequest) -> bool:
 def afield_runtime(request: pytest.FixtureRequest) -> Iterator[ClusterInfo]:
     """A runtime of the test's own: two CPUs, the devices of --afield-devices; the test fails if it leaves something behind.
 
-    Yields what `afield.init` returned.
+    Yields what `afield.init` returned. Other devices are a parameter: ``parametrize("afield_runtime", ["emulated:3"],
+    indirect=True)``.
     """
     runtimes = _runtimes(request.config)
     if "afield_session" in request.fixturenames:
@@ -70,7 +91,7 @@ def afield_runtime(request: pytest.FixtureRequest) -> Iterator[ClusterInfo]:
             "Use afield_session for the runtime that all tests share, or afield_runtime for one of the test's own.",
             pytrace=False,
         )
-    with runtimes.own() as info:
+    with runtimes.own(devices_of(request)) as info:
         yield info
         left = runtimes.left_behind(request.node) if _is_checked(request) else ""
     if left:
@@ -84,7 +105,7 @@ def afield_session(request: pytest.FixtureRequest) -> Iterator[ClusterInfo]:
     Yields what `afield.init` returned. A test with `afield_runtime` in between ends this runtime, and the next test that
     shares it gets a new one.
     """
-    with _runtimes(request.config).shared() as info:
+    with _runtimes(request.config).shared(devices_of(request)) as info:
         yield info
 
 

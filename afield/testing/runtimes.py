@@ -46,20 +46,21 @@ class Runtimes:
     def __init__(self, devices: str) -> None:
         self.devices = devices
         self._is_shared = False
+        self._shared_devices: str | None = None
 
     @contextmanager
-    def own(self) -> Iterator[lifecycle.ClusterInfo]:
-        """A runtime for one test."""
+    def own(self, devices: str | None = None) -> Iterator[lifecycle.ClusterInfo]:
+        """A runtime for one test, with the usual devices or others."""
         if self._is_shared:
             lifecycle.shutdown()
-        with self._running() as info:
+        with self._running(devices) as info:
             yield info
 
     @contextmanager
-    def shared(self) -> Iterator[lifecycle.ClusterInfo]:
-        """A runtime for all tests that share it."""
-        with self._running() as info:
-            self._is_shared = True
+    def shared(self, devices: str | None = None) -> Iterator[lifecycle.ClusterInfo]:
+        """A runtime for all tests that share it, with the usual devices or others."""
+        with self._running(devices) as info:
+            self._is_shared, self._shared_devices = True, devices
             try:
                 yield info
             finally:
@@ -68,16 +69,16 @@ class Runtimes:
     def resume(self) -> None:
         """Start the shared runtime anew if something has ended it."""
         if self._is_shared and not lifecycle.is_initialized():
-            self._start()
+            self._start(self._shared_devices)
 
     @contextmanager
-    def _running(self) -> Iterator[lifecycle.ClusterInfo]:
+    def _running(self, devices: str | None) -> Iterator[lifecycle.ClusterInfo]:
         try:
-            yield self._start()
+            yield self._start(devices)
         finally:
             lifecycle.shutdown()
 
-    def _start(self) -> lifecycle.ClusterInfo:
+    def _start(self, devices: str | None) -> lifecycle.ClusterInfo:
         if lifecycle.is_initialized():
             pytest.fail(
                 "a runtime is running already that none of afield's fixtures started: a test that calls afield.init() "
@@ -87,7 +88,9 @@ class Runtimes:
         before = os.environ.get(_CALL_SITES)
         os.environ[_CALL_SITES] = "1"
         try:
-            return lifecycle.init(num_cpus=CPUS, devices=self.devices, host_memory=HOST_MEMORY)
+            return lifecycle.init(
+                num_cpus=CPUS, devices=self.devices if devices is None else devices, host_memory=HOST_MEMORY
+            )
         finally:
             if before is None:
                 del os.environ[_CALL_SITES]

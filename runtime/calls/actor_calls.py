@@ -13,12 +13,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from afield.errors import (
-    ActorConstructionError,
     ActorDiedError,
     ActorUnavailableError,
     PendingCallsLimitExceededError,
     TaskCancelledError,
-    TaskError,
+    of_constructor,
 )
 from afield.ids import TASK_ID_BYTES
 from afield.runtime.calls.callee import Callee
@@ -37,7 +36,7 @@ from afield.runtime.cores.caller import (
 )
 from afield.runtime.cores.dispatch import Task
 from afield.runtime.process.process import Process
-from afield.runtime.process.serialization import deserialize_error, serialize_error
+from afield.runtime.process.serialization import deserialize_unopened, serialize_error
 from afield.runtime.values.definitions import Definition
 from afield.runtime.wire import messages
 from afield.transport.channel import Channel
@@ -120,10 +119,8 @@ class ActorCalls:
 
     def _argument_failed(self, creation: Task, data: bytes) -> bytes:
         """The constructor never runs: to every caller it is as if it had raised what its argument did."""
-        error = deserialize_error(data, "the error of an argument", None)
-        cause = getattr(error, "cause", None) or error
-        remote = error._remote if isinstance(error, TaskError) else None
-        return serialize_error(ActorConstructionError.from_exception(creation.function.name, cause, remote))
+        error = deserialize_unopened(data, "the error of an argument")  # we hold the lock
+        return serialize_error(of_constructor(creation.function.name, error))
 
     def caller(self, actor_id: bytes) -> Caller:
         """Return the caller of an actor, asking the daemon where it is on first use; the caller holds the lock."""

@@ -7,7 +7,8 @@ import itertools
 from afield.runtime.values.definitions import Definition
 from afield.runtime.wire import messages
 
-RetryOn = bool | tuple[type[BaseException], ...]
+#: Which errors of the user's are to be retried: all, none, or packed types, which only the worker unpacks.
+RetryOn = bool | bytes
 
 
 class Callee:
@@ -39,5 +40,12 @@ class Callee:
     def define(self) -> messages.Define:
         """Return the message that makes a worker know it."""
         return messages.Define(
-            self.index, self.name, self.definition.blob, self.num_returns, self.backpressure, self.group, self.once
+            self.index,
+            self.name,
+            self.definition.blob,
+            self.num_returns,
+            self.backpressure,
+            self.group,
+            self.once,
+            self.retry_on,
         )

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from afield.errors import TaskCancelledError, TaskError, TaskUnschedulableError, WorkerCrashedError
+from afield.errors import TaskCancelledError, TaskUnschedulableError, WorkerCrashedError
 from afield.ids import FIRST_RETURN, STREAM_END_INDEX, object_id
 from afield.runtime.calls.callee import Callee
 from afield.runtime.calls.generators import ObjectRefGenerator
@@ -19,7 +19,7 @@ from afield.runtime.process.context import calling_context
 from afield.runtime.process.events import PROCESS_DIED, TICK
 from afield.runtime.process.process import Process
 from afield.runtime.process.refs import ObjectRef
-from afield.runtime.process.serialization import deserialize_error, serialize_error
+from afield.runtime.process.serialization import serialize_error
 from afield.runtime.values.arguments import Arguments
 from afield.runtime.wire import messages
 from afield.transport.channel import Channel
@@ -33,6 +33,19 @@ FEW_DEPENDENCIES = 16
 PORTION_BYTES = 1 << 20
 #: What one takes beside its data: ids, and the location of what is stored.
 DEPENDENCY_BYTES = 100
+
+
+def _is_to_be_retried(result: messages.Result | messages.Reply) -> bool:
+    """Tell whether the worker says that this error is one to be retried; of one that is stored, `data` says so."""
+    return result.kind == messages.FAILED_AGAIN or (result.kind == LOCATED and bool(result.data))
+
+
+def _is_final(result: messages.Result | messages.Reply) -> None:
+    """The error is not retried: it is the result."""
+    if result.kind == messages.FAILED_AGAIN:
+        result.kind = FAILED
+    else:
+        result.data = b""
 
 
 class PeerState:
@@ -292,8 +305,10 @@ class Submitter:
 
     def _finish(self, channel: Channel, task: Task, reply: messages.Reply) -> bool:
         """Record an outcome; return True if the task runs again instead."""
-        if reply.kind and self._failed(reply) and self._retry(channel, task, reply):
-            return True
+        if _is_to_be_retried(reply):
+            if self._retry(channel, task, reply):
+                return True
+            _is_final(reply)
         if reply.kind == messages.ARGUMENT_LOST:
             if task.cancelled:  # it has not run, and does not run again
                 self.fail_with(task, TaskCancelledError(f"{task.function.name}() was cancelled before it started"))
@@ -301,7 +316,7 @@ class Submitter:
             return self.recovery.argument_lost(channel, task)
         if task.num_returns == messages.STREAMING:
             self.streams.finish(task, reply.kind, reply.data, self._receive(channel, reply.contained))
-        else:
+        elif task.num_returns:
             self._fulfil(channel, task, 0, reply)
             if reply.kind == LOCATED or task.task_id in self.recovery.running:
                 self.recovery.ended(task)
@@ -322,11 +337,15 @@ class Submitter:
         task = self._inflight(channel.context).pop(message.sequence, None)
         if task is None:
             return
-        if message.results and self._failed(message.results[0]) and self._retry(channel, task, message.results[0]):
-            return
-        for index, result in enumerate(message.results):
+        results = message.results
+        if results and _is_to_be_retried(results[0]):
+            if self._retry(channel, task, *results):
+                return
+            for result in results:
+                _is_final(result)
+        for index, result in enumerate(results):
             self._fulfil(channel, task, index, result)
-        if task.task_id in self.recovery.running or any(result.kind == LOCATED for result in message.results):
+        if task.task_id in self.recovery.running or any(result.kind == LOCATED for result in results):
             self.recovery.ended(task)
         self.arguments.unpin(task)
 
@@ -339,31 +358,15 @@ class Submitter:
             report = lambda count: self.process.locked(channel.send, messages.Consumed(item.sequence, count))  # noqa: E731
         self.streams.on_item(task, item, self._receive(channel, item.contained), report)
 
-    @staticmethod
-    def _failed(result: messages.Result | messages.Reply) -> bool:
-        """Tell whether a result is an error; that of one which is stored has the type of what was raised in its `data`."""
-        return result.kind == FAILED or (result.kind == LOCATED and bool(result.data))
-
-    def _retry(self, channel: Channel, task: Task, result: messages.Result | messages.Reply) -> bool:
-        """Run a task again whose exception is one that its caller wants retried."""
-        retry_on = task.function.retry_on
-        if not retry_on or not task.retries_left or task.cancelled:
+    def _retry(self, channel: Channel, task: Task, *results: messages.Result | messages.Reply) -> bool:
+        """Run a task again whose exception is one that its caller wants retried, which the worker has told."""
+        if not task.retries_left or task.cancelled:
             return False
-        if result.kind == LOCATED:
-            kind = deserialize_error(result.data, "the type of the error", None)
-            if isinstance(retry_on, tuple) and not (isinstance(kind, type) and issubclass(kind, retry_on)):
-                return False
+        for result in results:  # the refs in an error that nobody will see
+            for ref in self._receive(channel, result.contained):
+                self.process.table.unpin(ref)
+        if any(result.kind == LOCATED for result in results):
             self.cut_short(channel.peer_id, task)  # what was stored of it is nobody's
-        else:
-            error = deserialize_error(result.data, "the error", None)
-            if not isinstance(error, TaskError):
-                return False
-            if (
-                isinstance(retry_on, tuple)
-                and not isinstance(error.cause, retry_on)
-                and not isinstance(error, retry_on)
-            ):
-                return False
         self.use_retry(task)
         self.tasks_retried += 1
         if task.lane is not None:

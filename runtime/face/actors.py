@@ -43,12 +43,18 @@ class ActorClass:
             f"the actor class {self.__name__} cannot be instantiated directly; use {self.__name__}.remote(...)"
         )
 
+    def __mro_entries__(self, bases: tuple[Any, ...]) -> tuple[type, ...]:
+        raise TypeError(
+            f"{self.__name__} is an actor class, and cannot be derived from: derive from the plain class, and decorate "
+            f"what is derived (keep it under another name: {self.__name__}Actor = afield.remote({self.__name__}))"
+        )
+
     def options(self, **options: Any) -> ActorClass:
         """Return the same class with other options; see `afield.remote`."""
         validate(options, ACTOR_OPTIONS, f"{self.__name__}.options()")
         return ActorClass(self._cls, self._options | options)
 
-    def remote(self, *args: Any, **kwargs: Any) -> ActorHandle:
+    def remote(self, /, *args: Any, **kwargs: Any) -> ActorHandle:
         """Create an actor; return its handle without waiting for the constructor.
 
         Raises:
@@ -180,6 +186,10 @@ def get_actor(name: str, namespace: str | None = None) -> ActorHandle:
         ValueError: there is none in the namespace (the session's by default).
     """
     participant = participation.participant or participation.ensure()
+    given: tuple[tuple[str, object], ...] = (("name", name), ("namespace", namespace))
+    for what, value in given:
+        if not isinstance(value, str) and not (value is None and what == "namespace"):
+            raise TypeError(f"get_actor(): {what}={value!r} is a {type(value).__name__}; expected a string")
     argument = {"namespace": namespace, "name": name}
     description = participant.process.requests.ask(lambda n: messages.Query(n, "find_actor", argument))
     if description is None:

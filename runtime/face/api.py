@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any, ParamSpec, Protocol, TypeVar, overload
 
+import numpy as np
 import numpy.typing as npt
 
 from afield.runtime.calls import participation
@@ -14,6 +16,7 @@ from afield.runtime.calls.participant import Participant
 from afield.runtime.face.actors import ActorClass
 from afield.runtime.face.functions import RemoteFunction
 from afield.runtime.face.handles import ActorHandle
+from afield.runtime.face.options import seconds
 from afield.runtime.process import current
 from afield.runtime.process.context import ActorExit
 from afield.runtime.process.refs import ObjectRef
@@ -70,10 +73,14 @@ def _make_remote(target: Any, options: dict[str, Any]) -> Any:
 
 
 @overload
-def get(refs: ObjectRef, *, timeout: float | None = None, device: str | int | None = None) -> Any: ...
+def get(refs: ObjectRef, *, timeout: float | timedelta | None = None, device: str | int | None = None) -> Any: ...
 @overload
-def get(refs: Sequence[ObjectRef], *, timeout: float | None = None, device: str | int | None = None) -> list[Any]: ...
-def get(refs: ObjectRef | Sequence[ObjectRef], *, timeout: float | None = None, device: str | int | None = None) -> Any:
+def get(
+    refs: Sequence[ObjectRef], *, timeout: float | timedelta | None = None, device: str | int | None = None
+) -> list[Any]: ...
+def get(
+    refs: ObjectRef | Sequence[ObjectRef], *, timeout: float | timedelta | None = None, device: str | int | None = None
+) -> Any:
     """Return the value of a ref, or the values of a list of refs, waiting until they are there.
 
     Arrays come back as read-only views of shared memory. Device arrays come back on this process's device, which copies
@@ -81,7 +88,7 @@ def get(refs: ObjectRef | Sequence[ObjectRef], *, timeout: float | None = None, 
 
     Args:
         refs: one ref or a list.
-        timeout: seconds for all together; 0 asks without waiting.
+        timeout: seconds (or a timedelta) for all together; 0 asks without waiting.
         device: where device arrays are wanted instead: "host" (as NumPy arrays), or a device that this process may use, by
             UUID or by its number in `array_module().cuda.Device`.
 
@@ -93,7 +100,8 @@ def get(refs: ObjectRef | Sequence[ObjectRef], *, timeout: float | None = None, 
     """
     try:
         values = (participation.participant or participation.ensure(something_new=False)).values
-        deadline = None if timeout is None else time.monotonic() + timeout
+        limit_s = None if timeout is None else seconds(timeout, "get()")
+        deadline = None if limit_s is None else time.monotonic() + limit_s
         into = None if device is None else values.parts.devices.arena_named(device)
         if type(refs) is ObjectRef:
             return values.get(refs, deadline, into=into)
@@ -142,7 +150,7 @@ def wait(
     refs: Sequence[ObjectRef],
     *,
     num_returns: int = 1,
-    timeout: float | None = None,
+    timeout: float | timedelta | None = None,
     fetch_local: bool = True,
 ) -> tuple[list[ObjectRef], list[ObjectRef]]:
     """Wait until `num_returns` of the refs are ready (with a value or an error); return (ready, not ready).
@@ -152,25 +160,29 @@ def wait(
     Args:
         refs: a list of different refs.
         num_returns: how many to wait for.
-        timeout: seconds; 0 asks without waiting.
+        timeout: seconds (or a timedelta); 0 asks without waiting.
         fetch_local: values of this machine are shared, so there is nothing to fetch yet.
 
     Raises:
-        TypeError: not a list of refs.
-        ValueError: duplicates, `num_returns` out of range, or `timeout` less than 0.
+        TypeError: not a list of refs, or `timeout` is no number.
+        ValueError: duplicates, `num_returns` out of range, or `timeout` less than 0 or NaN.
     """
     ids = _distinct(refs)
     if not ids:
         return [], []
-    if timeout is not None and timeout < 0:
+    limit_s = None if timeout is None else seconds(timeout, "wait()")
+    if limit_s is not None and limit_s < 0:
         raise ValueError(f"timeout={timeout!r} is less than 0")
+    count: object = num_returns
+    if isinstance(count, np.integer):
+        num_returns = int(count)
     if type(num_returns) is not int or num_returns < 1:
         raise ValueError(f"num_returns={num_returns!r} must be a whole number of at least 1")
     if num_returns > len(refs):
         raise ValueError(f"num_returns={num_returns} is more than the {len(refs)} refs given")
     try:
         values = (participation.participant or participation.ensure(something_new=False)).values
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = None if limit_s is None else time.monotonic() + limit_s
         return values.wait(refs, ids, num_returns, deadline)
     except BaseException as error:
         trim(error)
@@ -252,9 +264,9 @@ def cluster_resources() -> dict[str, float]:
 
 
 def available_resources() -> dict[str, float]:
-    """Return what is not leased at this moment."""
+    """Return what is not leased at this moment; what is used up is not among it."""
     available: dict[str, float] = query("available")
-    return available
+    return {name: amount for name, amount in available.items() if amount}
 
 
 def empty(shape: int | tuple[int, ...], dtype: npt.DTypeLike = "float64") -> npt.NDArray[Any]:

@@ -57,7 +57,7 @@ class RemoteFunction(Generic[P, R]):
         validate(options, TASK_OPTIONS, f"{self._name}.options()")
         return RemoteFunction(self._function, self._options | options)
 
-    def remote(self, *args: Any, **kwargs: Any) -> Any:
+    def remote(self, /, *args: Any, **kwargs: Any) -> Any:
         """Submit a call; return its outcome's `ObjectRef` without waiting.
 
         With `num_returns=N` that is a list of N refs; a generator function returns an `ObjectRefGenerator`.

@@ -9,12 +9,11 @@ from typing import Any
 
 from afield.errors import InvalidOptionError, NotInitializedError
 from afield.runtime.calls import participation
-from afield.runtime.calls.callee import Callee, RetryOn
+from afield.runtime.calls.callee import Callee
 from afield.runtime.cores.caller import life_of
 from afield.runtime.face.options import METHOD_OPTIONS, retry_on, returns_of, validate
 from afield.runtime.face.parameters import Parameters, describe
 from afield.runtime.process.refs import ObjectRef, rebuild_ref
-from afield.runtime.process.serialization import deserialize, serialize
 from afield.runtime.values.definitions import Definition
 from afield.tracebacks import trim
 
@@ -77,20 +76,10 @@ def methods_of(cls: type) -> dict[str, dict[str, Any]]:
                 "group": options.get("concurrency_group") or "",
                 "backpressure": options.get("_generator_backpressure_num_objects") or 0,
                 "retries": options.get("max_task_retries"),
-                "retry_on": _pack_types(retry_on(options)),
+                "retry_on": retry_on(options),
                 "parameters": describe(member, bound=bound) if inspect.isfunction(member) else None,
             }
     return methods
-
-
-def _pack_types(retry: RetryOn) -> bool | bytes:
-    """The actor directory keeps descriptions and knows no classes of the user."""
-    return retry if isinstance(retry, bool) else serialize(retry, "retry_exceptions", stored=False).pack()
-
-
-def _unpack_types(packed: bool | bytes) -> RetryOn:
-    retry: RetryOn = packed if isinstance(packed, bool) else deserialize(packed, "retry_exceptions", None)
-    return retry
 
 
 class ActorHandle:
@@ -164,7 +153,7 @@ class ActorMethod:
             known["num_returns"],
             backpressure=known.get("backpressure") or 0,
             group=known.get("group") or "",
-            retry_on=_unpack_types(known.get("retry_on") or False),
+            retry_on=known.get("retry_on") or False,
         )
         #: A reference to the object of the actor's life, not to the handle, which would be a cycle.
         self._life = handle._life
@@ -194,10 +183,10 @@ class ActorMethod:
             if options.get(option) is not None:
                 known[name] = options[option]
         if options.get("retry_exceptions") is not None:
-            known["retry_on"] = _pack_types(retry_on(options))
+            known["retry_on"] = retry_on(options)
         return ActorMethod(ActorHandle(self._handle_description, self._life), self._name, known)
 
-    def remote(self, *args: Any, **kwargs: Any) -> Any:
+    def remote(self, /, *args: Any, **kwargs: Any) -> Any:
         """Call the method; return its outcome's `ObjectRef` without waiting (see `RemoteFunction.remote`).
 
         Raises:

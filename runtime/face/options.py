@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import datetime
 import difflib
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
 from afield.errors import InvalidOptionError
 from afield.runtime.face.strategies import strategy_problem
+from afield.runtime.process.serialization import serialize
 from afield.runtime.wire.messages import STREAMING
 from afield.scheduler.resources import ResourceSet
 
@@ -17,7 +21,7 @@ Check = Callable[[Any], str]  # returns what was expected, or "" if the value is
 
 def _whole(minimum: int) -> Check:
     def check(value: Any) -> str:
-        fine = isinstance(value, int) and not isinstance(value, bool) and value >= minimum
+        fine = isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= minimum
         return "" if fine else f"a whole number, at least {minimum}"
 
     return check
@@ -100,8 +104,11 @@ METHOD_OPTIONS: dict[str, Check] = {
 }
 
 
-def validate(options: Mapping[str, Any], known: Mapping[str, Check], what: str) -> None:
-    """Raise `InvalidOptionError` for an option that is not known or has a wrong value; None stands for the default."""
+def validate(options: dict[str, Any], known: Mapping[str, Check], what: str) -> None:
+    """Raise `InvalidOptionError` for an option that is not known or has a wrong value; None stands for the default.
+
+    NumPy's whole numbers become plain ones, as options travel.
+    """
     for name, value in options.items():
         check = known.get(name)
         if check is None:
@@ -111,15 +118,39 @@ def validate(options: Mapping[str, Any], known: Mapping[str, Check], what: str) 
         expected = check(value) if value is not None else ""
         if expected:
             raise InvalidOptionError(f"{what}: {name}={value!r} is not valid; expected {expected}")
+        if isinstance(value, np.integer):
+            options[name] = int(value)
+        elif name == "concurrency_groups" and value is not None:
+            options[name] = {group: int(number) for group, number in value.items()}
 
 
 def check_task(function: Callable[..., Any]) -> None:
     """Raise `InvalidOptionError` for a function that can be no task."""
-    if inspect.iscoroutinefunction(function):
+    if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
         raise InvalidOptionError(
             f"{function.__name__}() is `async def`, and tasks have no event loop: make it a method of an actor, or a plain "
             "function that calls asyncio.run()"
         )
+
+
+def seconds(timeout: Any, what: str) -> float | None:
+    """Return a timeout in seconds; None for none.
+
+    Raises:
+        TypeError: it is no number and no timedelta.
+        ValueError: it is not a number (NaN).
+    """
+    if timeout is None or type(timeout) is int:
+        return timeout
+    if isinstance(timeout, datetime.timedelta):
+        return timeout.total_seconds()
+    if isinstance(timeout, bool) or not isinstance(timeout, (int, float, np.integer, np.floating)):
+        raise TypeError(
+            f"{what}: timeout={timeout!r} is a {type(timeout).__name__}; expected seconds, a timedelta, or None"
+        )
+    if timeout != timeout:
+        raise ValueError(f"{what}: timeout={timeout!r} is no number of seconds; None waits without a limit")
+    return float(timeout)
 
 
 def shape_of(options: Mapping[str, Any], default_cpus: float) -> tuple[tuple[str, int], ...]:
@@ -146,7 +177,9 @@ def returns_of(options: Mapping[str, Any], function: Callable[..., Any]) -> int:
     return STREAMING if streams else 1
 
 
-def retry_on(options: Mapping[str, Any]) -> bool | tuple[type[BaseException], ...]:
-    """Return which exceptions of the user's code are retried."""
+def retry_on(options: Mapping[str, Any]) -> bool | bytes:
+    """Return which exceptions of the user's code are retried: types are packed, as only the worker compares them."""
     given = options.get("retry_exceptions")
-    return bool(given) if given is None or isinstance(given, bool) else tuple(given)
+    if given is None or isinstance(given, bool):
+        return bool(given)
+    return bool(given) and serialize(tuple(given), "retry_exceptions", stored=False).pack()

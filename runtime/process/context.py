@@ -60,10 +60,12 @@ def calling_context() -> TaskContext:
 
 def leave_copy(error: BaseException | None) -> NoReturn:
     """End this process, a child that a task made with `os.fork`: what it returns is not the task's result."""
-    if isinstance(error, SystemExit):
-        status = error.code if isinstance(error.code, int) else int(error.code is not None)
+    if error is not None and issubclass(type(error), SystemExit):
+        code = vars(SystemExit)["code"].__get__(error)
+        status = code if isinstance(code, int) else int(code is not None)
     elif error is not None:
-        traceback.print_exception(error)
+        with contextlib.suppress(BaseException):  # its text is made by code of the user's
+            traceback.print_exception(error)
         status = 1
     else:
         status = 0

@@ -22,6 +22,7 @@ the `Collector` of the running thread. Pickled anywhere else, a ref has no carri
 
 from __future__ import annotations
 
+import copyreg
 import io
 import pickle
 import struct
@@ -33,11 +34,12 @@ from typing import Any
 import cloudpickle
 import numpy as np
 
+from afield.causes import NOTHING_CARRIED, Cause, carried, load_unopened
 from afield.code_names import reduce_code, remember_source
 from afield.errors import CapacityError, DeserializationError, LossError, SerializationError
 from afield.gpu_store.interop import DevicePacker, adapter_of
 from afield.runtime.process import current
-from afield.tracebacks import UnknownError, trim
+from afield.tracebacks import trim
 from afield.transport.interrupts import interruptible
 
 ALIGNMENT = 64
@@ -247,10 +249,10 @@ def array_here(host: np.ndarray[Any, Any]) -> Any:
 
 
 @interruptible
-def _pickle(value: Any, buffers: Buffers, packer: DevicePacker | None) -> bytes:
+def _pickle(value: Any, buffers: Buffers | None, packer: DevicePacker | None) -> bytes:
     """Return the pickle; what refers to the value's parts is gone with this frame, but for the buffers."""
     out = io.BytesIO()
-    pickler = _Pickler(out, 5, buffers.append)
+    pickler = _Pickler(out, 5, None if buffers is None else buffers.append)
     pickler.packer = packer
     pickler.dump(value)
     return out.getvalue()
@@ -308,34 +310,31 @@ def serialize_error(error: BaseException) -> bytes:
     return serialize(error, "the error", stored=False).pack()
 
 
-class _Lenient(pickle.Unpickler):
-    """Puts `UnknownError` in place of classes that cannot be found."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        try:
-            return super().find_class(module, name)
-        except (ImportError, AttributeError):
-            return UnknownError
-
-
 @interruptible
-def deserialize_error(data: bytes, what: str, on_ref: Callable[[bytes, bytes], None] | None) -> Any:
-    """Rebuild an error; where the class of what a task raised cannot be found here, the `TaskError` describes it.
-
-    Raises:
-        DeserializationError: as `deserialize`.
-    """
+def _reduce_cause(cause: Cause) -> tuple[Any, ...]:
+    """Pickle a user's exception by itself; of several attempts the last one counts, also for the refs that are in it."""
+    outer = collector.refs
     try:
-        return deserialize(data, what, on_ref)
-    except DeserializationError as failure:
-        if not isinstance(failure.__cause__, ImportError | AttributeError):
-            raise
-        return deserialize(data, what, on_ref, load=_load_leniently)
+        reduced = carried(cause.error, _dumps_afresh)
+        if outer is not None and collector.refs is not None and reduced != NOTHING_CARRIED:
+            outer += collector.refs
+        return reduced
+    finally:
+        collector.refs = outer
 
 
-@interruptible
-def _load_leniently(data: bytes | memoryview, buffers: Any = ()) -> Any:
-    return _Lenient(io.BytesIO(data), buffers=buffers).load()
+copyreg.pickle(Cause, _reduce_cause)
+
+
+def _dumps_afresh(value: Any) -> bytes:
+    if collector.refs is not None:
+        collector.refs = []
+    return _pickle(value, None, None)
+
+
+def deserialize_unopened(data: bytes, what: str) -> Any:
+    """Rebuild an error without running code of the user's: what a task raised is passed on as it is."""
+    return deserialize(data, what, None, load=load_unopened)
 
 
 @interruptible

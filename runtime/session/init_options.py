@@ -18,7 +18,7 @@ from afield.runtime.process.limits import usable_cpus, usable_memory_bytes
 from afield.runtime.session.bootstrap import STORE_SHARE, SessionOptions
 from afield.scheduler.devices import Device, parse_devices, visible_devices
 from afield.scheduler.resources import ResourceSet
-from afield.units import parse_bytes
+from afield.units import format_bytes, parse_bytes
 
 #: Another name for an argument of ours.
 _ALIASES = {"object_store_memory": "host_memory", "_temp_dir": "spill_dir"}
@@ -26,7 +26,6 @@ _ALIASES = {"object_store_memory": "host_memory", "_temp_dir": "spill_dir"}
 _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "include_dashboard": ((False,), "there is no dashboard; see `afield status`"),
     "dashboard_host": (("127.0.0.1", "localhost"), "there is no dashboard; see `afield status`"),
-    "dashboard_port": ((8265,), "there is no dashboard; see `afield status`"),
     "local_mode": ((False,), "tasks always run in workers; call f.__wrapped__(...) to run one here"),
     "job_config": ((), "pass runtime_env= and namespace= themselves"),
     "labels": (({},), "there are no node labels; use resources="),
@@ -35,8 +34,17 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "_memory": ((), "memory for tasks is what the machine has"),
     "_node_ip_address": (("127.0.0.1",), "the runtime is on this machine only"),
 }
-#: These say how Ray's own messages are logged; afield has none, and leaves the logging of the program alone.
-_LOGGING = ("configure_logging", "logging_level", "logging_format", "logging_config")
+#: A port of a dashboard that is not there binds nothing. The others say how Ray's own messages are logged; afield has none, and
+#: leaves the logging of the program alone.
+_IGNORED = ("dashboard_port", "configure_logging", "logging_level", "logging_format", "logging_config")
+
+_KINDS: tuple[tuple[str, Any, str], ...] = (
+    ("address", str, "a string"),
+    ("namespace", str, "a string"),
+    ("spill_dir", (str, os.PathLike), "the path of a directory"),
+    ("log_to_driver", bool, "True or False"),
+    ("resources", Mapping, "a dict of names and amounts"),
+)
 
 
 def _translate(others: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
@@ -50,7 +58,7 @@ def _translate(others: Mapping[str, Any], known: Collection[str]) -> dict[str, A
             harmless, instead = _REFUSED[name]
             if value is not None and value not in harmless:
                 raise InvalidOptionError(f"init({name}={value!r}) is not supported: {instead}")
-        elif name not in _LOGGING:
+        elif name not in _IGNORED:
             near = difflib.get_close_matches(name, [*known, *_ALIASES], 1)
             hint = f"; did you mean {near[0]!r}?" if near else "; leave it out."
             raise InvalidOptionError(f"init() has no argument {name!r}{hint} It takes: {', '.join(sorted(known))}")
@@ -65,6 +73,9 @@ def session_options(others: Mapping[str, Any], **given: Any) -> SessionOptions:
         NoDeviceError: `num_gpus` exceeds the devices, or `devices` asks for some that are not here.
     """
     given |= _translate(others, [*given, "ignore_reinit_error"])
+    for name, kind, expected in _KINDS:
+        if given[name] is not None and not isinstance(given[name], kind):
+            raise InvalidOptionError(f"init({name}={given[name]!r}): expected {expected}")
     address, num_cpus, num_gpus = given["address"], given["num_cpus"], given["num_gpus"]
     if address not in (None, "local"):
         raise NoClusterError(f"address={address!r}: joining another runtime is not supported yet; leave it out")
@@ -85,7 +96,7 @@ def session_options(others: Mapping[str, Any], **given: Any) -> SessionOptions:
         _emulated_link(found),
         amounts,
         _store_bytes(given["host_memory"]),
-        given["spill_dir"],
+        None if given["spill_dir"] is None else os.fspath(given["spill_dir"]),
         given["namespace"] or "",
         given["log_to_driver"],
         Environment.of(given["runtime_env"]),
@@ -120,4 +131,10 @@ def _store_bytes(host_memory: int | str | None) -> int:
         raise InvalidOptionError(f"host_memory={host_memory!r}: {error}") from None
     if size < 1 << 20:
         raise InvalidOptionError(f"host_memory={host_memory!r}: at least 1 MiB is needed")
+    there_is = usable_memory_bytes()
+    if host_memory is not None and size > there_is:
+        raise InvalidOptionError(
+            f"host_memory={host_memory!r} is more than the {format_bytes(there_is)} of memory that may be used here; "
+            "what does not fit into the store spills to disk"
+        )
     return size & -4096

@@ -17,14 +17,7 @@ from afield.runtime.cores.objects import FAILED, INLINE, LOCATED, PENDING, Entry
 from afield.runtime.process.context import calling_context, running
 from afield.runtime.process.process import INLINE_BYTES, Process
 from afield.runtime.process.refs import ObjectRef
-from afield.runtime.process.serialization import (
-    Failure,
-    Serialized,
-    deserialize,
-    deserialize_error,
-    dumps_plain,
-    serialize,
-)
+from afield.runtime.process.serialization import Failure, Serialized, deserialize, dumps_plain, serialize
 from afield.runtime.values.parts import Parts, PartsLostError, WouldBlockError
 from afield.tracebacks import trim
 from afield.transport.interrupts import interruptible, uninterruptible
@@ -274,7 +267,7 @@ class Values:
         if entry.state != LOCATED:
             if entry.state == FAILED:
                 try:
-                    value = deserialize_error(entry.value, "the value", on_ref)
+                    value = deserialize(entry.value, "the value", on_ref)
                     raise value
                 finally:
                     value = None  # else it refers to itself, by way of this frame, and keeps what all its frames have

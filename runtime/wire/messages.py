@@ -34,6 +34,8 @@ STREAMING = -1
 INLINE, LOCATED, FAILED = 0, 1, 2
 #: Kind of a `Reply` to a push that has not run, because an argument's stored value is lost.
 ARGUMENT_LOST = 4
+#: FAILED, with an error that the caller wants the task to be run again for, as long as it has retries.
+FAILED_AGAIN = 5
 
 
 class Contained(msgspec.Struct, array_like=True, gc=False):
@@ -75,6 +77,7 @@ class Define(msgspec.Struct, array_like=True, tag=1):
     backpressure: int  # items a generator may be ahead of its consumer; 0 for any number
     group: str  # the actor's concurrency group to run in; empty for the default
     once: bool  # never to be run again: the owner must know exactly whether it has started
+    retry_on: bool | bytes = False  # which errors of the user's are to be retried: all, or serialised types
 
 
 class Push(msgspec.Struct, array_like=True, tag=2, gc=False):

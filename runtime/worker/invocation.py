@@ -27,6 +27,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from afield.causes import is_a
 from afield.errors import AfieldError, DeviceLostError, TaskCancelledError
 from afield.runtime.cores.work import (
     ANSWERED,
@@ -129,11 +130,11 @@ class Invocation(TaskContext):
         if current.process is not host.process:
             leave_copy(error)
         # Outside of user code it is our own device that is lost: where arguments go to, or results come from.
-        lost = isinstance(error, DeviceLostError) and not in_user_code
+        lost = is_a(error, DeviceLostError) and not in_user_code
         broken = str(error) if lost else host.participant.values.parts.devices.broken()
         if broken:
             host.leave(broken)
-        if isinstance(error, ActorExit):
+        if is_a(error, ActorExit):
             host.goodbye = "it ended itself"
             reply = host.outcomes.reply([self._nothing()], self, self.push, self.channel.peer_id, self.callee)
         elif self.cancel is not None:

@@ -8,11 +8,11 @@ A reply that was made in vain, because its call was cancelled meanwhile, is take
 from __future__ import annotations
 
 import itertools
-import pickle
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from afield.causes import is_a, name_of
 from afield.errors import ActorConstructionError, AfieldError, CapacityError, MessageTooLargeError, TaskError
 from afield.ids import ARGUMENTS_INDEX, object_id
 from afield.runtime.calls.participant import Participant
@@ -24,11 +24,9 @@ from afield.runtime.process.serialization import (
     Arg,
     Failure,
     Serialized,
-    collector,
     deserialize,
     dumps_plain,
     serialize,
-    serialize_error,
 )
 from afield.runtime.values.definitions import rebuild
 from afield.runtime.values.parts import ARGUMENT, PartsLostError
@@ -41,14 +39,14 @@ from afield.transport.interrupts import interruptible, uninterruptible
 MAX_REPLY_BYTES = 1 << 20
 #: A result beyond that which is no larger is not stored: its location takes as much.
 SMALL_BYTES = 256
-#: Stands for the type of an error that is not told.
-NO_TYPE = pickle.dumps(None, 5)
+#: In the data of a stored error: it is to be retried.
+AGAIN = b"again"
 
 
 class LoadedCallee:
     """A function as its owner defined it; unpickled on first use."""
 
-    __slots__ = ("backpressure", "blob", "function", "group", "name", "num_returns", "once", "plain")
+    __slots__ = ("backpressure", "blob", "function", "group", "name", "num_returns", "once", "plain", "retry_on")
 
     def __init__(self, message: messages.Define) -> None:
         self.name = message.name
@@ -57,6 +55,7 @@ class LoadedCallee:
         self.backpressure = message.backpressure
         self.group = message.group
         self.once = message.once
+        self.retry_on = message.retry_on
         #: As nearly all are: one result, and it may run again.
         self.plain = message.num_returns == 1 and not message.once
         #: The function, once it was rebuilt; an actor's methods are looked up each time.
@@ -277,41 +276,37 @@ class Outcomes:
 
         A large error is stored like a result: reading it raises it. Where that cannot be it is described instead.
         """
-        if isinstance(error, PartsLostError) and not in_user_code:
+        if is_a(error, PartsLostError) and not in_user_code:
             return messages.Reply(sequence, messages.ARGUMENT_LOST, b"")
-        wrapped: BaseException = error
-        if in_user_code or not isinstance(error, AfieldError):
-            wrapped = _wrap(TaskError, callee.name, error)
-        try:
-            serialized = serialize(wrapped, "the error", stored=False)
-            if serialized.size > MAX_REPLY_BYTES:
-                if callee.num_returns != messages.STREAMING:
-                    return self._store_failure(sequence, task_id, callee, wrapped, receiver)
-                raise MessageTooLargeError(f"it has {serialized.size} bytes")
-        except Exception as failure:
-            serialized = serialize(_described(TaskError, callee.name, error, failure), "the error", stored=False)
+        of_user = in_user_code or not is_a(error, AfieldError)
+        again = of_user and callee.retry_on is not False and _is_to_be_retried(error, callee.retry_on)
+        serialized = _encoded(TaskError, callee.name, error) if of_user else serialize(error, "the error", stored=False)
+        if serialized.size > MAX_REPLY_BYTES:
+            why: BaseException = MessageTooLargeError(f"it has {serialized.size} bytes")
+            if callee.num_returns != messages.STREAMING:
+                try:
+                    wrapped = TaskError.from_exception(callee.name, error) if of_user else error
+                    return self._store_failure(sequence, task_id, callee, wrapped, receiver, again)
+                except BaseException as failure:  # code of the user's has run
+                    why = failure
+            serialized = serialize(_described(TaskError, callee.name, error, why), "the error", stored=False)
         data, refs = serialized.pack(), serialized.refs
-        if callee.num_returns in (1, messages.STREAMING):
-            return messages.Reply(sequence, FAILED, data, None, self._hand_on(refs, receiver))
-        results = [
-            messages.Result(FAILED, data, None, self._hand_on(refs, receiver)) for _ in range(callee.num_returns)
-        ]
+        kind = messages.FAILED_AGAIN if again else FAILED
+        if callee.num_returns in (1, messages.STREAMING) or (again and not callee.num_returns):
+            return messages.Reply(sequence, kind, data, None, self._hand_on(refs, receiver))
+        results = [messages.Result(kind, data, None, self._hand_on(refs, receiver)) for _ in range(callee.num_returns)]
         return messages.ReplyMany(sequence, results)
 
     def _store_failure(
-        self, sequence: int, task_id: bytes, callee: LoadedCallee, error: BaseException, receiver: bytes
+        self, sequence: int, task_id: bytes, callee: LoadedCallee, error: BaseException, receiver: bytes, again: bool
     ) -> Any:
-        """Make the reply of a task that raised a large error; `data` has its type, for those who may retry."""
+        """Make the reply of a task that raised a large error; its `data` says whether it is to be retried."""
         value = serialize(Failure(error), "the error", stored=False)
-        try:
-            kind = serialize(type(getattr(error, "cause", None)), "its type", stored=False).pack()
-        except Exception:
-            kind = b""
         results: list[messages.Result] = []
         try:
             for index in range(callee.num_returns):
                 results.append(self.written([], value, task_id, index, receiver))
-                results[-1].data = kind if 0 < len(kind) <= INLINE_BYTES else NO_TYPE
+                results[-1].data = AGAIN if again else b""
         except BaseException:
             self._take_back(results, task_id, receiver)
             raise
@@ -323,25 +318,37 @@ class Outcomes:
     def constructor_failure(self, class_name: str, error: BaseException) -> bytes:
         """Serialise what an actor's constructor raised; what is too large for the daemon to keep is described."""
         name = f"{class_name}.__init__"
-        data = serialize_error(_wrap(ActorConstructionError, name, error))
+        data = _encoded(ActorConstructionError, name, error).pack()
         if len(data) > MAX_REPLY_BYTES:
             too_large = MessageTooLargeError(f"it has {len(data)} bytes")
-            data = serialize_error(_described(ActorConstructionError, name, error, too_large))
+            described = _described(ActorConstructionError, name, error, too_large)
+            data = serialize(described, "the error", stored=False).pack()
         return data
 
 
-def _described(kind: type[TaskError], name: str, error: BaseException, why: Exception) -> TaskError:
+def _described(kind: type[TaskError], name: str, error: BaseException, why: BaseException) -> TaskError:
     """Stand in for an error that cannot travel; `why` says what hinders it."""
-    summary = type(error).__name__
-    if isinstance(why, CapacityError):
+    summary = name_of(type(error))[1]
+    if is_a(why, CapacityError):
         summary += f" (the exception itself could not be sent: {type(why).__name__}: {str(why)[:500]})"
     return kind(name, None, summary, describe(error))
 
 
-def _wrap(kind: type[TaskError], name: str, error: BaseException) -> TaskError:
-    """Wrap what the user's code raised. It is pickled on trial: the refs in it are not passed on by that."""
-    outer, collector.refs = collector.refs, []
+def _encoded(kind: type[TaskError], name: str, error: BaseException) -> Serialized:
+    """Pickle what the user's code raised, wrapped. Code of the user's runs here, and nothing that it raises leaves."""
     try:
-        return kind.from_exception(name, error)
-    finally:
-        collector.refs = outer
+        return serialize(kind.from_exception(name, error), "the error", stored=False)
+    except BaseException:
+        return serialize(kind.described(name, error), "the error", stored=False)
+
+
+def _is_to_be_retried(error: BaseException, retry_on: bool | bytes) -> bool:
+    """Tell whether a task that raised this is to be run again; its owner may not know the types."""
+    if isinstance(retry_on, bool):
+        return retry_on
+    try:
+        kinds = deserialize(retry_on, "retry_exceptions", None)
+        cause = error.cause if isinstance(error, TaskError) else None
+        return any(issubclass(kind, kinds) for kind in (type(error), TaskError, type(cause)))
+    except BaseException:
+        return False
