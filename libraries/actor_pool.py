@@ -15,7 +15,7 @@ from typing import Any
 import afield
 from afield.tracebacks import trim, unseen
 
-#: Makes a call: `lambda actor, value: actor.method.remote(value)`.
+#: Makes a call: `lambda actor, value: actor.method.remote(value)`. A method with several returns gives a list of refs.
 Call = Callable[[Any, Any], Any]
 
 
@@ -32,7 +32,8 @@ class ActorPool:
     def __init__(self, actors: Iterable[Any]) -> None:
         self._idle: list[Any] = []
         self._busy: dict[afield.ObjectRef, Any] = {}  # a call that may be running -> its actor
-        self._unreturned: dict[afield.ObjectRef, None] = {}  # ordered as submitted
+        # A call -> what `get` takes for its result: the call itself, or the refs of all its returns. Ordered as submitted.
+        self._unreturned: dict[afield.ObjectRef, afield.ObjectRef | list[afield.ObjectRef]] = {}
         self._waiting: deque[tuple[Call, Any]] = deque()
         for actor in actors:
             self.push(actor)
@@ -73,7 +74,7 @@ class ActorPool:
         """Call an idle actor with the value, or remember it until one is idle.
 
         Raises:
-            TypeError: `fn` did not return an ObjectRef.
+            TypeError: `fn` returned neither an ObjectRef nor a list of them.
         """
         self._waiting.append((fn, value))
         self._call_idle()
@@ -127,14 +128,16 @@ class ActorPool:
             fn, value = self._waiting.popleft()
             actor = self._idle.pop()
             try:
-                ref = fn(actor, value)
-                if not isinstance(ref, afield.ObjectRef):
-                    raise TypeError(f"fn must return the ObjectRef of a call, not a {type(ref).__name__}")
+                result = fn(actor, value)
+                refs = list(result) if isinstance(result, list | tuple) else [result]
+                if not refs or not all(isinstance(ref, afield.ObjectRef) for ref in refs):
+                    raise TypeError(f"fn must return the ObjectRef of a call, or those of its returns, not {result!r}")
             except BaseException:
                 self._idle.append(actor)
                 raise
-            self._busy[ref] = actor
-            self._unreturned[ref] = None
+            # All returns of a call come with its one reply, so any of them stands for it.
+            self._busy[refs[0]] = actor
+            self._unreturned[refs[0]] = refs[0] if result is refs[0] else refs
 
     def _next(self, timeout: float | None, ignore: bool, choose: Callable[[], afield.ObjectRef | None]) -> Any:
         if not self.has_next():
@@ -145,8 +148,7 @@ class ActorPool:
         while True:
             chosen = choose() if self._unreturned else None
             if chosen is not None and chosen not in self._busy:
-                del self._unreturned[chosen]
-                return afield.get(chosen)
+                return afield.get(self._unreturned.pop(chosen))
             if not self._free_one(deadline):
                 break
         message = f"no result after {timeout:g} s"

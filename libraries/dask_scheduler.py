@@ -3,7 +3,8 @@
 Theory of operation. Dask's own conversion turns any graph into nodes that know what they depend on. They are submitted in
 Dask's order (which puts what belongs together side by side), each with the refs of its dependencies as arguments; so the
 whole graph is with the runtime at once, values in between never come to the driver, and each is freed when the last task
-that needs it is done. Data in the graph is put once, however many tasks need it.
+that needs it is done. Data in the graph is put once, however many tasks need it. Callbacks, if there are any, are told
+about all that (see `dask_callbacks`); the refs of all tasks are kept for them until the end.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import afield
+from afield.libraries.dask_callbacks import Around, Hooks
 from afield.tracebacks import unseen
 
 
@@ -40,18 +42,31 @@ def dask_get(dsk: Any, keys: Any, **kwargs: Any) -> Any:
     if not isinstance(dsk, Mapping):
         dsk = dsk.__dask_graph__()
     wanted = set(_leaves(keys))
-    refs = _submit(cull(convert_legacy_graph(dsk), wanted), wanted)
+    graph = cull(convert_legacy_graph(dsk), wanted)
+    hooks = Hooks.active()
+    refs: dict[Any, Any] = {}
+    chosen: dict[Any, Any] = {}
     try:
-        values = dict(zip(refs, afield.get(list(refs.values())), strict=True))
+        _submit(graph, wanted, refs, hooks)
+        chosen = {key: refs[key] for key in wanted}
+        if hooks is None:
+            refs.clear()  # values in between are freed as soon as no task needs them
+        else:
+            hooks.wait(refs, chosen)
+        result = _nested(keys, dict(zip(chosen, afield.get(list(chosen.values())), strict=True)))
     except BaseException:
-        for ref in refs.values():
+        for ref in (refs or chosen).values():
             afield.cancel(ref)
+        if hooks is not None:
+            hooks.finish(None, failed=True)
         raise
-    return _nested(keys, values)
+    if hooks is not None:
+        hooks.finish(result, failed=False)
+    return result
 
 
-def _submit(graph: dict[Any, Any], wanted: Iterable[Any]) -> dict[Any, Any]:
-    """Submit all of the graph; return the refs of the wanted keys."""
+def _submit(graph: dict[Any, Any], wanted: Iterable[Any], refs: dict[Any, Any], hooks: Hooks | None) -> None:
+    """Submit all of the graph, and write the refs of all keys into `refs`."""
     from dask._task_spec import Alias, DataNode
     from dask.order import order
     from dask.utils import key_split
@@ -65,7 +80,8 @@ def _submit(graph: dict[Any, Any], wanted: Iterable[Any]) -> dict[Any, Any]:
     def task(name: str) -> Any:
         return afield.remote(_run).options(name=name)
 
-    refs: dict[Any, Any] = {}
+    if hooks is not None:
+        hooks.start(graph, [key for key, node in graph.items() if not isinstance(node, Alias | DataNode)])
     priorities = order(graph)
     for key in sorted(graph, key=priorities.__getitem__):
         node = graph[key]
@@ -74,13 +90,42 @@ def _submit(graph: dict[Any, Any], wanted: Iterable[Any]) -> dict[Any, Any]:
         elif isinstance(node, DataNode):
             refs[key] = afield.put(node.value)
         else:
-            names = list(node.dependencies)
-            refs[key] = task(key_split(key)).remote(node, names, *(refs[name] for name in names))
-    return {key: refs[key] for key in wanted}
+            deps = {name: refs[name] for name in node.dependencies}
+            refs[key] = _submit_task(key, node, deps, task(key_split(key)), hooks)
 
 
-def _run(node: Any, names: list[Any], *values: Any) -> Any:
-    return node(dict(zip(names, values, strict=True)))
+def _submit_task(key: Any, node: Any, deps: dict[Any, Any], task: Any, hooks: Hooks | None) -> Any:
+    if hooks is None:
+        return task.remote(node, list(deps), None, *deps.values())
+    instead = hooks.presubmit(key, deps)
+    if instead is not None:
+        return afield.put(instead)
+    around = hooks.around and (hooks.around, key, list(deps.values()))
+    ref = task.remote(node, list(deps), around, *deps.values())
+    hooks.postsubmit(key, deps, ref)
+    return ref
+
+
+def _run(node: Any, names: list[Any], around: tuple[Around, Any, list[Any]] | None, *values: Any) -> Any:
+    arguments = dict(zip(names, values, strict=True))
+    if around is None:
+        return node(arguments)
+    callbacks, key, refs = around
+    return callbacks.call(key, refs, lambda: node(arguments))
+
+
+def enable_dask(**_: Any) -> Any:
+    """Make `dask_get` the scheduler of all computations from here on, or of those in the ``with`` block."""
+    import dask
+
+    return dask.config.set(scheduler=dask_get)
+
+
+def disable_dask() -> Any:
+    """Let Dask choose its scheduler again."""
+    import dask
+
+    return dask.config.set(scheduler=None)
 
 
 def _leaves(keys: Any) -> Iterator[Any]:

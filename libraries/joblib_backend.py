@@ -34,7 +34,8 @@ _NEEDS_JOBLIB = "register_joblib() needs joblib, 1.5 or newer: pip install 'jobl
 def register_joblib() -> None:
     """Make the backend "afield" known to joblib: ``with joblib.parallel_config("afield"): ...``.
 
-    Keyword arguments of `parallel_config` are options of the tasks, such as `num_gpus=0.5`.
+    Keyword arguments of `parallel_config` are options of the tasks, such as `num_gpus=0.5`; so is what a dict
+    `ray_remote_args` has. The backend has the name "ray" as well, for programs that were written for it.
 
     Raises:
         ImportError: joblib is not installed, or too old.
@@ -46,7 +47,9 @@ def register_joblib() -> None:
         raise ImportError(_NEEDS_JOBLIB) from error
     if not hasattr(ParallelBackendBase, "submit"):
         raise ImportError(f"{_NEEDS_JOBLIB} (this is joblib {joblib.__version__})")
-    joblib.register_parallel_backend("afield", _backend_class())
+    backend = _backend_class()
+    for name in ("afield", "ray"):
+        joblib.register_parallel_backend(name, backend)
 
 
 def _backend_class() -> Any:
@@ -70,7 +73,9 @@ def _backend_class() -> Any:
 
         def _open(self, width: int) -> None:
             self._width = width
-            self._executor = Executor(width, **self.backend_kwargs)
+            options = dict(self.backend_kwargs)
+            options |= options.pop("ray_remote_args", None) or {}
+            self._executor = Executor(width, **options)
             self._shared = SharedArrays()
 
         def submit(self, func: Callable[[], Any], callback: Any = None) -> Future[Any]:

@@ -22,6 +22,8 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, InvalidStateError
 from typing import Any, TypeVar
 
+import cloudpickle
+
 import afield
 
 T = TypeVar("T")
@@ -146,3 +148,22 @@ def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
 def call_each(function: Callable[..., T], chunk: list[tuple[Any, ...]]) -> list[T]:
     """Call the function with each tuple of arguments: many short calls in one."""
     return [function(*args) for args in chunk]
+
+
+def try_each(function: Callable[..., T], chunk: list[tuple[Any, ...]]) -> list[T | Exception]:
+    """Like `call_each`, with the exception in place of the result where the function raised."""
+    return [_try(function, args) for args in chunk]
+
+
+def _try(function: Callable[..., T], args: tuple[Any, ...]) -> T | Exception:
+    try:
+        return function(*args)
+    except Exception as error:
+        try:
+            cloudpickle.loads(cloudpickle.dumps(error))
+        except Exception as failure:  # it would take the results of the whole chunk with it
+            kind = type(error)
+            return RuntimeError(
+                f"{kind.__module__}.{kind.__qualname__} was raised, and cannot be sent: {type(failure).__name__}"
+            )
+        return error.with_traceback(None)

@@ -22,7 +22,7 @@ from concurrent.futures import Future
 from typing import Any
 
 import afield
-from afield.libraries.lanes import Lanes, batched, call_each
+from afield.libraries.lanes import Lanes, batched, call_each, try_each
 from afield.tracebacks import unseen
 
 #: `map` cuts its items into about so many chunks per process: few calls, but a slow chunk does not hold up everything.
@@ -37,10 +37,17 @@ class ResultTimeoutError(afield.GetTimeoutError, multiprocessing.TimeoutError):
     """The result was not ready in time; also a `multiprocessing.TimeoutError` and a `TimeoutError`."""
 
 
+class CallCancelledError(afield.TaskCancelledError, concurrent.futures.CancelledError):
+    """The pool was terminated before the call had ended; also a `concurrent.futures.CancelledError`."""
+
+
 class _Process:
     def __init__(self, initializer: Callable[..., object] | None, initargs: tuple[Any, ...]) -> None:
         if initializer is not None:
             initializer(*initargs)
+
+    def ready(self) -> None:
+        """Do nothing, once the initializer has run."""
 
     def run(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return function(*args, **kwargs)
@@ -60,6 +67,9 @@ class _ProcessLane:
             self._actor, self._left = self._create(), self._max_calls
         self._left -= 1
         return self._actor.run.remote(function, args, kwargs)
+
+    def ready(self) -> Any:
+        return self._actor.ready.remote()
 
     def end(self) -> None:
         afield.kill(self._actor)
@@ -98,7 +108,7 @@ class AsyncResult:
         Raises:
             multiprocessing.TimeoutError: not ready in time.
             TaskError: the function raised; also an instance of what it raised.
-            CancelledError: the pool was terminated.
+            TaskCancelledError: the pool was terminated; also a `concurrent.futures.CancelledError`.
         """
         if not self._done.wait(timeout):
             raise ResultTimeoutError(f"the result was not ready after {timeout:g} s")
@@ -132,7 +142,7 @@ class AsyncResult:
         callback, error_callback = self._callbacks
         try:
             try:
-                self._value = self._combine([future.result() for future in self._futures])
+                self._value = self._combine([_outcome(future) for future in self._futures])
             except Exception as error:
                 self._error = error
             self._futures = []
@@ -146,14 +156,19 @@ class AsyncResult:
 
 
 class ImapIterator:
-    """What `imap` and `imap_unordered` return. For one thread at a time."""
+    """What `imap` and `imap_unordered` return. For one thread at a time.
+
+    An item for which the function raised is the exception, not raised, as in Ray: one bad item among a million ends no
+    loop. Who wants it raised uses `map`, or raises it.
+    """
 
     def __init__(self, submit: Callable[[Any], Future[Any]], chunks: Iterator[Any], ahead: int, ordered: bool) -> None:
         self._submit = submit
         self._chunks = chunks
         self._ahead = ahead
         self._ordered = ordered
-        self._running: deque[Future[Any]] = deque()
+        #: The future of each chunk, and how many items it has.
+        self._running: dict[Future[Any], int] = {}
         self._values: deque[Any] = deque()
         self._run_ahead()
 
@@ -166,7 +181,7 @@ class ImapIterator:
 
     @unseen
     def next(self, timeout: float | None = None) -> Any:
-        """Return the next result.
+        """Return the next result, or the exception that the function raised instead.
 
         Args:
             timeout: seconds.
@@ -174,19 +189,21 @@ class ImapIterator:
         Raises:
             StopIteration: there are no more.
             multiprocessing.TimeoutError: not ready in time.
-            TaskError: the function raised; the results after it can still be had.
         """
         while not self._values:
             if not self._running:
                 raise StopIteration
-            candidates = [self._running[0]] if self._ordered else self._running
+            candidates = [next(iter(self._running))] if self._ordered else list(self._running)
             done, _ = concurrent.futures.wait(candidates, timeout, concurrent.futures.FIRST_COMPLETED)
             if not done:
                 raise ResultTimeoutError(f"the next result was not ready after {timeout:g} s")
             future = done.pop()
-            self._running.remove(future)
+            items = self._running.pop(future)
             self._run_ahead()
-            self._values.extend(future.result())
+            try:
+                self._values.extend(_outcome(future))
+            except Exception as error:  # the whole chunk is lost: its process died, or its results cannot be pickled
+                self._values.extend([error] * items)
         return self._values.popleft()
 
     def _run_ahead(self) -> None:
@@ -195,7 +212,7 @@ class ImapIterator:
                 chunk = next(self._chunks)
             except StopIteration:
                 return
-            self._running.append(self._submit(chunk))
+            self._running[self._submit(chunk)] = len(chunk)
 
 
 class Pool:
@@ -207,7 +224,9 @@ class Pool:
         initargs: its arguments.
         maxtasksperchild: a process is replaced after so many calls (chunks, for the methods that cut their items).
         context: there for compatibility; processes are always the cluster's.
+        ray_address: there for compatibility; None, "auto" and "local" are this session.
         remote_args: options of the processes' actors: `num_cpus`, `num_gpus`, `resources`, ...
+        ray_remote_args: another name of `remote_args`.
 
     Raises:
         ValueError: `processes` or `maxtasksperchild` is less than 1.
@@ -221,9 +240,15 @@ class Pool:
         initargs: Iterable[Any] = (),
         maxtasksperchild: int | None = None,
         context: Any = None,
+        ray_address: str | None = None,
+        ray_remote_args: Mapping[str, Any] | None = None,
         *,
         remote_args: Mapping[str, Any] | None = None,
     ) -> None:
+        if ray_address not in (None, "auto", "local"):
+            raise afield.InvalidOptionError(
+                f"ray_address={ray_address!r}: a pool runs in the session of its own program"
+            )
         count = max(1, int(afield.cluster_resources().get("CPU", 1))) if processes is None else processes
         if count < 1:
             raise ValueError(f"processes={processes!r}: at least 1 is needed")
@@ -231,9 +256,15 @@ class Pool:
             raise ValueError(f"maxtasksperchild={maxtasksperchild!r} must be at least 1 or None")
         if initializer is not None and not callable(initializer):
             raise TypeError("initializer must be a callable")
-        actor_class = afield.remote(_Process).options(**{"max_restarts": -1, **(remote_args or {})})
+        actor_class = afield.remote(_Process).options(
+            **{"max_restarts": -1, **(ray_remote_args or {}), **(remote_args or {})}
+        )
         create = functools.partial(actor_class.remote, initializer, tuple(initargs))
         self._processes = [_ProcessLane(create, maxtasksperchild or math.inf) for _ in range(count)]
+        if (
+            initializer is not None
+        ):  # it has run everywhere, or failed, when there is a pool; its error is that of the calls
+            afield.wait([process.ready() for process in self._processes], num_returns=count)
         self._lanes = Lanes(self._processes)
         self._state = "running"
 
@@ -315,6 +346,7 @@ class Pool:
         """Return an iterator over the results in the order of the items.
 
         It takes items only a little ahead of its reader: those that it did not come to when it is dropped are never called.
+        Where the function raised, the item is the exception.
 
         Raises:
             ValueError: the pool is closed, or `chunksize` is less than 1.
@@ -330,10 +362,12 @@ class Pool:
         _check_chunksize(chunksize)
         chunks = batched(((item,) for item in iterable), chunksize)
         ahead = AHEAD_PER_PROCESS * len(self._processes)
-        return ImapIterator(functools.partial(self._submit_chunk, func), chunks, ahead, ordered)
+        return ImapIterator(functools.partial(self._submit_chunk, func, each=try_each), chunks, ahead, ordered)
 
-    def _submit_chunk(self, func: Callable[..., Any], chunk: list[tuple[Any, ...]]) -> Future[Any]:
-        return self._lanes.submit(call_each, (func, chunk), {})
+    def _submit_chunk(
+        self, func: Callable[..., Any], chunk: list[tuple[Any, ...]], each: Callable[..., list[Any]] = call_each
+    ) -> Future[Any]:
+        return self._lanes.submit(each, (func, chunk), {})
 
     # -- the end -----------------------------------------------------------------------------------------------------
 
@@ -343,7 +377,7 @@ class Pool:
             self._state = "closed"
 
     def terminate(self) -> None:
-        """End the processes at once; what is not finished fails with `concurrent.futures.CancelledError`."""
+        """End the processes at once; what is not finished fails with `TaskCancelledError`."""
         self.close()
         self._end()
 
@@ -376,6 +410,13 @@ class Pool:
 
     def __exit__(self, *_: object) -> None:
         self.terminate()
+
+
+def _outcome(future: Future[Any]) -> Any:
+    try:
+        return future.result()
+    except concurrent.futures.CancelledError as error:
+        raise CallCancelledError("the pool was terminated before the call had ended") from error
 
 
 def _check_chunksize(chunksize: int) -> None:

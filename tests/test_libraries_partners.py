@@ -12,14 +12,23 @@ from typing import Any
 
 import dask
 import dask.array as da
+import dask.callbacks
+import dask.diagnostics
 import joblib
 import numpy as np
 import pytest
 
 import afield
 from afield.libraries.joblib_backend import SHARED_BYTES
-from afield.util.dask import dask_get
-from afield.util.joblib import register_joblib
+from afield.util.dask import (
+    ProgressBarCallback,
+    RayDaskCallback,
+    dask_get,
+    disable_dask_on_ray,
+    enable_dask_on_ray,
+    ray_dask_get,
+)
+from afield.util.joblib import register_joblib, register_ray
 
 pytestmark = pytest.mark.usefixtures("shared_runtime")
 
@@ -174,6 +183,107 @@ def test_dask_values_in_between_stay_with_the_runtime() -> None:
     after = afield.stats(local=True)
     for counter in "bytes_copied_in", "bytes_shared":
         assert after[counter] - before[counter] < 1 << 20
+
+
+@pytest.mark.contract("dask")
+def test_dask_s_own_callbacks(capsys: pytest.CaptureFixture[str]) -> None:
+    events: list[Any] = []
+    callback = dask.callbacks.Callback(
+        start=lambda dsk: events.append("start"),
+        start_state=lambda dsk, state: events.append(len(state["waiting"])),
+        pretask=lambda key, dsk, state: events.append(("pre", key)),
+        posttask=lambda key, value, dsk, state, worker: events.append(("post", key, value, len(state["finished"]))),
+        finish=lambda dsk, state, failed: events.append(("finish", failed)),
+    )
+    graph = {"one": 1, "two": (lambda x: x + 1, "one"), "three": (lambda x: x + 1, "two")}
+    with callback:
+        assert dask_get(graph, "three") == 3
+        with pytest.raises(ZeroDivisionError):
+            dask_get({"bad": (lambda: 1 // 0,)}, "bad")
+    assert events[:4] == ["start", 2, ("pre", "two"), ("pre", "three")]
+    assert sorted(events[4:6]) in (
+        [("post", "three", 3, 1), ("post", "two", None, 2)],
+        [("post", "three", 3, 2), ("post", "two", None, 1)],
+    )
+    assert events[6] == ("finish", False)
+    assert events[-1] == ("finish", True)
+    with dask.diagnostics.ProgressBar():
+        assert dask_get(graph, "three") == 3
+    assert "100%" in capsys.readouterr().out
+    assert dask_get(graph, "three") == 3  # nobody listens any more
+    assert len([each for each in events if each == "start"]) == 2
+
+
+@pytest.mark.contract("dask")
+def test_dask_callbacks_of_programs_for_ray(capsys: pytest.CaptureFixture[str]) -> None:
+    seen: list[Any] = []
+
+    class Driver(RayDaskCallback):
+        def _ray_postsubmit(self, task: Any, key: Any, deps: Any, ref: Any) -> None:
+            seen.append((key, sorted(deps), type(ref)))
+
+        def _ray_postsubmit_all(self, refs: Any, dsk: Any) -> None:
+            seen.append(len(refs))
+
+        def _ray_finish(self, result: Any) -> None:
+            seen.append(result)
+
+    class Worker(RayDaskCallback):
+        def _ray_pretask(self, key: Any, refs: list[Any]) -> Any:
+            return [key, *afield.get(refs)]
+
+        def _ray_posttask(self, key: Any, result: Any, state: Any) -> None:
+            if state != [key, *([] if key == "one" else [1])] or result != (1 if key == "one" else 2):
+                raise AssertionError(state)
+
+    graph = {"one": (abs, -1), "two": (lambda x: x + 1, "one")}
+    with Driver(), Worker(), RayDaskCallback(ray_posttask=lambda key, result, state: [][state is not None :]):
+        assert RayDaskCallback.ray_active
+        assert ray_dask_get(graph, "two") == 2
+    assert not RayDaskCallback.ray_active
+    assert seen == [("one", [], afield.ObjectRef), ("two", ["one"], afield.ObjectRef), 1, 2]
+    with RayDaskCallback(ray_presubmit=lambda task, key, deps: 40 if key == "one" else None):
+        assert ray_dask_get(graph, "two") == 41
+    with RayDaskCallback(ray_posttask=lambda key, result, state: 1 // 0), pytest.raises(ZeroDivisionError):
+        ray_dask_get(graph, "two")
+    with pytest.raises(TypeError, match="there is no callback 'ray_end'"):
+        RayDaskCallback(ray_end=print)
+    with ProgressBarCallback():
+        assert ray_dask_get(graph, "two") == 2
+    assert "100%" in capsys.readouterr().out
+
+
+@pytest.mark.contract("dask")
+def test_dask_scheduler_is_enabled_and_disabled() -> None:
+    value = dask.delayed(lambda: afield.get_runtime_context().get_task_id())()
+    enable_dask_on_ray()
+    assert value.compute() is not None
+    disable_dask_on_ray()
+    with enable_dask_on_ray():
+        assert value.compute() is not None
+    assert dask.config.get("scheduler", None) is None
+
+
+@pytest.mark.contract("joblib", "dask")
+def test_partners_inside_a_task() -> None:
+    @afield.remote
+    def inside() -> Any:
+        register_ray()
+        with joblib.parallel_backend("ray", n_jobs=2):
+            numbers = joblib.Parallel()(joblib.delayed(abs)(-i) for i in range(5))
+        return numbers, dask_get({"one": (abs, -1)}, "one")
+
+    assert afield.get(inside.remote(), timeout=60) == ([0, 1, 2, 3, 4], 1)
+
+
+@pytest.mark.contract("joblib")
+def test_joblib_takes_ray_s_name_and_arguments() -> None:
+    register_ray()
+    with joblib.parallel_config("ray", n_jobs=2, ray_remote_args={"num_cpus": 0.5}):
+        resources = joblib.Parallel()(
+            joblib.delayed(lambda: afield.get_runtime_context().get_assigned_resources())() for _ in range(2)
+        )
+    assert resources == [{"CPU": 0.5}] * 2
 
 
 @pytest.mark.contract("dask")

@@ -199,12 +199,41 @@ def test_pool_iterates_over_more_than_fits(processes: Pool) -> None:
     assert len(taken) < 120
 
 
-def test_pool_iterators_go_on_after_an_error(processes: Pool) -> None:
-    results = processes.imap(lambda x: 6 // x, [1, 0, 3])
-    assert next(results) == 6
-    with pytest.raises(ZeroDivisionError):
-        next(results)
-    assert list(results) == [2]
+@pytest.mark.parametrize("method", ["imap", "imap_unordered"])
+@pytest.mark.parametrize("chunksize", [1, 2, 5])
+def test_pool_iterators_have_exceptions_as_items(processes: Pool, method: str, chunksize: int) -> None:
+    """As Ray's; an item that fails takes none of its chunk with it."""
+    results = list(getattr(processes, method)(lambda x: 6 // x, [1, 0, 3, 0, 6], chunksize))
+    failed = [each for each in results if isinstance(each, Exception)]
+    assert [type(each) for each in failed] == [ZeroDivisionError] * 2
+    assert sorted(each for each in results if not isinstance(each, Exception)) == [1, 2, 6]
+    if method == "imap":
+        assert results[0] == 6
+        assert results[1] is failed[0]
+
+
+class _CannotTravelError(Exception):
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+
+
+def test_pool_iterator_with_an_exception_that_cannot_be_pickled(processes: Pool) -> None:
+    def fail(x: int) -> int:
+        if x:
+            return x
+        raise _CannotTravelError
+
+    first, second, third = processes.imap(fail, [1, 0, 2], 3)
+    assert (first, third) == (1, 2)
+    assert isinstance(second, RuntimeError)
+    assert "_CannotTravelError" in str(second)
+
+
+def test_pool_iterator_whose_process_dies(processes: Pool) -> None:
+    """All items of the chunk are the error; the chunks after it are called."""
+    results = list(processes.imap(lambda x: os._exit(1) if x == 0 else x, [0, 1, 2, 3], 2))
+    assert all(isinstance(each, afield.ActorError) for each in results[:2])
+    assert results[2:] == [2, 3]
 
 
 def test_pool_iterator_times_out(processes: Pool) -> None:
@@ -305,10 +334,39 @@ def test_pool_terminates_at_once() -> None:
     pool = Pool(1)
     result = pool.map_async(time.sleep, [PATIENCE_S] * 3, 1)
     pool.terminate()
-    with pytest.raises(concurrent.futures.CancelledError):
+    with pytest.raises(concurrent.futures.CancelledError) as caught:
         result.get(PATIENCE_S / 3)
+    assert isinstance(caught.value, afield.TaskCancelledError)  # what programs written for Ray catch: a RayError
     pool.join()
     pool.terminate()
+
+
+def test_pool_has_run_its_initializer_everywhere(tmp_path: Path) -> None:
+    with Pool(3, lambda: (tmp_path / str(os.getpid())).touch()):
+        assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_pool_with_the_arguments_that_ray_s_has() -> None:
+    with Pool(1, ray_address="auto", ray_remote_args={"num_cpus": 1}) as pool:
+        assert pool.apply(lambda: afield.get_runtime_context().get_assigned_resources()) == {"CPU": 1.0}
+    with pytest.raises(afield.InvalidOptionError, match="session of its own program"):
+        Pool(1, ray_address="somewhere:6379")
+
+
+def test_actor_pool_with_several_returns() -> None:
+    @afield.remote
+    class Worker:
+        @afield.method(num_returns=2)
+        def both(self, x: int) -> tuple[int, int]:
+            return x, -x
+
+    pool = ActorPool([Worker.remote(), Worker.remote()])
+    assert list(pool.map(lambda actor, x: actor.both.remote(x), range(5))) == [[x, -x] for x in range(5)]
+    results = pool.map_unordered(lambda actor, x: actor.both.remote(x), range(5))
+    assert sorted(results) == [[x, -x] for x in range(5)]
+    with pytest.raises(TypeError, match=r"not \[\]"):
+        pool.submit(lambda actor, _: [], None)
+    assert pool.has_free()
 
 
 def test_pool_default_size_is_the_cluster_s() -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -338,3 +342,74 @@ def test_an_actor_that_is_ended_before_it_is_created_never_is(runtime: ray.Clust
             get(ref)
     assert get(ray.remote(Holder).remote(value).read.remote()) == 1
     assert not poll(lambda: list(tmp_path.iterdir()), timeout_s=0.2)
+
+
+@pytest.mark.usefixtures("shared_runtime")
+def test_the_one_node() -> None:
+    (node,) = ray.nodes()
+    assert node["Alive"]
+    assert node["NodeID"] == ray.get_runtime_context().get_node_id()
+    assert node["Resources"] == ray.cluster_resources()
+    assert get(ray.remote(ray.nodes).remote()) == [node]
+
+
+@pytest.mark.usefixtures("shared_runtime")
+def test_a_generator_without_a_bound() -> None:
+    """-1 takes the bound of a method away, too."""
+
+    @ray.remote(_generator_backpressure_num_objects=-1)
+    def plain() -> Iterator[int]:
+        yield from range(5)
+
+    @ray.remote
+    class Actor:
+        @ray.method(_generator_backpressure_num_objects=1)
+        def items(self, path: str) -> Iterator[int]:
+            yield from range(5)
+            Path(path).touch()
+
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory, "ended")
+        items = Actor.remote().items.options(_generator_backpressure_num_objects=-1).remote(str(path))
+        get(items.completed())  # though nobody took an item
+        assert path.exists()
+        assert get(list(items)) == list(range(5))
+    assert get(list(plain.remote())) == list(range(5))
+    for wrong in (0, -2, 1.5):
+        with pytest.raises(ray.exceptions.InvalidOptionError, match="or -1 for no bound"):
+            plain.options(_generator_backpressure_num_objects=wrong)
+
+
+THREADS = """
+import os, subprocess, sys
+import afield as ray
+
+ray.init(num_cpus=4, object_store_memory=64e6)
+
+@ray.remote
+def seen():
+    program = "import os; print(os.environ['OMP_NUM_THREADS'])"
+    return os.environ["OMP_NUM_THREADS"] + subprocess.check_output([sys.executable, "-c", program], text=True).strip()
+
+@ray.remote
+class Actor:
+    def seen(self):
+        return os.environ["OMP_NUM_THREADS"]
+
+own = {"env_vars": {"OMP_NUM_THREADS": "7"}}
+calls = [seen.remote(), seen.options(num_cpus=3).remote(), seen.options(num_cpus=0.5).remote(), seen.remote()]
+calls += [Actor.remote().seen.remote(), Actor.options(num_cpus=2).remote().seen.remote()]
+calls += [seen.options(num_cpus=3, runtime_env=own).remote()]
+print(*ray.get(calls))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("own", "expected"), [(None, "11 33 11 11 1 2 77"), ("5", "55 55 55 55 5 5 77")])
+def test_threads_follow_the_cpus_unless_the_user_says(own: str | None, expected: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    if own is not None:
+        environment["OMP_NUM_THREADS"] = own
+    command = [sys.executable, "-c", THREADS]
+    output = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    assert output.stdout.split() == expected.split()

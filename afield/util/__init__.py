@@ -8,7 +8,17 @@ from __future__ import annotations
 
 from afield.actor import list_named_actors
 from afield.libraries.actor_pool import ActorPool
+from afield.libraries.addresses import get_node_ip_address
 from afield.libraries.joblib_backend import register_joblib
 from afield.libraries.queue import Queue
+from afield.libraries.serializers import deregister_serializer, register_serializer
 
-__all__ = ["ActorPool", "Queue", "list_named_actors", "register_joblib"]
+__all__ = [
+    "ActorPool",
+    "Queue",
+    "deregister_serializer",
+    "get_node_ip_address",
+    "list_named_actors",
+    "register_joblib",
+    "register_serializer",
+]

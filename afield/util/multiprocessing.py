@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from multiprocessing import TimeoutError  # noqa: A004  # the name that users of a pool catch
+from multiprocessing import JoinableQueue, TimeoutError  # noqa: A004  # names that users of a pool look for here
 
 from afield.libraries.multiprocessing import AsyncResult, ImapIterator, Pool
 
-__all__ = ["AsyncResult", "ImapIterator", "Pool", "TimeoutError"]
+__all__ = ["AsyncResult", "ImapIterator", "JoinableQueue", "Pool", "TimeoutError"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -17,7 +18,7 @@ from afield.runtime.face.actors import ActorClass
 from afield.runtime.face.functions import RemoteFunction
 from afield.runtime.face.handles import ActorHandle
 from afield.runtime.face.options import seconds
-from afield.runtime.process import current
+from afield.runtime.process import current, facts
 from afield.runtime.process.context import ActorExit
 from afield.runtime.process.refs import ObjectRef
 from afield.runtime.tools.memory import MemoryEntry, assemble
@@ -267,6 +268,21 @@ def available_resources() -> dict[str, float]:
     """Return what is not leased at this moment; what is used up is not among it."""
     available: dict[str, float] = query("available")
     return {name: amount for name, amount in available.items() if amount}
+
+
+def nodes() -> list[dict[str, Any]]:
+    """Return what is known of each node, under the names that Ray has for it; there is one."""
+    resources = cluster_resources()
+    return [
+        {
+            "NodeID": facts.facts.node_id,
+            "Alive": True,
+            "alive": True,
+            "NodeManagerAddress": "127.0.0.1",
+            "NodeManagerHostname": socket.gethostname(),
+            "Resources": resources,
+        }
+    ]
 
 
 def empty(shape: int | tuple[int, ...], dtype: npt.DTypeLike = "float64") -> npt.NDArray[Any]:

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
 
 from afield.runtime.calls import participation
 from afield.runtime.calls.callee import Callee
-from afield.runtime.face.options import TASK_OPTIONS, check_task, retry_on, returns_of, shape_of, validate
+from afield.runtime.face.options import (
+    TASK_OPTIONS,
+    backpressure_of,
+    check_task,
+    retry_on,
+    returns_of,
+    shape_of,
+    validate,
+)
 from afield.runtime.face.parameters import Parameters, describe
 from afield.runtime.face.strategies import placement_of, with_environment
 from afield.runtime.process.facts import inherited_environment
@@ -84,7 +92,7 @@ class RemoteFunction(Generic[P, R]):
             self._name,
             definition,
             self._num_returns,
-            backpressure=self._options.get("_generator_backpressure_num_objects") or 0,
+            backpressure=backpressure_of(self._options),
             retry_on=retry_on(self._options),
             once=not self._retries,
         )

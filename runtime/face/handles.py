@@ -11,7 +11,7 @@ from afield.errors import InvalidOptionError, NotInitializedError
 from afield.runtime.calls import participation
 from afield.runtime.calls.callee import Callee
 from afield.runtime.cores.caller import life_of
-from afield.runtime.face.options import METHOD_OPTIONS, retry_on, returns_of, validate
+from afield.runtime.face.options import METHOD_OPTIONS, backpressure_of, retry_on, returns_of, validate
 from afield.runtime.face.parameters import Parameters, describe
 from afield.runtime.process.refs import ObjectRef, rebuild_ref
 from afield.runtime.values.definitions import Definition
@@ -74,7 +74,7 @@ def methods_of(cls: type) -> dict[str, dict[str, Any]]:
             methods[name] = {
                 "num_returns": returns_of(options, member),
                 "group": options.get("concurrency_group") or "",
-                "backpressure": options.get("_generator_backpressure_num_objects") or 0,
+                "backpressure": backpressure_of(options),
                 "retries": options.get("max_task_retries"),
                 "retry_on": retry_on(options),
                 "parameters": describe(member, bound=bound) if inspect.isfunction(member) else None,
@@ -151,7 +151,7 @@ class ActorMethod:
             name,
             METHOD,
             known["num_returns"],
-            backpressure=known.get("backpressure") or 0,
+            backpressure=max(0, known.get("backpressure") or 0),
             group=known.get("group") or "",
             retry_on=known.get("retry_on") or False,
         )

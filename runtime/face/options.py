@@ -37,6 +37,10 @@ def _num_returns(value: Any) -> str:
     return _whole(0)(value) and "a whole number, at least 0, or 'streaming'"
 
 
+def _backpressure(value: Any) -> str:
+    return "" if value == -1 else _whole(1)(value) and "a whole number, at least 1, or -1 for no bound"
+
+
 def _retry_exceptions(value: Any) -> str:
     if isinstance(value, bool):
         return ""
@@ -81,7 +85,7 @@ TASK_OPTIONS: dict[str, Check] = _COMMON | {
     "num_returns": _num_returns,
     "max_retries": _whole(-1),
     "retry_exceptions": _retry_exceptions,
-    "_generator_backpressure_num_objects": _whole(1),
+    "_generator_backpressure_num_objects": _backpressure,
 }
 ACTOR_OPTIONS: dict[str, Check] = _COMMON | {
     "name": _name,
@@ -100,7 +104,7 @@ METHOD_OPTIONS: dict[str, Check] = {
     "max_task_retries": _whole(-1),
     "retry_exceptions": _retry_exceptions,
     "concurrency_group": _kind(str, "a string"),
-    "_generator_backpressure_num_objects": _whole(1),
+    "_generator_backpressure_num_objects": _backpressure,
 }
 
 
@@ -175,6 +179,11 @@ def returns_of(options: Mapping[str, Any], function: Callable[..., Any]) -> int:
         return number
     streams = inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function)
     return STREAMING if streams else 1
+
+
+def backpressure_of(options: Mapping[str, Any]) -> int:
+    """Return how many items a generator may be ahead of its consumer; 0 for any number."""
+    return max(0, options.get("_generator_backpressure_num_objects") or 0)
 
 
 def retry_on(options: Mapping[str, Any]) -> bool | bytes:

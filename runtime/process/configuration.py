@@ -27,7 +27,7 @@ STORE_WAIT_S = 10.0
 DRIVER_INDEX = 1
 
 #: The form of `ForkServerConfig`: raised when its fields, or those of what it holds, change.
-FORM = 1
+FORM = 2
 #: What a fork server and its driver must have in common.
 STAMP = f"{VERSION}/{FORM}"
 #: The fork server's exit status when its driver is of another version: EX_PROTOCOL of sysexits.h.
@@ -45,7 +45,7 @@ CUDA_VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
 
 
 class SessionConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What every process of a session knows: its name and secret, the shared memory, and two settings of the user's."""
+    """What every process of a session knows: its name and secret, the shared memory, and some settings of the user's."""
 
     name: str
     token: bytes
@@ -54,6 +54,8 @@ class SessionConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pins_fd: int
     store_wait_s: float = STORE_WAIT_S
     record_call_sites: bool = False
+    #: Whether OMP_NUM_THREADS follows the CPUs of a worker's lease: the user has not set it.
+    threads_by_cpus: bool = False
 
     def address(self, process_id: bytes) -> str:
         """Return the socket name of a process; the daemon's id is empty."""

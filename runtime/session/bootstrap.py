@@ -104,6 +104,7 @@ class Session:
             pins_fd,
             store_wait_s=float(os.environ.get("AFIELD_STORE_WAIT_S") or STORE_WAIT_S),
             record_call_sites=os.environ.get("AFIELD_RECORD_CALL_SITES") == "1",
+            threads_by_cpus="OMP_NUM_THREADS" not in os.environ,
         )
         _write_token(self.directory, token)
         sessions.write_info(sessions.SessionInfo(self.name, self.directory, os.getpid(), time.time()))
@@ -239,7 +240,8 @@ def _environment() -> dict[str, str]:
     """Return the environment of the session's processes.
 
     Workers run side by side, one for each CPU: a linear algebra library that starts a thread for each CPU in each of them
-    makes all of them slower. What the user has set stays.
+    makes all of them slower. What the user has set stays. For a task with
+    more CPUs its worker sets OMP_NUM_THREADS, which libraries see that are loaded by it (see `Executor._on_assign`).
     """
     environment = dict(os.environ)
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):

@@ -6,6 +6,7 @@ Of the latter each has another name here, or is accepted where it asks for what 
 from __future__ import annotations
 
 import difflib
+import math
 import os
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -52,8 +53,8 @@ def _translate(others: Mapping[str, Any], known: Collection[str]) -> dict[str, A
     meant = {}
     for name, value in others.items():
         if name in _ALIASES:
-            if value is not None:
-                meant[_ALIASES[name]] = value
+            if value is not None:  # Ray takes 1e9 and 0.5 * total as well
+                meant[_ALIASES[name]] = int(value) if isinstance(value, float) and math.isfinite(value) else value
         elif name in _REFUSED:
             harmless, instead = _REFUSED[name]
             if value is not None and value not in harmless:

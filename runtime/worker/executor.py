@@ -15,6 +15,7 @@ and a system call does not cut that short, so it is sent again, less and less of
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -35,6 +36,7 @@ from afield.runtime.worker.host import Host
 from afield.runtime.worker.invocation import Invocation
 from afield.runtime.worker.outcomes import LoadedCallee
 from afield.runtime.worker.replies import MAX_REPLY_DELAY_S
+from afield.scheduler.resources import UNIT
 from afield.transport.channel import Channel
 from afield.transport.pump import Waiter
 
@@ -52,6 +54,8 @@ class Executor:
         self.host = host = Host(participant)
         self.work = host.work
         self.assignment: messages.Assign | None = None
+        #: Whether OMP_NUM_THREADS follows the CPUs of the lease.
+        self.threads_by_cpus = False
         self._own_actor: OwnActor | None = None
         self._concurrency: Concurrency | None = None
         self._callees: dict[tuple[bytes, int], LoadedCallee] = {}
@@ -119,6 +123,8 @@ class Executor:
 
     def _on_assign(self, channel: Channel, message: messages.Assign) -> None:
         self.assignment = message
+        if self.threads_by_cpus:
+            os.environ["OMP_NUM_THREADS"] = str(max(1, message.shape.get("CPU", 0) // UNIT))
 
     def _on_become_actor(self, channel: Channel, message: messages.BecomeActor) -> None:
         self._actor_spec = message

@@ -40,6 +40,8 @@ def run_worker(config: ForkServerConfig, worker_id: bytes, variables: dict[str, 
     participant = Participant(config.session, own, worker_id)
     answer_questions(participant)
     executor = Executor(participant)
+    named = [name for name, _ in environment.variables]
+    executor.threads_by_cpus = config.session.threads_by_cpus and "OMP_NUM_THREADS" not in named
     process = participant.process
     activity = answer_activity(process.cores, lambda: _calls(executor), executor.coroutines)
     process.requests.answer("stack", activity)
