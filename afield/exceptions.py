@@ -16,6 +16,7 @@ raised                             when
 `InvalidOptionError`               an option of `init`, `remote` or `.options` is unknown or not valid; also a ValueError and a
                                    TypeError.
 `NotInitializedError`              something needs the runtime after `shutdown`, or in a forked copy of the driver.
+`ReentrantUseError`                a signal handler or a finaliser used afield that it had interrupted.
 `AlreadyInitializedError`          a second `init` without `shutdown` or `ignore_reinit_error=True`, and `init` in a worker.
 `NoClusterError`                   `init(address=...)` names a runtime that cannot be joined; also a ConnectionError.
 `NoDeviceError`                    devices were asked for and there are none, or fewer.

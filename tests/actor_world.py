@@ -378,7 +378,7 @@ class World:
         if index in self.to_raise:
             self.to_raise.discard(index)
             self.sent_again.add(index)
-            self.now.answers.append(messages.Reply(push.sequence, FAILED, FAILURE))
+            self.now.answers.append(messages.Reply(push.sequence, messages.FAILED_AGAIN, FAILURE))
         else:
             self.now.answers.append(messages.Reply(push.sequence, INLINE, b"%d" % self.now.number))
 

@@ -308,16 +308,16 @@ def test_futures_and_callbacks(shared_runtime: None) -> None:
     assert frames_of(info.value.__cause__)[-1][1] == "fail"
 
 
-@pytest.mark.parametrize("way", ["executor", "chunks", "pool", "imap", "actors"])
+@pytest.mark.parametrize("way", ["executor", "chunks", "pool", "actors"])
 def test_the_libraries_show_the_users_frames_only(shared_runtime: None, way: str) -> None:
     class Local:
         def call(self, x: int) -> float:
             return fail(x)
 
     def run() -> Any:
-        if way in ("pool", "imap"):
+        if way == "pool":
             with Pool(1) as pool:
-                return pool.map(fail, [0]) if way == "pool" else list(pool.imap(fail, [0]))
+                return pool.map(fail, [0])
         if way == "actors":
             actors = ActorPool([afield.remote(Local).remote()])
             return list(actors.map(lambda actor, x: actor.call.remote(x), [0]))

@@ -1,4 +1,4 @@
-"""Channels between two loops in one process: framing, authentication, loss; and the pump that drives a loop."""
+"""Channels between two loops in one process: framing, authentication, loss."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import itertools
 import os
 import select
 import socket
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -20,13 +19,11 @@ from hypothesis import strategies as st
 from afield.transport.auth import AuthenticationError, Handshake
 from afield.transport.channel import MAX_FRAME_BYTES, Channel
 from afield.transport.endpoint import Endpoint
-from afield.transport.interrupts import uninterruptible
 from afield.transport.introduction import MAX_HANDSHAKE_BYTES
 from afield.transport.link import HEADER, Links
 from afield.transport.loop import RECEIVE_BUFFER_BYTES, Loop
-from afield.transport.pump import Pump, Waiter
 from afield.transport.sockets import connect, listen, same_user
-from tests.helpers import open_files, poll
+from tests.helpers import open_files
 
 TOKEN = b"t" * 32
 SERVER, CLIENT = b"server!!", b"client!!"
@@ -449,163 +446,3 @@ def test_listening_and_connecting_by_name() -> None:
     with pytest.raises(ConnectionRefusedError):
         connect(name)
     assert open_files().keys() == files.keys()
-
-
-# -- the loop and the pump ----------------------------------------------------------------------------------------
-
-
-def test_a_kick_wakes_the_loop_and_is_absorbed() -> None:
-    with a_loop() as loop:
-        threading.Timer(0.05, loop.kick).start()
-        started = time.monotonic()
-        loop.step(20)
-        assert time.monotonic() - started < 10
-        loop.kick()
-        loop.kick()
-        loop.step(20)
-        assert loop.wait(0) == []
-
-
-@contextlib.contextmanager
-def a_pump(after: Any = lambda: None, due: Any = lambda: None) -> Iterator[Pump]:
-    """A pump that runs."""
-    loop = Loop()
-    pump = Pump(loop, after, due)
-    pump.start()
-    try:
-        yield pump
-    finally:
-        pump.close()
-        loop.close()
-
-
-def reader(fd: int, waiter: Waiter) -> Callable[[int], None]:
-    """Return a handler that reads a byte and lets the waiter go."""
-
-    def handle(events: int) -> None:
-        os.read(fd, 1)
-        waiter.finish()
-
-    return handle
-
-
-def test_many_threads_wait_and_each_is_woken_by_its_own_event() -> None:
-    with a_pump() as pump:
-        waiters = [Waiter() for _ in range(12)]
-        pipes = [os.pipe() for _ in waiters]
-        for waiter, (read, _) in zip(waiters, pipes, strict=True):
-            pump.loop.register(read, reader(read, waiter))
-        results: list[bool] = []
-        threads = [threading.Thread(target=lambda w=w: results.append(pump.wait_for(w, 20))) for w in waiters]
-        for thread in threads:
-            thread.start()
-        for _, write in reversed(pipes):
-            os.write(write, b"x")
-        for thread in threads:
-            thread.join(20)
-        assert results == [True] * 12
-        for read, write in pipes:
-            pump.loop.unregister(read)
-            os.close(read)
-            os.close(write)
-
-
-def test_waiting_ends_in_time_without_an_event() -> None:
-    with a_pump() as pump:
-        started = time.monotonic()
-        assert not pump.wait_for(Waiter(), 0.05)
-        assert not pump.wait_for(Waiter(), 0)
-        assert 0.05 <= time.monotonic() - started < 5
-        done = Waiter()
-        done.finish()
-        assert pump.wait_for(done)
-
-
-def test_events_are_handled_while_no_thread_waits() -> None:
-    with a_pump() as pump:
-        read, write = os.pipe()
-        seen: list[bytes] = []
-        pump.loop.register(read, lambda events: seen.append(os.read(read, 1)))
-        for byte in (b"a", b"b"):
-            os.write(write, byte)
-            assert poll(lambda: seen and seen[-1] == byte, 5)  # noqa: B023 - called at once
-        pump.loop.unregister(read)
-        os.close(read)
-        os.close(write)
-
-
-def test_closing_wakes_who_waits() -> None:
-    with a_pump() as pump:
-        results: list[bool] = []
-        threads = [threading.Thread(target=lambda: results.append(pump.wait_for(Waiter()))) for _ in range(3)]
-        for thread in threads:
-            thread.start()
-        time.sleep(0.02)
-    for thread in threads:
-        thread.join(10)
-    assert results == [False] * 3
-
-
-def test_ctrl_c_inside_a_transition_comes_after_it() -> None:
-    import signal
-
-    reached: list[str] = []
-
-    @uninterruptible
-    def transition() -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-        for _ in range(1000):
-            pass  # the interpreter would raise at one of these
-        reached.append("its end")
-
-    with a_pump() as pump:
-        restore = pump.install_sigint()
-        try:
-            with pytest.raises(KeyboardInterrupt):
-                transition()
-                pump.deliver()
-            assert reached == ["its end"] and not pump.interrupted
-            with pytest.raises(KeyboardInterrupt):
-                os.kill(os.getpid(), signal.SIGINT)
-                time.sleep(5)
-        finally:
-            restore()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-def test_ctrl_c_ends_a_wait_inside_a_transition() -> None:
-    import signal
-
-    @uninterruptible
-    def transition(pump: Pump) -> None:
-        pump.wait_for(Waiter(), 30)
-
-    with a_pump() as pump:
-        restore = pump.install_sigint()
-        timer = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT))
-        started = time.monotonic()
-        try:
-            timer.start()
-            with pytest.raises(KeyboardInterrupt):
-                transition(pump)
-        finally:
-            restore()
-        timer.join()
-        assert time.monotonic() - started < 10
-
-
-def test_a_handler_of_the_program_s_own_is_left_alone() -> None:
-    import signal
-
-    def mine(number: int, frame: Any) -> None:
-        pass
-
-    before = signal.signal(signal.SIGINT, mine)
-    try:
-        with a_pump() as pump:
-            restore = pump.install_sigint()
-            assert signal.getsignal(signal.SIGINT) is mine
-            restore()
-        assert signal.getsignal(signal.SIGINT) is mine
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -10,6 +10,11 @@ from typing import Any
 
 import msgspec
 
+from afield.runtime.wire.session_messages import Answer as Answer
+from afield.runtime.wire.session_messages import Log as Log
+from afield.runtime.wire.session_messages import Printed as Printed
+from afield.runtime.wire.session_messages import Query as Query
+from afield.runtime.wire.session_messages import Shutdown as Shutdown
 from afield.runtime.wire.store_messages import StoreMessage
 from afield.runtime.wire.tier_messages import AHEAD as AHEAD
 from afield.runtime.wire.tier_messages import Collect as Collect
@@ -415,42 +420,6 @@ class Terminate(msgspec.Struct, array_like=True, tag=46):
     """Daemon to worker: end when the queue is empty, or at once, whatever waits or runs."""
 
     at_once: bool = False
-
-
-class Query(msgspec.Struct, array_like=True, tag=50):
-    """Ask the daemon (or a process) for `what`; the `Answer` has the same request number."""
-
-    request: int
-    what: str
-    argument: Any = None
-
-
-class Answer(msgspec.Struct, array_like=True, tag=51):
-    """The answer to a `Query`; `error` is empty when all is well."""
-
-    request: int
-    value: Any = None
-    error: str = ""
-
-
-class Log(msgspec.Struct, array_like=True, tag=52):
-    """Lines that a worker wrote to `stream` ("out" or "err"); `size` comes back in a `Printed`."""
-
-    name: str
-    pid: int
-    stream: str
-    lines: list[str]
-    size: int = 0
-
-
-class Printed(msgspec.Struct, array_like=True, tag=54):
-    """The driver has put out `size` bytes of `Log` messages."""
-
-    size: int
-
-
-class Shutdown(msgspec.Struct, array_like=True, tag=53):
-    """The driver ends the cluster."""
 
 
 Message = (
