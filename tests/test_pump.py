@@ -173,3 +173,34 @@ def test_a_handler_of_the_program_s_own_is_left_alone() -> None:
         assert signal.getsignal(signal.SIGINT) is mine
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_a_kick_that_meets_the_absorption_of_another_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    with a_loop() as loop:
+        read = os.eventfd_read
+
+        def read_and_be_met(fd: int) -> int:
+            monkeypatch.setattr(os, "eventfd_read", read)
+            loop.kick()  # as another thread may, since reading lets it run
+            return read(fd)
+
+        monkeypatch.setattr(os, "eventfd_read", read_and_be_met)
+        loop.kick()
+        loop.step(20)
+        loop.kick()
+        assert loop.wait(0), "the loop cannot be woken any more"
+
+
+def test_a_waiter_that_another_thread_finishes_wakes_the_thread_that_leads() -> None:
+    with a_pump() as pump:
+        waiter = Waiter()
+
+        def finish() -> None:
+            assert poll(lambda: waiter.leads is not None)
+            with pump.lock:
+                waiter.finish()
+
+        thread = threading.Thread(target=finish)
+        thread.start()
+        assert pump.wait_for(waiter, 60)
+        thread.join()

@@ -152,11 +152,13 @@ class Loop:
         return self._epoll.fileno()
 
     def _absorb_kick(self, events: int) -> None:
-        self._kicked = False
         try:
             os.eventfd_read(self._kick)
         except BlockingIOError:
             pass
+        # Only now: reading lets other threads run, and a kick that comes before it would be swallowed with its flag set. One
+        # that finds the flag set is for something that this round sees.
+        self._kicked = False
 
     def close(self) -> None:
         """Release the loop's own descriptors."""

@@ -51,9 +51,12 @@ LEAVE_S = 1.0
 class Waiter:
     """What a foreground thread waits for; `done` is set, under the pump's lock, by whoever fulfils it."""
 
-    __slots__ = ("_signal", "done", "parked")
+    __slots__ = ("_signal", "done", "leader", "leads", "parked")
 
     def __init__(self) -> None:
+        #: The loop that its thread drives while it waits, and that thread; None while it does not.
+        self.leads: Loop | None = None
+        self.leader = 0
         self.done = False
         self.parked = False
         self._signal: threading.Lock | None = None
@@ -63,6 +66,8 @@ class Waiter:
         self.done = True
         if self.parked:
             self.nudge()
+        elif self.leads is not None and self.leader != threading.get_ident():
+            self.leads.kick()  # its thread sleeps in the loop, and this thread is another
 
     @interruptible
     def park(self, timeout_s: float) -> None:
@@ -158,7 +163,7 @@ class Pump:
                     if left <= 0:
                         break
                     remaining = left if remaining is None else min(left, remaining)
-                if not self._lead(remaining):
+                if not self._lead(remaining, waiter):
                     self._follow(waiter, left)  # what is due is the leader's business
         finally:
             self._foreground -= 1
@@ -173,7 +178,7 @@ class Pump:
         if not self.lock._is_owned():  # type: ignore[attr-defined]  # a user's event loop runs in a signal handler, say
             self._lead(0)
 
-    def _lead(self, timeout_s: float | None) -> bool:
+    def _lead(self, timeout_s: float | None, waiter: Waiter | None = None) -> bool:
         """Take the lead for one round; return False if another thread has it."""
         if not self._leader.acquire(False):
             return False
@@ -181,8 +186,14 @@ class Pump:
         try:
             if self.standby_leads and not self._make_way:
                 self._dismiss_standby()
+            if waiter is not None:
+                waiter.leader, waiter.leads = threading.get_ident(), self.loop
+                if waiter.done:  # by somebody who did not see that this thread leads, and kicks nobody
+                    timeout_s = 0
             self._round(timeout_s)
         finally:
+            if waiter is not None:
+                waiter.leads = None
             self._leads -= 1
             if self._leads:
                 self.loop.kick()  # the outer wait of this thread sleeps, and what it waits for may be done
@@ -388,8 +399,8 @@ class Pump:
             due = 0 if self._foreground else self._due_in()
             for fd, _ in poller.poll(None if due is None else due * 1000):
                 if fd == self._standby_fd:
-                    self._standby_kicked = False
                     os.eventfd_read(fd)
+                    self._standby_kicked = False  # after it, as in `Loop._absorb_kick`
             self.standby_leads = False
             if not self._dismissed():
                 self._rounds += 1

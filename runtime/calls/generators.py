@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable
 from typing import Any
 
 from afield.errors import GetTimeoutError, NotInitializedError, RuntimeDiedError
 from afield.ids import STREAM_END_INDEX, STREAM_INDEX
-from afield.runtime.calls.streams import Streams
+from afield.runtime.calls.streams import END, Streams
 from afield.runtime.process import current
 from afield.runtime.process.refs import ObjectRef
 from afield.tracebacks import trim
@@ -55,19 +56,14 @@ class ObjectRefGenerator:
     def _next(self, timeout_s: float | None) -> ObjectRef:
         streams = self._streams()
         process = streams.process
-        waiter = Waiter()
-        stream = streams.get(self._task_id)
-        if stream is None:
-            raise StopIteration
-
-        def next_is_known() -> bool:
-            if not stream.next_is_known():
-                stream.waiters.append(waiter.finish)
-                return False
-            return True
-
-        if not process.locked(next_is_known):
-            deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while True:
+            waiter = Waiter()
+            taken = process.locked(streams.take, self._task_id, waiter.finish)
+            if taken is END:
+                raise StopIteration
+            if taken is not None:
+                return taken
             try:
                 if not streams.blocking_wait(waiter, deadline):
                     if process.dead:
@@ -75,11 +71,7 @@ class ObjectRefGenerator:
                     raise GetTimeoutError("the next item was not ready in time")
             finally:
                 if not waiter.done:
-                    stream.waiters = [notify for notify in stream.waiters if notify != waiter.finish]
-        ref: ObjectRef | None = process.locked(streams.consume, self._task_id)
-        if ref is None:
-            raise StopIteration
-        return ref
+                    process.locked(streams.stop_waiting, self._task_id, waiter.finish)
 
     def next_ready(self) -> bool:
         """Tell whether `next` would return (or raise StopIteration) without waiting."""
@@ -98,19 +90,26 @@ class ObjectRefGenerator:
         return self
 
     async def __anext__(self) -> ObjectRef:
-        process = self._streams().process
+        streams = self._streams()
+        process = streams.process
         loop = asyncio.get_running_loop()
-        ready: asyncio.Future[None] = loop.create_future()
+        while True:
+            ready: asyncio.Future[None] = loop.create_future()
 
-        def wake() -> None:
-            loop.call_soon_threadsafe(lambda: None if ready.done() else ready.set_result(None))
+            def wake(ready: asyncio.Future[None] = ready) -> None:
+                with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody waits any more
+                    loop.call_soon_threadsafe(lambda: None if ready.done() else ready.set_result(None))
 
-        if not process.locked(self.when_ready, wake):
-            await ready
-        try:
-            return self._next(0)
-        except StopIteration:
-            raise StopAsyncIteration from None
+            taken = process.locked(streams.take, self._task_id, wake)
+            if taken is END:
+                raise StopAsyncIteration
+            if taken is not None:
+                return taken
+            try:
+                await ready
+            finally:
+                if not ready.done() or ready.cancelled():
+                    process.locked(streams.stop_waiting, self._task_id, wake)
 
     def __reduce__(self) -> tuple[Any, ...]:
         raise TypeError("an ObjectRefGenerator cannot be passed to another process; pass the refs that it yields")

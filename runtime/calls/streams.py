@@ -10,6 +10,7 @@ is that many items ahead of the consumer (`Consumed`). An exception takes its pl
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from enum import Enum
 from typing import Any
 
 from afield.ids import STREAM_END_INDEX, STREAM_INDEX, object_id
@@ -20,6 +21,15 @@ from afield.runtime.process.refs import ObjectRef
 from afield.runtime.process.serialization import deserialize
 from afield.runtime.wire import messages
 from afield.transport.pump import Waiter
+
+
+class End(Enum):
+    """What comes after the last item."""
+
+    END = "end"
+
+
+END = End.END
 
 
 class Stream:
@@ -119,10 +129,19 @@ class Streams:
             if stream.total is None:
                 self.finish(stream.task, FAILED, error)
 
-    def consume(self, task_id: bytes) -> ObjectRef | None:
-        """Take the next item if it is there; the caller holds the lock and has seen `next_is_known`."""
-        stream = self._streams[task_id]
+    def take(self, task_id: bytes, notify: Callable[[], None]) -> ObjectRef | End | None:
+        """Take the next item, or see the end; None: neither is there, and `notify` is called when one may be.
+
+        Several threads may share a generator: all of them are told of an item, and one of them takes it. The caller holds the
+        lock.
+        """
+        stream = self._streams.get(task_id)
+        if stream is None:
+            return END
         if stream.consumed >= stream.produced:
+            if stream.total is not None:
+                return END
+            stream.waiters.append(notify)
             return None
         oid = object_id(task_id, stream.consumed)
         self._table.take_item(oid)
@@ -130,6 +149,12 @@ class Streams:
         if stream.report is not None and stream.total is None:
             stream.report(stream.consumed)
         return ObjectRef(oid)
+
+    def stop_waiting(self, task_id: bytes, notify: Callable[[], None]) -> None:
+        """Whoever was to be told waits no longer; the caller holds the lock."""
+        stream = self._streams.get(task_id)
+        if stream is not None:
+            stream.waiters = [each for each in stream.waiters if each != notify]
 
     def drop(self, task_id: bytes) -> Task | None:
         """The consumer lost interest: free what it did not take; return the task if it still runs."""

@@ -1,0 +1,76 @@
+"""Generators of refs that several threads share, and consumers that go away in the midst."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import afield
+
+
+@afield.remote
+def slowly(count: int) -> Iterator[int]:
+    """Yield numbers with pauses."""
+    for number in range(count):
+        time.sleep(0.005)
+        yield number
+
+
+def test_threads_that_share_a_generator_take_each_item_once_and_end_together(runtime: Any) -> None:
+    items = slowly.remote(60)
+    ready = threading.Barrier(4)
+    taken: list[list[int]] = [[] for _ in range(4)]
+
+    def consume(mine: list[int]) -> None:
+        ready.wait()
+        for ref in items:
+            mine.append(afield.get(ref))
+            time.sleep(0.02)  # meanwhile the others must still be there
+
+    threads = [threading.Thread(target=consume, args=(mine,)) for mine in taken]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert sorted(number for mine in taken for number in mine) == list(range(60))
+    assert sum(1 for mine in taken if len(mine) > 1) > 1
+
+
+def test_coroutines_that_share_a_generator_take_each_item_once(runtime: Any) -> None:
+    async def consume(items: Any) -> list[int]:
+        return [await ref async for ref in items]
+
+    async def main() -> list[list[int]]:
+        items = slowly.remote(30)
+        return await asyncio.gather(*[consume(items) for _ in range(3)])
+
+    assert sorted(number for mine in asyncio.run(main()) for number in mine) == list(range(30))
+
+
+def test_an_async_for_that_is_abandoned_harms_nobody(runtime: Any) -> None:
+    @afield.remote
+    def never() -> Iterator[int]:
+        yield 1
+        time.sleep(0.5)
+        yield 2
+
+    items = never.remote()
+    abandoned: list[Any] = []
+
+    async def first() -> Any:
+        async for ref in items:
+            task = asyncio.ensure_future(anext(items))
+            await asyncio.sleep(0)
+            task.cancel()
+            return await ref
+
+    async def left() -> None:
+        abandoned.append(asyncio.ensure_future(anext(items)))  # the loop is closed before the item comes
+        await asyncio.sleep(0)
+
+    assert asyncio.run(first()) == 1
+    asyncio.run(left())
+    assert [afield.get(ref) for ref in items] == [2]
