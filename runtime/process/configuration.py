@@ -23,6 +23,9 @@ from afield.version import PACKAGE, VERSION
 
 #: A producer waits this long for room in the host store unless told otherwise.
 STORE_WAIT_S = 10.0
+#: How many bytes of values one process keeps for lineage alone, and the share of the host store that it may be at most.
+LINEAGE_VALUE_BYTES = 256 << 20
+LINEAGE_VALUE_SHARE = 1 / 16
 #: The rows of the pin board: the node daemon's is 0, workers have those after the driver's.
 DRIVER_INDEX = 1
 
@@ -45,7 +48,7 @@ CUDA_VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
 
 
 class SessionConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What every process of a session knows: its name and secret, the shared memory, and two settings of the user's."""
+    """What every process of a session knows: its name and secret, the shared memory, and settings of the user's."""
 
     name: str
     token: bytes
@@ -54,6 +57,7 @@ class SessionConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pins_fd: int
     store_wait_s: float = STORE_WAIT_S
     record_call_sites: bool = False
+    lineage_bytes: int = LINEAGE_VALUE_BYTES
 
     def address(self, process_id: bytes) -> str:
         """Return the socket name of a process; the daemon's id is empty."""

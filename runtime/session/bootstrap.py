@@ -62,6 +62,7 @@ class SessionOptions:
     namespace: str
     log_to_driver: bool
     environment: Environment
+    lineage_bytes: int  # see `SessionConfig`
 
 
 class Session:
@@ -104,6 +105,7 @@ class Session:
             pins_fd,
             store_wait_s=float(os.environ.get("AFIELD_STORE_WAIT_S") or STORE_WAIT_S),
             record_call_sites=os.environ.get("AFIELD_RECORD_CALL_SITES") == "1",
+            lineage_bytes=options.lineage_bytes,
         )
         _write_token(self.directory, token)
         sessions.write_info(sessions.SessionInfo(self.name, self.directory, os.getpid(), time.time()))
