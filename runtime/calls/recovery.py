@@ -32,8 +32,8 @@ from afield.runtime.wire import messages
 from afield.transport.channel import Channel
 from afield.units import format_bytes
 
-#: What lineage alone may keep in one process, in bytes, and the share of the host store that it may be at most. How much of that
-#: may be values is a setting of the session's (`SessionConfig.lineage_bytes`).
+#: What lineage alone may keep in one process, in bytes, and the share of the host store that it may be at most. How much
+#: of that may be values is a setting of the session's (`SessionConfig.lineage_bytes`).
 LINEAGE_BYTES = 1 << 30
 LINEAGE_SHARE = 0.25
 #: How often a task is pushed whose worker could not read an argument.
@@ -218,8 +218,9 @@ class Recovery:
             _RUN_ONCE: "Its task must not run twice (max_retries=0)",
             _ACTOR: "Calls of actors are not repeated unless max_task_retries allows it",
             DROPPED: (
-                "How to make it again was dropped, as that would have needed values which nothing else holds: these are not kept in "
-                f"memory of a device, and on the host at most {format_bytes(self.lineage.value_bytes)} of them "
+                "How to make it again was dropped, as that would have needed values which nothing else "
+                f"holds: these are not kept in memory of a device, and on the "
+                f"host at most {format_bytes(self.lineage.value_bytes)} of them "
                 f"(AFIELD_LINEAGE_MEMORY), of {format_bytes(self.lineage.limit_bytes)} in all. Hold refs to the arguments, or "
                 "make them in tasks that may run again"
             ),

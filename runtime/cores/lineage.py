@@ -21,8 +21,8 @@ What can be made again costs nothing, as it is freed. Another value that nothing
 - of those on the host at most `value_bytes` are kept, and the largest go first, among equals the oldest.
 
 The records that would need such a value are emptied with it, and so are those that need what those had made and freed: nothing
-is held for a task that cannot run. Above `limit_bytes` in all, the oldest records are emptied in the same way. A loss then is an
-error that says that the lineage was dropped for its size (`DROPPED`).
+is held for a task that cannot run. Above `limit_bytes` in all, the oldest records are emptied in the same way. A loss then is
+an error that says that the lineage was dropped for its size (`DROPPED`).
 
 *What cannot be made again*: what no task made (`put`), what was made by a task that must not run twice, and values that
 contain refs to objects which a process that still lives made in that task: a second execution would make other objects under
@@ -106,9 +106,13 @@ class Lineage:
         self._records: dict[bytes, Record] = {}  # output -> what it was made from
         self._count = 0
         self._by_age: dict[int, Record] = {}  # the records that can run again, oldest first
-        self._users: dict[bytes, dict[int, Record]] = {}  # input -> the records that can run again and take it, by number
+        self._users: dict[
+            bytes, dict[int, Record]
+        ] = {}  # input -> the records that can run again and take it, by number
         self._kept: dict[bytes, int] = {}  # held by lineage alone -> bytes of its value
-        self._dearest: list[tuple[int, int, bytes]] = []  # heap of (-bytes, age, object) with all in `_kept`, and old ones
+        self._dearest: list[
+            tuple[int, int, bytes]
+        ] = []  # heap of (-bytes, age, object) with all in `_kept`, and old ones
         self._remains: set[bytes] = set()  # lost, and not freed: the store has what is left of them
         self._early: dict[bytes, Loss] = {}
         self._doomed: list[Record] = []
@@ -188,9 +192,10 @@ class Lineage:
 
     def clear(self) -> None:
         """The process leaves its cluster: forget everything."""
-        for kept in (self._records, self._by_age, self._users, self._kept, self._early, self.inputs, self._known, self._remains):
+        for kept in (self._records, self._by_age, self._users, self._kept, self._early):
             kept.clear()
-        self._dearest.clear()
+        for held in (self.inputs, self._known, self._remains, self._dearest):
+            held.clear()
 
     def _is_stored(self, object_id: bytes) -> bool:
         entry = self.table.entries.get(object_id)
@@ -437,7 +442,9 @@ class Lineage:
             if size != self.bytes:
                 complaints.append(f"the records and what they keep take {size} bytes, and {self.bytes} are counted")
             if sum(self._kept.values()) != self.kept_bytes:
-                complaints.append(f"the values kept take {sum(self._kept.values())} bytes, and {self.kept_bytes} are counted")
+                complaints.append(
+                    f"the values kept take {sum(self._kept.values())} bytes, and {self.kept_bytes} are counted"
+                )
         for what, object_ids in (("held", self.inputs), ("made by a record", self._records), ("lost", self._early)):
             for object_id in islice(object_ids, MOST_VALIDATED):
                 if object_id not in self.table.entries or object_id not in self._known:
