@@ -479,3 +479,36 @@ def test_a_task_whose_argument_is_lost_is_pushed_again_and_again_but_not_for_eve
     with pytest.raises(ObjectLostError, match=r"plus\(\) has not run"):
         afield.get(plus.remote(log.path, "c", argument), timeout=30)
     assert len(pushes) == MAX_ROUNDS + 1
+
+
+@afield.remote
+class Maker:
+    """Its results cannot be made again."""
+
+    def large(self) -> Any:
+        return np.ones(4 * LARGE)
+
+    def small(self) -> Any:
+        return np.ones(LARGE)
+
+
+def test_results_of_actors_are_kept_for_lineage_only_as_far_as_the_setting_allows(
+    no_runtime: Any, log: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AFIELD_LINEAGE_MEMORY", "3MiB")
+    afield.init(num_cpus=2)
+    maker = Maker.remote()
+    from_large = plus.remote(log.path, "large", maker.large.remote())
+    from_small = plus.remote(log.path, "small", maker.small.remote())
+    afield.wait([from_large, from_small], num_returns=2)
+    assert poll(lambda: stored_objects() == 3), "the two results, and the small argument"
+    lose_for_real(from_small, from_large)
+    assert afield.get(from_small, timeout=30)[0] == 2
+    with pytest.raises(ObjectLostError, match="AFIELD_LINEAGE_MEMORY"):
+        afield.get(from_large, timeout=30)
+
+
+def test_the_setting_of_lineage_must_be_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AFIELD_LINEAGE_MEMORY", "much")
+    with pytest.raises(afield.InvalidOptionError, match="AFIELD_LINEAGE_MEMORY: "):
+        afield.init(num_cpus=1)

@@ -32,7 +32,8 @@ from afield.runtime.wire import messages
 from afield.transport.channel import Channel
 from afield.units import format_bytes
 
-#: What lineage alone may keep in one process, in bytes, and the share of the host store that it may be at most.
+#: What lineage alone may keep in one process, in bytes, and the share of the host store that it may be at most. How much
+#: of that may be values is a setting of the session's (`SessionConfig.lineage_bytes`).
 LINEAGE_BYTES = 1 << 30
 LINEAGE_SHARE = 0.25
 #: How often a task is pushed whose worker could not read an argument.
@@ -68,7 +69,9 @@ class Recovery:
         self.arguments = arguments
         self.runner = runner
         limit = min(LINEAGE_BYTES, int(process.config.capacity * LINEAGE_SHARE))
-        self.lineage = process.cores["lineage"] = Lineage(process.table, limit, self._explain)
+        self.lineage = process.cores["lineage"] = Lineage(
+            process.table, limit, self._explain, process.config.lineage_bytes
+        )
         self.running: dict[bytes, Record] = {}
         self.call_again: Callable[[Task], None] = lambda task: None
         self.tasks_recomputed = 0
@@ -215,8 +218,11 @@ class Recovery:
             _RUN_ONCE: "Its task must not run twice (max_retries=0)",
             _ACTOR: "Calls of actors are not repeated unless max_task_retries allows it",
             DROPPED: (
-                "How to make it again was dropped, as what is kept for that would take more than "
-                f"{format_bytes(self.lineage.limit_bytes)}"
+                "How to make it again was dropped, as that would have needed values which nothing else "
+                f"holds: these are not kept in memory of a device, and on the "
+                f"host at most {format_bytes(self.lineage.value_bytes)} of them "
+                f"(AFIELD_LINEAGE_MEMORY), of {format_bytes(self.lineage.limit_bytes)} in all. Hold refs to the arguments, or "
+                "make them in tasks that may run again"
             ),
             USED_UP: f"It was made again {tries} times already; raise max_retries if it is to be made more often",
             CONTAINS_OTHERS: "It contains refs to objects that its task made, which a second execution would not make again",

@@ -13,8 +13,16 @@ A record goes with the last of its outputs, and its inputs with it, so that noth
 *It always ends.* At most one execution of a task is under way. Each one that lineage asks for uses up one of `left`, which
 began as the task's `max_retries`; when none is left, the object fails with an error that says so.
 
-*It is bounded.* `bytes` counts what lineage alone keeps: arguments, and values that nothing else holds. Above the limit the
-oldest records are emptied; a loss then is an error that says that the lineage was dropped for its size.
+*It is bounded, and decided by cost.* `bytes` counts what lineage alone keeps: arguments, and values that nothing else holds.
+What can be made again costs nothing, as it is freed. Another value that nothing else holds is kept only while it is cheap:
+
+- in memory of a device it is let go at once: it would go with the device in most cases anyway, and sooner or later live data
+  would be moved out of the device for it;
+- of those on the host at most `value_bytes` are kept, and the largest go first, among equals the oldest.
+
+The records that would need such a value are emptied with it, and so are those that need what those had made and freed: nothing
+is held for a task that cannot run. Above `limit_bytes` in all, the oldest records are emptied in the same way. A loss then is
+an error that says that the lineage was dropped for its size (`DROPPED`).
 
 *What cannot be made again*: what no task made (`put`), what was made by a task that must not run twice, and values that
 contain refs to objects which a process that still lives made in that task: a second execution would make other objects under
@@ -25,6 +33,7 @@ A loss can be heard of before the reply that tells of the value: it waits in `_e
 
 from __future__ import annotations
 
+import heapq
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -79,12 +88,17 @@ class Lineage:
         table: the process's objects. It asks here before it forgets one that is in `table.lineage_knows`.
         limit_bytes: how much may be kept for the sake of lineage alone.
         explain: makes errors.
+        value_bytes: how much of that may be values; `limit_bytes` if it is not given.
     """
 
-    def __init__(self, table: OwnershipTable, limit_bytes: int, explain: Explain) -> None:
+    def __init__(
+        self, table: OwnershipTable, limit_bytes: int, explain: Explain, value_bytes: int | None = None
+    ) -> None:
         self.table = table
         self.limit_bytes = limit_bytes
+        self.value_bytes = limit_bytes if value_bytes is None else min(value_bytes, limit_bytes)
         self.bytes = 0
+        self.kept_bytes = 0  # of them, those of values
         self.inputs: dict[bytes, int] = {}
         self.recorder = FlightRecorder()
         self._explain = explain
@@ -92,11 +106,18 @@ class Lineage:
         self._records: dict[bytes, Record] = {}  # output -> what it was made from
         self._count = 0
         self._by_age: dict[int, Record] = {}  # the records that can run again, oldest first
+        self._users: dict[
+            bytes, dict[int, Record]
+        ] = {}  # input -> the records that can run again and take it, by number
         self._kept: dict[bytes, int] = {}  # held by lineage alone -> bytes of its value
+        self._dearest: list[
+            tuple[int, int, bytes]
+        ] = []  # heap of (-bytes, age, object) with all in `_kept`, and old ones
         self._remains: set[bytes] = set()  # lost, and not freed: the store has what is left of them
         self._early: dict[bytes, Loss] = {}
         self._doomed: list[Record] = []
         self._dropping = False
+        self._limiting = False
         table.lineage = self
 
     # -- tasks ---------------------------------------------------------------------------------------------------
@@ -134,6 +155,7 @@ class Lineage:
             for each in record.inputs:
                 self._known.add(each)
                 self.inputs[each] = self.inputs.get(each, 0) + 1
+                self._users.setdefault(each, {})[record.number] = record
             self._by_age[record.number] = record
             self.bytes += record.size
         for output in stored:
@@ -170,8 +192,10 @@ class Lineage:
 
     def clear(self) -> None:
         """The process leaves its cluster: forget everything."""
-        for kept in (self._records, self._by_age, self._kept, self._early, self.inputs, self._known, self._remains):
+        for kept in (self._records, self._by_age, self._users, self._kept, self._early):
             kept.clear()
+        for held in (self.inputs, self._known, self._remains, self._dearest):
+            held.clear()
 
     def _is_stored(self, object_id: bytes) -> bool:
         entry = self.table.entries.get(object_id)
@@ -191,7 +215,7 @@ class Lineage:
         elif entry.state == LOCATED:
             self._known.add(object_id)
             self._remains.add(object_id)
-            self.bytes -= self._kept.pop(object_id, 0)
+            self._keep_no_longer(object_id)
             self._make_again(object_id, entry, loss)
 
     def revive(self, object_id: bytes, entry: Entry) -> None:
@@ -262,21 +286,42 @@ class Lineage:
             return False
         if entry.state in (PENDING, FREED):
             return True
+        dear = self._is_dear(entry.value)
         if entry.state == LOCATED and not entry.owner:
             record = self._records.get(object_id)
-            if record is not None and record.freeable and not self._why_not(record, entry):
+            if record is not None and (record.freeable or dear) and not self._why_not(record, entry):
                 self._free(object_id, entry)
                 return True
-        if object_id not in self._kept:
-            self._kept[object_id] = size = len(entry.value) if isinstance(entry.value, bytes) else entry.value.size
+        if dear:
+            self.recorder.note((object_id, "is too dear to be kept for lineage"))
+            self._empty(self._users_of(object_id))
+        elif object_id not in self._kept:
+            self._kept[object_id] = size = _size_of(entry.value)
             self.bytes += size
+            self.kept_bytes += size
+            self._count += 1
+            heapq.heappush(self._dearest, (-size, self._count, object_id))
             self._keep_to_limit()
         return True
 
+    def _is_dear(self, value: Any) -> bool:
+        """Tell whether a value that only lineage needs is not to be kept in any case: see the module's docstring."""
+        if _size_of(value) > self.value_bytes:
+            return True
+        return not isinstance(value, bytes) and any(part.home or part.arena for part in value.parts)
+
     def _free(self, object_id: bytes, entry: Entry) -> None:
         self._remains.discard(object_id)
-        self.bytes -= self._kept.pop(object_id, 0)
+        self._keep_no_longer(object_id)
         self.table.free(object_id, entry)
+
+    def _keep_no_longer(self, object_id: bytes) -> None:
+        size = self._kept.pop(object_id, 0)
+        self.bytes -= size
+        self.kept_bytes -= size
+        if len(self._dearest) > 2 * len(self._kept) + 64:
+            self._dearest = [each for each in self._dearest if self._kept.get(each[2]) == -each[0]]
+            heapq.heapify(self._dearest)
 
     def unwanted(self, object_id: bytes, entry: Entry) -> bool:
         """An execution has stored a value that is not waited for: tell whether to free it now, else that comes in the end."""
@@ -314,22 +359,53 @@ class Lineage:
         del self._records[object_id]
 
     def _keep_to_limit(self) -> None:
-        """Empty the oldest records until what is kept is within the limit."""
+        """Let go of the dearest values, then of the oldest records, until what is kept is within the limits."""
+        if self._limiting or self._dropping:  # a loop further up the stack looks again
+            return
+        self._limiting = True
+        while self.kept_bytes > self.value_bytes and self._dearest:
+            size, _, object_id = heapq.heappop(self._dearest)
+            if self._kept.get(object_id) == -size:
+                self._empty(self._users_of(object_id))
         while self.bytes > self.limit_bytes and self._by_age:
-            record = next(iter(self._by_age.values()))
+            self._empty([next(iter(self._by_age.values()))])
+        self._limiting = False
+
+    def _users_of(self, object_id: bytes) -> list[Record]:
+        return list(self._users.get(object_id, {}).values())
+
+    def _empty(self, records: list[Record]) -> None:
+        """These records are too dear: they do not run again, nor do those that would need what they had made."""
+        freed: list[bytes] = []
+        while records:
+            record = records.pop()
+            if record.number not in self._by_age:
+                continue  # it goes already
             record.refused = DROPPED
             self.recorder.note(("record", record.number, "is dropped for its size, of", self.bytes, "bytes"))
-            self._drop(record)
             for output in sorted(record.outputs):
-                entry = self.table.entries.get(output)
-                if entry is not None and entry.state == FREED:
-                    self.revive(output, entry)  # which says why it cannot be
+                if self._is_freed(output):
+                    freed.append(output)
+                    records += self._users_of(output)
+            self._drop(record)
+        for output in freed:
+            if self._is_freed(output):  # somebody has asked for it
+                self.revive(output, self.table.entries[output])  # which says why it cannot be
+
+    def _is_freed(self, object_id: bytes) -> bool:
+        entry = self.table.entries.get(object_id)
+        return entry is not None and entry.state == FREED
 
     def _drop(self, record: Record) -> None:
         """Let go of what a record holds. What that frees may be the last output of another record, and so on."""
         if self._by_age.pop(record.number, None) is None:
             return
         self.bytes -= record.size
+        for each in dict.fromkeys(record.inputs):
+            users = self._users[each]
+            del users[record.number]
+            if not users:
+                del self._users[each]
         self._doomed.append(record)
         if self._dropping:
             return  # the loop below is further up the stack
@@ -340,12 +416,13 @@ class Lineage:
             for each in inputs:
                 self._release(each)
         self._dropping = False
+        self._keep_to_limit()
 
     def _release(self, object_id: bytes) -> None:
         self.inputs[object_id] -= 1
         if not self.inputs[object_id]:
             del self.inputs[object_id]
-            self.bytes -= self._kept.pop(object_id, 0)
+            self._keep_no_longer(object_id)
             self.table.reconsider(object_id)
 
     # -- the books are right -------------------------------------------------------------------------------------
@@ -356,11 +433,18 @@ class Lineage:
         complaints = [f"record {record.number} {text}" for record in records for text in self._complaints(record)]
         if len(records) == len(self._by_age):
             inputs = Counter(each for record in records for each in record.inputs)
+            users = {(each, record.number) for record in records for each in record.inputs}
+            if users != {(each, number) for each, found in self._users.items() for number in found}:
+                complaints.append("the records and what they take do not know each other")
             if inputs != self.inputs:
                 complaints.append(f"the records hold {_shown(inputs)}, and {_shown(self.inputs)} is held")
             size = sum(record.size for record in records) + sum(self._kept.values())
             if size != self.bytes:
                 complaints.append(f"the records and what they keep take {size} bytes, and {self.bytes} are counted")
+            if sum(self._kept.values()) != self.kept_bytes:
+                complaints.append(
+                    f"the values kept take {sum(self._kept.values())} bytes, and {self.kept_bytes} are counted"
+                )
         for what, object_ids in (("held", self.inputs), ("made by a record", self._records), ("lost", self._early)):
             for object_id in islice(object_ids, MOST_VALIDATED):
                 if object_id not in self.table.entries or object_id not in self._known:
@@ -390,6 +474,12 @@ class Lineage:
             entry = self.table.entries.get(object_id)
             if entry is not None and entry.state != PENDING and not (entry.handles or entry.pins or entry.borrowers):
                 yield object_id
+
+
+def _size_of(value: Any) -> int:
+    """Return the bytes of an entry's value."""
+    size: int = len(value) if isinstance(value, bytes) else value.size
+    return size
 
 
 def _shown(counts: Mapping[bytes, int]) -> str:

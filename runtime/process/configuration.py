@@ -23,6 +23,9 @@ from afield.version import PACKAGE, VERSION
 
 #: A producer waits this long for room in the host store unless told otherwise.
 STORE_WAIT_S = 10.0
+#: How many bytes of values one process keeps for lineage alone, and the share of the host store that it may be at most.
+LINEAGE_VALUE_BYTES = 256 << 20
+LINEAGE_VALUE_SHARE = 1 / 16
 #: The rows of the pin board: the node daemon's is 0, workers have those after the driver's.
 DRIVER_INDEX = 1
 
@@ -56,6 +59,7 @@ class SessionConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     record_call_sites: bool = False
     #: Whether OMP_NUM_THREADS follows the CPUs of a worker's lease: the user has not set it.
     threads_by_cpus: bool = False
+    lineage_bytes: int = LINEAGE_VALUE_BYTES
 
     def address(self, process_id: bytes) -> str:
         """Return the socket name of a process; the daemon's id is empty."""

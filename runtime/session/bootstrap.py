@@ -62,6 +62,7 @@ class SessionOptions:
     namespace: str
     log_to_driver: bool
     environment: Environment
+    lineage_bytes: int  # see `SessionConfig`
 
 
 class Session:
@@ -105,6 +106,7 @@ class Session:
             store_wait_s=float(os.environ.get("AFIELD_STORE_WAIT_S") or STORE_WAIT_S),
             record_call_sites=os.environ.get("AFIELD_RECORD_CALL_SITES") == "1",
             threads_by_cpus="OMP_NUM_THREADS" not in os.environ,
+            lineage_bytes=options.lineage_bytes,
         )
         _write_token(self.directory, token)
         sessions.write_info(sessions.SessionInfo(self.name, self.directory, os.getpid(), time.time()))

@@ -14,6 +14,7 @@ from typing import Any
 from afield.errors import InvalidOptionError, NoClusterError, NoDeviceError
 from afield.gpu_store.backends.base import DeviceInfo, DeviceUsageError
 from afield.gpu_store.backends.select import EMULATED_LINK, link_speed
+from afield.runtime.process.configuration import LINEAGE_VALUE_BYTES, LINEAGE_VALUE_SHARE
 from afield.runtime.process.environment import Environment
 from afield.runtime.process.limits import usable_cpus, usable_memory_bytes
 from afield.runtime.session.bootstrap import STORE_SHARE, SessionOptions
@@ -21,6 +22,8 @@ from afield.scheduler.devices import Device, parse_devices, visible_devices
 from afield.scheduler.resources import ResourceSet
 from afield.units import format_bytes, parse_bytes
 
+#: How many bytes of values each process keeps for lineage alone: a variable of the environment.
+LINEAGE_MEMORY = "AFIELD_LINEAGE_MEMORY"
 #: Another name for an argument of ours.
 _ALIASES = {"object_store_memory": "host_memory", "_temp_dir": "spill_dir"}
 #: Name -> the values that ask for nothing (None always does), and what to do instead.
@@ -91,16 +94,18 @@ def session_options(others: Mapping[str, Any], **given: Any) -> SessionOptions:
             f'pass devices="emulated:{int(num_gpus)}" or set AFIELD_DEVICES=emulated:{int(num_gpus)}'
         )
     amounts = {name: float(amount) for name, amount in (resources or {}).items()}
+    store_bytes = _store_bytes(given["host_memory"])
     return SessionOptions(
         float(cpus),
         found,
         _emulated_link(found),
         amounts,
-        _store_bytes(given["host_memory"]),
+        store_bytes,
         None if given["spill_dir"] is None else os.fspath(given["spill_dir"]),
         given["namespace"] or "",
         given["log_to_driver"],
         Environment.of(given["runtime_env"]),
+        _lineage_bytes(store_bytes),
     )
 
 
@@ -122,6 +127,17 @@ def _emulated_link(devices: Sequence[Device]) -> str:
     except DeviceUsageError as error:
         raise InvalidOptionError(f"{EMULATED_LINK}: {error}") from None
     return link
+
+
+def _lineage_bytes(store_bytes: int) -> int:
+    """Return how many bytes of values each process keeps for lineage alone."""
+    text = os.environ.get(LINEAGE_MEMORY, "")
+    if not text:
+        return min(LINEAGE_VALUE_BYTES, int(store_bytes * LINEAGE_VALUE_SHARE))
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise InvalidOptionError(f"{LINEAGE_MEMORY}: {error}") from None
 
 
 def _store_bytes(host_memory: int | str | None) -> int:
