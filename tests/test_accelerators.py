@@ -112,7 +112,7 @@ from afield.runtime.values import accelerators
 from afield.scheduler.devices import parse_devices
 
 module = make_module(parse_devices("emulated:2:64MiB"))
-used = lambda: module.devices.devices[0].account.used_bytes
+used = lambda: module._devices.devices[0].account.used_bytes
 
 def fails(error, call, *words):
     try:
@@ -196,7 +196,7 @@ def test_kernels_work_on_emulated_arrays() -> None:
 
         class Lost(Exception): pass
         def lost(): raise Lost("the device was lost")
-        module.devices.devices[0].on_use = lost
+        module._devices.devices[0].on_use = lost
         fails(Lost, lambda: double[1, 4](x, y))
         """
     )

@@ -96,7 +96,7 @@ SHAPES = """
     xp.select([a.x > 1, a.x < 0], [a.x, a.y], 0) | xp.unravel_index(a.k, (2, 3)) | xp.compress(a.b[0], a.x, axis=1)
     xp.round(a.x, 2) | xp.kron(a.v, a.v) | xp.outer(a.v, a.v) | xp.lexsort(xp.stack([a.v, a.v])) | xp.packbits(a.b)
     xp.swapaxes(a.t, 0, 1) | xp.apply_along_axis(lambda r: r * r.max(), 1, a.x)
-    xp.piecewise(a.v, [a.v < 0, a.v >= 0], [-1, 1]) | xp.block([[a.x], [a.y]])
+    xp.piecewise(a.v, [a.v < 0, a.v >= 0], [-1, 1])
 """
 INDEXING = """
     a.x[0] | a.x[0, 1] | a.x[-1, ::-1] | a.x[:, 1:3] | a.x[..., 0] | a.x[None, 0] | a.x[a.x > 0] | a.x[a.b]

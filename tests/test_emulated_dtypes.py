@@ -30,7 +30,7 @@ def test_bytes_on_a_device_are_in_the_byte_order_of_the_machine(dtype: str, cp: 
         lambda x: x.view(dtype),
         lambda x: x[1:].view(dtype),
         lambda x: x.T.view(dtype=dtype),
-        lambda x: array_over(cp.devices.current, memoryview(bytearray(64)), inner_array(x), (2,), dtype),
+        lambda x: array_over(cp._devices.current, memoryview(bytearray(64)), inner_array(x), (2,), dtype),
     ]
     for way in ways:
         with pytest.raises(ValueError, match="byte order"):

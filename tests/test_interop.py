@@ -135,7 +135,7 @@ def world() -> Iterator[World]:
 @pytest.fixture
 def xp(world: World) -> Iterator[Any]:
     module = emulated_module(list(world.arenas.values()))
-    before = set_process_devices(module.devices)
+    before = set_process_devices(module._devices)
     yield module
     set_process_devices(before)
     gc.collect()
@@ -384,7 +384,7 @@ def test_a_lost_device_is_noticed(world: World) -> None:
     world.first.check = lost
     with pytest.raises(DeviceLostError):
         world.store([array])
-    module.devices[0].on_use = lost
+    module._devices[0].on_use = lost
     with pytest.raises(DeviceLostError):
         _ = array + 1
 

@@ -10,15 +10,17 @@ An array over read-only memory is read-only: whatever would write to it raises V
 
 from __future__ import annotations
 
+import functools
+import math
 import operator
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 from numpy.lib.mixins import NDArrayOperatorsMixin
 
 from afield.gpu_store.emulated_arrays import dlpack
+from afield.gpu_store.emulated_arrays.attributes import Flags, FlatIterator
 from afield.gpu_store.emulated_arrays.delegation import (
     SCALARS,
     Call,
@@ -38,7 +40,9 @@ from afield.gpu_store.emulated_arrays.devices import (
     holder_of,
     process_devices,
 )
+from afield.gpu_store.emulated_arrays.indexing import wrapped_key, wrapped_put, wrapped_take
 from afield.gpu_store.emulated_arrays.names import words
+from afield.gpu_store.emulated_arrays.pointers import MemoryPointer, laid_over, pointer_to
 
 Read = TypeVar("Read")
 
@@ -55,48 +59,13 @@ _ABSENT = {
     "address for a device address; exchange arrays by DLPack, or copy with x.get()",
     "__array_interface__": "implicit conversion to a NumPy array is not allowed; use x.get() or asnumpy(x)",
     "__array_struct__": "implicit conversion to a NumPy array is not allowed; use x.get() or asnumpy(x)",
-    "flat": "it is not emulated; use x.ravel()",
     "ctypes": "device memory has no address that host code may use",
 }
 
+_BY_CUPYS_RULE: dict[str, Callable[..., Any]] = {"take": wrapped_take, "put": wrapped_put}
+
 _EQUAL: Any = np.equal
 _NOT_EQUAL: Any = np.not_equal
-
-
-@dataclass(frozen=True, slots=True)
-class Flags:
-    """What `x.flags` tells; to look at, not to set."""
-
-    c_contiguous: bool
-    f_contiguous: bool
-    owndata: bool
-    writeable: bool
-
-    @property
-    def forc(self) -> bool:
-        return self.c_contiguous or self.f_contiguous
-
-    @property
-    def fnc(self) -> bool:
-        return self.f_contiguous and not self.c_contiguous
-
-    def __getitem__(self, name: str) -> bool:
-        if name.lower() not in ("c_contiguous", "f_contiguous", "owndata", "writeable", "forc", "fnc"):
-            raise KeyError(f"unknown flag {name!r}")
-        value: bool = getattr(self, name.lower())
-        return value
-
-
-@dataclass(frozen=True, slots=True)
-class MemoryPointer:
-    """`x.data`: `ptr` tells whether two arrays share memory; it is a host address of no use to CUDA."""
-
-    ptr: int
-    device: Device
-
-    @property
-    def device_id(self) -> int:
-        return self.device.id
 
 
 class EmulatedArray(NDArrayOperatorsMixin, Held):
@@ -110,11 +79,26 @@ class EmulatedArray(NDArrayOperatorsMixin, Held):
     __array_priority__ = 100.0
     __hash__ = None  # type: ignore[assignment]
 
-    def __new__(cls, shape: int | tuple[int, ...], dtype: Any = float, order: str = "C") -> EmulatedArray:
+    def __new__(
+        cls,
+        shape: int | tuple[int, ...],
+        dtype: Any = float,
+        memptr: MemoryPointer | None = None,
+        strides: tuple[int, ...] | None = None,
+        order: str = "C",
+    ) -> EmulatedArray:
+        if memptr is not None:
+            extents = (shape,) if isinstance(shape, int) else tuple(shape)
+            kind = checked_dtype(dtype)
+            if strides is None and order == "F":
+                strides = tuple(kind.itemsize * math.prod(extents[:axis]) for axis in range(len(extents)))
+            return cls._hold(laid_over(memptr, extents, kind, strides), memptr.mem._home)
         home = process_devices().current
+        if strides is not None:
+            raise ValueError("strides are for memory that there is already: give memptr as well")
         model = np.broadcast_to(np.empty((), checked_dtype(dtype)), shape)
-        strides = None if order in ("C", None) else dense_strides(model.T, model.itemsize)
-        return cls._hold(home.empty(model.shape, model.dtype, strides and strides[::-1]), home)
+        dense = None if order in ("C", None) else dense_strides(model.T, model.itemsize)
+        return cls._hold(home.empty(model.shape, model.dtype, dense and dense[::-1]), home)
 
     # ---- what it is ---------------------------------------------------------------------------------------------
 
@@ -177,7 +161,16 @@ class EmulatedArray(NDArrayOperatorsMixin, Held):
 
     @property
     def data(self) -> MemoryPointer:
-        return MemoryPointer(self._array.__array_interface__["data"][0], self.device)
+        """Where the array begins. The address is one of the host, of no use to CUDA."""
+        return pointer_to(self._array, self._home)
+
+    @property
+    def flat(self) -> FlatIterator:
+        return FlatIterator(self)
+
+    @flat.setter
+    def flat(self, value: Any) -> None:
+        FlatIterator(self)[:] = value
 
     @property
     def real(self) -> EmulatedArray:
@@ -299,7 +292,7 @@ class EmulatedArray(NDArrayOperatorsMixin, Held):
         if not copy and wanted == self.dtype and (order == "K" or _has_order(self._array, order)):
             return self
         if order == "K":
-            target = self._home.empty_like(self._array, wanted)
+            target = self._home.current.empty_like(self._array, wanted)
         else:
             target = self._empty(order, wanted)
         with np.errstate(all="ignore"):
@@ -308,8 +301,7 @@ class EmulatedArray(NDArrayOperatorsMixin, Held):
 
     def copy(self, order: Any = "C") -> EmulatedArray:
         """Return a copy on the current device, which need not be the array's own."""
-        devices = self._home.set
-        home = self._home if devices is None else devices.current
+        home = self._home.current
         source = self._array
         target = home.empty_like(source) if order == "K" else self._empty(order, source.dtype, home)
         np.copyto(target, source)
@@ -354,6 +346,27 @@ class EmulatedArray(NDArrayOperatorsMixin, Held):
         with np.errstate(all="ignore"):
             self._array[key] = call.lower(value)
 
+    def scatter_add(self, slices: Any, value: Any) -> None:
+        """Add to each place as often as it is named."""
+        self._scatter(np.add, slices, value)
+
+    def scatter_max(self, slices: Any, value: Any) -> None:
+        """Leave the largest value in each place."""
+        self._scatter(np.maximum, slices, value)
+
+    def scatter_min(self, slices: Any, value: Any) -> None:
+        """Leave the smallest value in each place."""
+        self._scatter(np.minimum, slices, value)
+
+    def _scatter(self, ufunc: np.ufunc, slices: Any, value: Any) -> None:
+        call, key = self._key(slices)
+        if not isinstance(value, (Held, *SCALARS)):
+            raise mixing_refused(f"scatter_{ufunc.__name__}", value)
+        if not self._array.flags.writeable:
+            raise ValueError("output array is read-only")
+        with np.errstate(all="ignore"):
+            ufunc.at(self._array, key, np.asarray(call.lower(value)).astype(self.dtype))
+
     def __getattr__(self, name: str) -> Any:
         # For names that nothing else here answers to; NumPy looks for its protocols in this way.
         why = _ABSENT.get(name, "it is not emulated")
@@ -376,7 +389,7 @@ class EmulatedArray(NDArrayOperatorsMixin, Held):
         call._see(self)
         if not any(part is Ellipsis for part in parts):
             parts.append(Ellipsis)
-        return call, tuple(parts)
+        return call, tuple(wrapped_key(parts, self._array.shape))
 
     def _assigned(self, name: str, value: Any) -> Any:
         if not isinstance(value, (Held, *SCALARS)):
@@ -391,7 +404,7 @@ class EmulatedArray(NDArrayOperatorsMixin, Held):
 
     def _empty(self, order: Any, dtype: Any, home: DeviceMemory | None = None) -> Array:
         shape = self.shape
-        home = self._home if home is None else home
+        home = self._home.current if home is None else home
         if order == "F" or (order == "A" and np.isfortran(self._array)):
             return home.empty(shape[::-1], dtype).T
         return home.empty(shape, dtype)
@@ -450,7 +463,9 @@ def _method(name: str) -> Callable[..., Any]:
             raise mixing_refused(name, args[0] if args else None)
         call = Call(name, type(self))
         call._see(self)
-        return call.run(getattr(self._array, name), args, kwargs)
+        rule = _BY_CUPYS_RULE.get(name)
+        function = getattr(self._array, name) if rule is None else functools.partial(rule, self._array)
+        return call.run(function, args, kwargs)
 
     method.__name__ = name
     method.__qualname__ = f"EmulatedArray.{name}"

@@ -16,12 +16,6 @@ from afield.gpu_store.emulated_arrays import dlpack
 from afield.gpu_store.emulated_arrays.array import EmulatedArray
 from afield.gpu_store.emulated_arrays.delegation import Call, Held, find
 from afield.gpu_store.emulated_arrays.devices import Array, DeviceSet, checked_dtype
-from afield.gpu_store.emulated_arrays.names import words
-
-NAMES = words(
-    "array asarray asanyarray ascontiguousarray asfortranarray asnumpy copy empty zeros ones full "
-    "empty_like zeros_like ones_like full_like from_dlpack load save savez savez_compressed savetxt mgrid ogrid fuse"
-)
 
 
 class Grid:

@@ -1,83 +1,17 @@
 """`cuda` of the emulated array module: what pipelines touch, complete or refused.
 
 Theory of operation. Devices, the current device, memory in use and limits are real: they are those of the `DeviceSet`.
-Streams and events exist so that code which uses them runs; all work on emulated arrays is complete when the call returns,
-so there is nothing to wait for here. (The device backend's streams, on which the store copies, are another matter.)
+Streams, events and the calls of `cuda.runtime` are in modules of their own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
-from afield.clock import monotonic
-from afield.errors import NoDeviceError, OutOfDeviceMemoryError
 from afield.gpu_store.emulated_arrays.devices import DeviceMemory, DeviceSet
-
-
-class Event:
-    """A point in a stream; `get_elapsed_time` tells the milliseconds between two."""
-
-    def __init__(self, block: bool = False, disable_timing: bool = False, interprocess: bool = False) -> None:
-        self.at_s: float | None = None
-
-    @property
-    def done(self) -> bool:
-        return True
-
-    def record(self, stream: Any = None) -> None:
-        self.at_s = monotonic()
-
-    def synchronize(self) -> None:
-        """Everything before the event is done already."""
-
-
-class Stream:
-    """An order of work; every piece of work is done at once."""
-
-    null: ClassVar[Stream]
-    ptds: ClassVar[Stream]
-    ptr = 0
-
-    def __init__(
-        self, null: bool = False, non_blocking: bool = False, ptds: bool = False, priority: Any = None
-    ) -> None:
-        self.non_blocking = non_blocking
-
-    @property
-    def done(self) -> bool:
-        return True
-
-    def use(self) -> Stream:
-        return self
-
-    def synchronize(self) -> None:
-        """Everything in the stream is done already."""
-
-    def record(self, event: Event | None = None) -> Event:
-        event = Event() if event is None else event
-        event.record(self)
-        return event
-
-    def wait_event(self, event: Event) -> None:
-        """Whatever the event stands for is done already."""
-
-    def __enter__(self) -> Stream:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-
-Stream.null = Stream(null=True)
-Stream.ptds = Stream(ptds=True)
-
-
-def get_elapsed_time(start_event: Event, end_event: Event) -> float:
-    """Return the milliseconds between two recorded events."""
-    if start_event.at_s is None or end_event.at_s is None:
-        raise ValueError("both events must have been recorded")
-    return (end_event.at_s - start_event.at_s) * 1e3
+from afield.gpu_store.emulated_arrays.pointers import BaseMemory, MemoryPointer, allocated, unowned
+from afield.gpu_store.emulated_arrays.runtime_calls import CUDA_VERSION
 
 
 class MemoryPool:
@@ -117,10 +51,12 @@ class MemoryPool:
         limit = self._memory.account.limit_bytes
         return 0 if limit == self._memory.limit_bytes else limit
 
-    def malloc(self, size: int) -> Any:
-        raise NotImplementedError(
-            "raw device memory cannot be allocated on an emulated device; use empty(n, dtype=uint8)"
-        )
+    def malloc(self, size: int) -> MemoryPointer:
+        """Return memory of the current device; raises OutOfDeviceMemoryError."""
+        return allocated(size, self._memory)
+
+    def free_all_free(self) -> None:
+        """There are no cached blocks."""
 
 
 class PinnedMemoryPool:
@@ -143,66 +79,36 @@ def set_allocator(allocator: Callable[..., Any] | None = None) -> None:
         raise NotImplementedError("emulated arrays take their memory from their device's allocator and from no other")
 
 
-def runtime_names(devices: DeviceSet) -> dict[str, Any]:
-    """`cuda.runtime`: the questions about devices, and waiting for them."""
-
-    def get_device_properties(device: int) -> dict[str, Any]:
-        memory = devices[device]
-        return {
-            "name": memory.name.encode(),
-            "totalGlobalMem": memory.memory_bytes,
-            "uuid": memory.uuid.encode(),
-            "multiProcessorCount": 1,
-            "major": 0,
-            "minor": 0,
-        }
-
-    def mem_get_info() -> tuple[int, int]:
-        return devices.handle_type().mem_info
-
-    def get_device() -> int:
-        return devices.current.id
-
-    return {
-        "getDeviceCount": lambda: len(devices.devices),
-        "getDevice": get_device,
-        "setDevice": lambda device: devices.handle_type(device).use(),
-        "deviceSynchronize": lambda: None,
-        "streamSynchronize": lambda stream: None,
-        "memGetInfo": mem_get_info,
-        "getDeviceProperties": get_device_properties,
-        "deviceCanAccessPeer": lambda device, peer: 0,
-        "is_hip": False,
-        "CUDARuntimeError": NoDeviceError,
-    }
-
-
 def memory_names(devices: DeviceSet) -> dict[str, Any]:
-    """`cuda.memory`."""
+    """What `cuda` and `cuda.memory` share."""
     pool = MemoryPool(devices)
 
     def make_pool(allocator: Any = None) -> MemoryPool:
         return MemoryPool(devices)
 
+    def unowned_memory(ptr: int, size: int, owner: object, device_id: int = -1) -> BaseMemory:
+        return unowned(ptr, size, owner, devices.current if device_id < 0 else devices[device_id])
+
     return {
-        "OutOfMemoryError": OutOfDeviceMemoryError,
         "MemoryPool": make_pool,
-        "PinnedMemoryPool": PinnedMemoryPool,
+        "MemoryPointer": MemoryPointer,
+        "BaseMemory": BaseMemory,
+        "UnownedMemory": unowned_memory,
+        "alloc": pool.malloc,
         "set_allocator": set_allocator,
         "get_allocator": lambda: pool.malloc,
     }
 
 
-def cuda_names(devices: DeviceSet) -> dict[str, Any]:
+def cuda_names(devices: DeviceSet, streams: dict[str, Any]) -> dict[str, Any]:
     """`cuda` itself, without its submodules."""
     return {
         **memory_names(devices),
+        **streams,
+        "PinnedMemoryPool": PinnedMemoryPool,
         "Device": devices.handle_type,
-        "Event": Event,
-        "Stream": Stream,
-        "get_current_stream": lambda device_id=-1: Stream.null,
         "get_device_id": lambda: devices.current.id,
-        "get_elapsed_time": get_elapsed_time,
+        "get_local_runtime_version": lambda: CUDA_VERSION,
         "is_available": lambda: True,
         "set_pinned_memory_allocator": set_allocator,
     }

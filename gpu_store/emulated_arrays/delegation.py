@@ -21,8 +21,9 @@ from typing import Any, Self
 
 import numpy as np
 
+from afield.gpu_store.emulated_arrays import indexing
 from afield.gpu_store.emulated_arrays.devices import Array, DeviceMemory, dtype_in_place, holder_of
-from afield.gpu_store.emulated_arrays.names import words
+from afield.gpu_store.emulated_arrays.names import OF_MODULE, UFUNCS, words
 
 #: Values that may be mixed with device arrays: they are passed to a kernel by value.
 SCALARS = (bool, int, float, complex, np.bool_, np.number)
@@ -34,6 +35,13 @@ _COUNTED_ON_DEVICE = frozenset({"allclose", "array_equal", "array_equiv", "count
 _TAKE_LISTS = words(
     "append array_split split hsplit vsplit dsplit delete insert place put percentile quantile tile compress"
 )
+
+#: Functions that do something else than NumPy's where an index lies outside.
+_BY_CUPYS_RULE: dict[str, Callable[..., Any]] = {
+    "take": indexing.wrapped_take,
+    "take_along_axis": indexing.wrapped_take_along_axis,
+    "put": indexing.wrapped_put,
+}
 
 #: Functions that call back with arrays.
 _CALL_BACK = frozenset({"apply_along_axis", "apply_over_axes", "piecewise"})
@@ -106,7 +114,7 @@ class Call:
     def __init__(self, name: str, kind: type[Held], home: DeviceMemory | None = None) -> None:
         self.name = name
         self.kind = kind
-        #: Where results go: the device of the operands, or that of whoever made the call.
+        #: Where results go: the current device of whoever makes the call. Views stay where they are.
         self.home = home
         self._operand: Held | None = None
         self._lowered: dict[int, Held] = {}
@@ -167,7 +175,7 @@ class Call:
         first = self._operand
         if first is None:
             self._operand = operand
-            self.home = operand._home
+            self.home = operand._home.current
         elif first._home.uuid != operand._home.uuid:
             raise ValueError(
                 f"{self.name}: operands lie on different devices, {first._home.id} ({first._home.uuid}) and "
@@ -191,6 +199,8 @@ def run_ufunc(
     home: DeviceMemory | None = None,
 ) -> Any:
     """Do what `__array_ufunc__` is asked for; raises TypeError for operands that CuPy would not take."""
+    if ufunc.__name__ not in UFUNCS:
+        return NotImplemented  # CuPy has no such function, and NumPy says so by a TypeError
     call = Call(ufunc.__name__, kind, home)
     for place, value in enumerate((*inputs, *kwargs.get("out", ()))):
         if isinstance(value, (Held, *SCALARS)) or (value is None and place >= len(inputs)):
@@ -242,6 +252,8 @@ def run_function(
     kind: type[Held], func: Any, types: Iterable[type], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """Do what `__array_function__` is asked for."""
+    if func.__name__ not in OF_MODULE.get(func.__module__, ()):
+        return NotImplemented
     for other in types:
         if not issubclass(other, Held | np.ndarray | HostList | HostTuple):
             return NotImplemented
@@ -251,4 +263,4 @@ def run_function(
         raise mixing_refused(func.__name__, next(value for value in everything if find(value, listed) is not None))
     if func.__name__ not in _TAKE_LISTS and any(type(value) in (list, tuple) for value in everything):
         return func(*[_mark(value) for value in args], **{key: _mark(value) for key, value in kwargs.items()})
-    return Call(func.__name__, kind).run(func, args, kwargs)
+    return Call(func.__name__, kind).run(_BY_CUPYS_RULE.get(func.__name__, func), args, kwargs)

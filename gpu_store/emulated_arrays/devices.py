@@ -29,6 +29,31 @@ ALIGNMENT = 512
 #: A device that a process makes for itself, because it unpickles a device array and was given no devices.
 STANDALONE_BYTES = 4 << 30
 
+#: What `deviceGetAttribute` and `Device.attributes` tell: CUDA's number of an attribute, and its value here.
+ATTRIBUTES = {
+    "MaxThreadsPerBlock": (1, 1024),
+    "MaxBlockDimX": (2, 1024),
+    "MaxBlockDimY": (3, 1024),
+    "MaxBlockDimZ": (4, 64),
+    "MaxGridDimX": (5, 2147483647),
+    "MaxGridDimY": (6, 65535),
+    "MaxGridDimZ": (7, 65535),
+    "MaxSharedMemoryPerBlock": (8, 49152),
+    "TotalConstantMemory": (9, 65536),
+    "WarpSize": (10, 32),
+    "MaxRegistersPerBlock": (12, 65536),
+    "MultiProcessorCount": (16, 1),
+    "Integrated": (18, 0),
+    "ConcurrentKernels": (31, 1),
+    "PciBusId": (33, 0),
+    "PciDeviceId": (34, 0),
+    "UnifiedAddressing": (41, 1),
+    "PciDomainId": (50, 0),
+    "ManagedMemory": (83, 0),
+    "ConcurrentManagedAccess": (89, 0),
+    "MemoryPoolsSupported": (115, 0),
+}
+
 Array = np.ndarray[Any, np.dtype[Any]]
 
 _UNLIMITED = 1 << 62
@@ -63,6 +88,10 @@ class DeviceLike(Protocol):
     def name(self) -> str: ...
     @property
     def memory_bytes(self) -> int: ...
+
+
+class CUDARuntimeError(NoDeviceError, RuntimeError):
+    """What the CUDA runtime would refuse: `cuda.runtime.CUDARuntimeError`."""
 
 
 class Lease:
@@ -163,6 +192,25 @@ def checked_dtype(dtype: Any) -> np.dtype[Any]:
     return native
 
 
+def bytes_of(array: Array) -> Array:
+    """Return the bytes of the allocation that a device array is a view of, as far as any view of it reaches."""
+    root: Any = array
+    while isinstance(root.base, np.ndarray):
+        root = root.base
+    holder = root.base
+    assert type(holder) is Holder, "device arrays lie in device memory"
+    start, end = np.lib.array_utils.byte_bounds(root)
+    nbytes = end - start if root.size else 0
+    interface = {
+        "version": 3,
+        "data": (start, not root.flags.writeable),
+        "shape": (nbytes,),
+        "typestr": "|u1",
+        "strides": None,
+    }
+    return np.asarray(Holder(holder.device, interface, holder.memory, holder.owner, (holder.lease, root)))
+
+
 def dtype_in_place(dtype: Any) -> np.dtype[Any]:
     """Return the dtype that bytes in device memory are to be read as; raises ValueError for one that no array can have.
 
@@ -198,6 +246,11 @@ class DeviceMemory:
 
     def __repr__(self) -> str:
         return f"<memory of device {self.id}, {self.uuid}>"
+
+    @property
+    def current(self) -> DeviceMemory:
+        """Where a call that is made now puts its results: the thread's current device, whose arrays it takes or not."""
+        return self if self.set is None else self.set.current
 
     def touch(self) -> None:
         """An operation begins; raises what `on_use` raises."""
@@ -310,7 +363,7 @@ class DeviceSet:
         for device in self.devices:
             device.set = self
         #: `cuda.Device` of this set.
-        self.handle_type: type[Device] = type("Device", (Device,), {"devices": self, "__module__": Device.__module__})
+        self.handle_type: type[Device] = type("Device", (Device,), {"_devices": self, "__module__": Device.__module__})
 
     @property
     def current(self) -> DeviceMemory:
@@ -319,7 +372,9 @@ class DeviceSet:
 
     def __getitem__(self, index: int) -> DeviceMemory:
         if not 0 <= index < len(self.devices):
-            raise NoDeviceError(f"there is no device {index}: this process sees {len(self.devices)}, numbered from 0")
+            raise CUDARuntimeError(
+                f"there is no device {index}: this process sees {len(self.devices)}, numbered from 0"
+            )
         return self.devices[index]
 
     def by_uuid(self, uuid: str) -> DeviceMemory | None:
@@ -345,11 +400,11 @@ class DeviceSet:
 class Device:
     """`cuda.Device`: a handle of one device, by its number; `with` makes it the thread's current one."""
 
-    devices: ClassVar[DeviceSet]
+    _devices: ClassVar[DeviceSet]
 
     def __init__(self, device: int | Device | None = None) -> None:
-        self.id = self.devices.current.id if device is None else int(device)
-        self._memory = self.devices[self.id]
+        self.id = self._devices.current.id if device is None else int(device)
+        self._memory = self._devices[self.id]
 
     @property
     def uuid(self) -> str:
@@ -361,18 +416,39 @@ class Device:
         total = self._memory.memory_bytes
         return total - self._memory.account.used_bytes, total
 
+    @property
+    def compute_capability(self) -> str:
+        """No kernel runs here, so no capability: less than any that a program may ask for."""
+        return "00"
+
+    @property
+    def pci_bus_id(self) -> str:
+        """An address that no bus of a machine has, a different one for each device."""
+        return f"FFFF:{self.id:02X}:00.0"
+
+    @classmethod
+    def from_pci_bus_id(cls, pci_bus_id: str) -> Device:
+        for memory in cls._devices.devices:
+            if cls(memory.id).pci_bus_id == pci_bus_id:
+                return cls(memory.id)
+        raise CUDARuntimeError(f"cudaErrorInvalidValue: no device has the bus id {pci_bus_id!r}")
+
+    @property
+    def attributes(self) -> dict[str, int]:
+        return {name: value for name, (_, value) in ATTRIBUTES.items()}
+
     def use(self) -> None:
-        self.devices.choose(self.id)
+        self._devices.choose(self.id)
 
     def synchronize(self) -> None:
         """Wait for the device; every call on emulated arrays is complete when it returns."""
 
     def __enter__(self) -> Device:
-        self.devices.enter(self.id)
+        self._devices.enter(self.id)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.devices.leave()
+        self._devices.leave()
 
     def __int__(self) -> int:
         return self.id

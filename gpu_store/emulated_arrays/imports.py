@@ -41,8 +41,8 @@ class MissingParts(MetaPathFinder):
 @contextmanager
 def installed_as_import(module: EmulatedModule) -> Iterator[EmulatedModule]:
     """Make `import <name of module>` give `module`, and unpickled arrays go to its devices, until the end of the block."""
-    devices: DeviceSet = module.devices
-    modules: dict[str, EmulatedModule] = module.modules
+    devices: DeviceSet = module._devices
+    modules: dict[str, EmulatedModule] = module._modules
     finder = MissingParts(module.__name__)
     before = {name: sys.modules.get(name) for name in modules}
     devices_before = set_process_devices(devices)

@@ -14,30 +14,37 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.machinery import ModuleSpec
+from operator import attrgetter
 from types import ModuleType
 from typing import Any, NoReturn
 
 import numpy as np
 
+from afield.errors import OutOfDeviceMemoryError
 from afield.gpu_store.emulated_arrays import creation, cuda_namespace, names
 from afield.gpu_store.emulated_arrays.array import EmulatedArray
 from afield.gpu_store.emulated_arrays.delegation import Call, Held, find, mixing_refused
 from afield.gpu_store.emulated_arrays.devices import (
     Allocator,
     CappedAllocator,
+    CUDARuntimeError,
     DeviceLike,
     DeviceMemory,
     DeviceSet,
     process_devices,
 )
-from afield.gpu_store.emulated_arrays.random_numbers import Draws, RandomNumbers
+from afield.gpu_store.emulated_arrays.names import words
+from afield.gpu_store.emulated_arrays.random_numbers import XORWOW, BitGenerator, MRG32k3a, Philox4x3210, RandomNumbers
+from afield.gpu_store.emulated_arrays.runtime_calls import RuntimeCalls
+from afield.gpu_store.emulated_arrays.streams import stream_names
+from afield.gpu_store.emulated_arrays.strided import as_strided
 
 #: What `__version__` says: the API that is emulated, and that it is.
 VERSION = "14.0.0+afield.emulated"
 
 
 class EmulatedModule(ModuleType):
-    """A module whose names are found when they are first used; `modules` of the root holds the whole tree."""
+    """A module whose names are found when they are first used; `_modules` of the root holds the whole tree."""
 
     def __init__(
         self, name: str, doc: str, resolve: Callable[[EmulatedModule, str], Any], known: Iterable[str]
@@ -113,11 +120,13 @@ class UfuncDelegate(Delegate):
     __wrapped__: np.ufunc
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("nin", "nout", "nargs", "ntypes", "types", "identity", "signature"):
+        if name in ("nin", "nout", "nargs", "types"):
             return getattr(self.__wrapped__, name)
         if name in ("reduce", "accumulate", "outer", "at", "reduceat"):
             method = getattr(self.__wrapped__, name)
             return lambda *args, **kwargs: self._call(method, args, kwargs)
+        if name == "name":
+            return f"cupy_{self.__wrapped__.__name__}"
         raise AttributeError(f"the emulated ufunc {self.__name__!r} has no {name!r}", name=name, obj=self)
 
 
@@ -169,12 +178,14 @@ def module_of(devices: DeviceSet, name: str = "cupy") -> EmulatedModule:
     made = creation.Creation(devices)
 
     def resolve(module: EmulatedModule, attribute: str) -> Any:
-        if attribute in creation.NAMES:
+        if attribute in names.CREATED:
             return getattr(made, attribute)
         return _resolve(module, attribute, devices)
 
     known = {
-        *creation.NAMES,
+        *names.CREATED,
+        *names.CONSTANTS,
+        *names.ALIASES,
         *names.CONSTANTS_AND_TYPES,
         *names.QUESTIONS,
         *names.CREATION,
@@ -195,13 +206,13 @@ def module_of(devices: DeviceSet, name: str = "cupy") -> EmulatedModule:
         get_default_memory_pool=lambda: pool,
         get_default_pinned_memory_pool=lambda: pinned,
         is_available=lambda: True,
-        devices=devices,
+        _devices=devices,
     )
     submodules = _submodules(name, devices)
     for full_name, module in submodules.items():
         parent, _, last = full_name.rpartition(".")
         (root if parent == name else submodules[parent]).__dict__[last] = module
-    root.__dict__["modules"] = {name: root, **submodules}
+    root.__dict__["_modules"] = {name: root, **submodules}
     return root
 
 
@@ -219,7 +230,7 @@ def _submodules(name: str, devices: DeviceSet) -> dict[str, EmulatedModule]:
         return module
 
     def delegated(last: str, functions: frozenset[str], creating: frozenset[str], **values: Any) -> EmulatedModule:
-        source = getattr(np, last)
+        source = attrgetter(last)(np)
 
         def resolve(module: EmulatedModule, attribute: str) -> Any:
             kind = CreatingDelegate if attribute in creating else Delegate
@@ -232,18 +243,29 @@ def _submodules(name: str, devices: DeviceSet) -> dict[str, EmulatedModule]:
         return module
 
     numbers = RandomNumbers(devices)
-    of_state = ("seed", "default_rng", "get_random_state", "set_random_state", "RandomState")
+    of_state = words("seed default_rng get_random_state set_random_state reset_states RandomState Generator")
     random = {key: getattr(numbers, key) for key in of_state} | {key: numbers.function(key) for key in names.RANDOM}
-    stream = {"Stream": cuda_namespace.Stream, "Event": cuda_namespace.Event}
+    random |= {kind.__name__: kind for kind in (BitGenerator, XORWOW, MRG32k3a, Philox4x3210)}
+    exceptions = {key: getattr(np.exceptions, key) for key in names.EXCEPTIONS if hasattr(np.exceptions, key)}
+    tricks = delegated("lib.stride_tricks", names.STRIDE_TRICKS, frozenset(), as_strided=as_strided)
+    streams = stream_names(devices)
+    memory = {**cuda_namespace.memory_names(devices), "OutOfMemoryError": OutOfDeviceMemoryError}
+    memory["CUDARuntimeError"] = CUDARuntimeError
+    calls = RuntimeCalls(devices, streams).names()
     tree = {
         "linalg": delegated("linalg", names.LINALG, frozenset(), LinAlgError=np.linalg.LinAlgError),
         "fft": delegated("fft", names.FFT, names.FFT_CREATION),
-        "random": plain("random", "Random numbers in device memory.", {**random, "Generator": Draws}),
+        "random": plain("random", "Random numbers in device memory.", random),
+        "exceptions": plain("exceptions", "NumPy's.", exceptions),
+        "lib": plain("lib", "Views.", {}),
+        "lib.stride_tricks": tricks,
         "testing": plain("testing", "Assertions about device and host arrays.", _assertions()),
-        "cuda": plain("cuda", "The emulated devices.", cuda_namespace.cuda_names(devices), names.LACKING_IN_CUDA),
-        "cuda.runtime": plain("cuda.runtime", "Questions about devices.", cuda_namespace.runtime_names(devices)),
-        "cuda.memory": plain("cuda.memory", "Memory pools.", cuda_namespace.memory_names(devices)),
-        "cuda.stream": plain("cuda.stream", "Streams.", stream),
+        "cuda": plain(
+            "cuda", "The emulated devices.", cuda_namespace.cuda_names(devices, streams), names.LACKING_IN_CUDA
+        ),
+        "cuda.runtime": plain("cuda.runtime", "CUDA's calls.", calls, names.LACKING_IN_RUNTIME),
+        "cuda.memory": plain("cuda.memory", "Memory pools.", memory, names.LACKING_IN_CUDA_MEMORY),
+        "cuda.stream": plain("cuda.stream", "Streams.", streams),
     }
     return {f"{name}.{last}": module for last, module in tree.items()}
 
@@ -251,6 +273,14 @@ def _submodules(name: str, devices: DeviceSet) -> dict[str, EmulatedModule]:
 def _resolve(module: EmulatedModule, attribute: str, devices: DeviceSet) -> Any:
     if attribute in names.LACKING:
         return Lacking(f"{module.__name__}.{attribute}", names.LACKING[attribute])
+    if attribute in names.CONSTANTS:
+        return names.CONSTANTS[attribute]
+    if attribute in names.ALIASES:
+        return Delegate(module, names.ALIASES[attribute], attribute, devices)
+    if attribute in names.EXCEPTIONS and hasattr(np.exceptions, attribute):
+        return getattr(np.exceptions, attribute)
+    if attribute not in names.OF_NUMPY:
+        raise _no_such_name(module, attribute)
     value = getattr(np, attribute, None)
     if attribute in names.CONSTANTS_AND_TYPES and hasattr(np, attribute):
         return value

@@ -8,11 +8,44 @@ the reason, for messages.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
 
 def words(text: str) -> frozenset[str]:
     """Return the words of a text, for tables that are easier to read as text."""
     return frozenset(text.split())
 
+
+#: Names that CuPy still has and NumPy no longer: what they stand for.
+CONSTANTS = {
+    **dict.fromkeys(("Inf", "Infinity", "PINF", "infty"), math.inf),
+    **dict.fromkeys(("NAN", "NaN"), math.nan),
+    "NINF": -math.inf,
+    "NZERO": -0.0,
+    "PZERO": 0.0,
+    "float_": np.float64,
+    "singlecomplex": np.complex64,
+    **dict.fromkeys(("complex_", "cfloat"), np.complex128),
+}
+ALIASES: dict[str, Callable[..., Any]] = {
+    "alltrue": np.all,
+    "cumproduct": np.cumprod,
+    "in1d": lambda ar1, ar2, *options, **named: np.isin(np.ravel(ar1), ar2, *options, **named),
+    "msort": lambda a: np.sort(a, axis=0),
+    "product": np.prod,
+    "round_": np.round,
+    "row_stack": np.vstack,
+    "sometrue": np.any,
+    "trapz": np.trapezoid,
+}
+STRIDE_TRICKS = frozenset({"sliding_window_view"})
+EXCEPTIONS = words(
+    "AxisError ComplexWarning ModuleDeprecationWarning RankWarning TooHardError VisibleDeprecationWarning"
+)
 
 CONSTANTS_AND_TYPES = words(
     """
@@ -21,6 +54,7 @@ CONSTANTS_AND_TYPES = words(
     bool bool_ int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64 complex64 complex128
     byte ubyte short ushort intc uintc int_ uint intp uintp long ulong longlong ulonglong half single double csingle cdouble
     get_printoptions set_printoptions printoptions format_float_positional format_float_scientific broadcast_shapes
+    iterable ndindex
     """
 )
 
@@ -47,32 +81,34 @@ UFUNCS = words(
     left_shift less less_equal log log10 log1p log2 logaddexp logaddexp2 logical_and logical_not logical_or logical_xor
     matmul maximum minimum mod modf multiply negative nextafter not_equal positive power rad2deg radians reciprocal
     remainder right_shift rint sign signbit sin sinh sqrt square subtract tan tanh true_divide trunc
-    acos acosh asin asinh atan atan2 atanh bitwise_count bitwise_invert bitwise_left_shift bitwise_right_shift pow vecdot
+    acos acosh asin asinh atan atan2 atanh bitwise_count bitwise_invert bitwise_left_shift bitwise_right_shift pow
     """
 )
 
 FUNCTIONS = words(
     """
     all allclose amax amin angle any append apply_along_axis argmax argmin argpartition argsort argwhere around
-    array_equal array_split astype atleast_1d atleast_2d atleast_3d average bincount block
+    array_equal array_equiv array_split astype atleast_1d atleast_2d atleast_3d average bincount
     broadcast_arrays broadcast_to choose clip column_stack compress concat concatenate convolve copyto corrcoef correlate
-    count_nonzero cov cross cumprod cumsum delete diag diag_indices_from diagflat diagonal diff digitize dot dsplit dstack
+    count_nonzero cov cross cumprod cumsum cumulative_prod cumulative_sum delete
+    diag diag_indices_from diagflat diagonal diff digitize dot dsplit dstack
     ediff1d einsum expand_dims extract fill_diagonal fix flatnonzero flip fliplr flipud gradient histogram histogram2d
-    histogramdd hsplit hstack i0 imag inner insert interp intersect1d isclose iscomplex isin isneginf isposinf isreal ix_
+    histogramdd hsplit hstack i0 imag inner interp intersect1d isclose iscomplex isin isneginf isposinf isreal ix_
     kron lexsort matrix_transpose max mean median meshgrid min moveaxis nan_to_num nanargmax nanargmin nancumprod nancumsum
     nanmax nanmean nanmedian nanmin nanprod nanstd nansum nanvar nonzero outer packbits pad partition percentile
     permute_dims piecewise place polyfit polyval prod ptp put put_along_axis putmask quantile ravel ravel_multi_index real
     real_if_close repeat reshape resize roll rollaxis roots rot90 round searchsorted select setdiff1d setxor1d sinc
     sort sort_complex split squeeze stack std sum swapaxes take take_along_axis tensordot tile trace transpose trapezoid
-    tril tril_indices_from trim_zeros triu triu_indices_from union1d unique unpackbits unravel_index unstack unwrap
+    tril tril_indices_from trim_zeros triu triu_indices_from union1d unique
+    unique_all unique_counts unique_inverse unique_values unpackbits unravel_index unwrap
     vander var vdot vsplit vstack where
     """
 )
 
 LINALG = words(
     """
-    cholesky cond det eig eigh eigvals eigvalsh inv lstsq matrix_power matrix_rank norm pinv qr slogdet solve svd
-    tensorinv tensorsolve
+    cholesky cond cross det eig eigh eigvals eigvalsh inv lstsq matmul matrix_power matrix_rank matrix_transpose norm
+    pinv qr slogdet solve svd tensorinv tensorsolve
     """
 )
 
@@ -90,13 +126,28 @@ TESTING = words(
     """
 )
 
-RANDOM = words(
+#: The methods of `RandomState`, and functions of `random`.
+RANDOM_STATE = words(
     """
-    beta binomial bytes chisquare choice dirichlet exponential f gamma geometric gumbel hypergeometric laplace logistic
-    lognormal logseries multinomial multivariate_normal negative_binomial noncentral_chisquare noncentral_f normal pareto
-    permutation poisson power rand randint randn random random_integers random_sample ranf rayleigh sample shuffle
+    beta binomial chisquare choice dirichlet exponential f gamma geometric gumbel hypergeometric laplace logistic
+    lognormal logseries multivariate_normal negative_binomial noncentral_chisquare noncentral_f normal pareto
+    permutation poisson power rand randint randn random_sample rayleigh shuffle
     standard_cauchy standard_exponential standard_gamma standard_normal standard_t triangular uniform vonmises wald weibull
     zipf
+    """
+)
+#: Functions of `random` only: what each of them draws from a `RandomState` of NumPy.
+RANDOM = {
+    **{name: name for name in RANDOM_STATE},
+    **{name: name for name in ("bytes", "multinomial")},
+    **dict.fromkeys(("random", "ranf", "sample"), "random_sample"),
+    "random_integers": "random_integers",
+}
+#: The methods of a `Generator`: CuPy's has these, and no other of NumPy's.
+GENERATOR = words(
+    """
+    beta binomial chisquare dirichlet exponential f gamma geometric hypergeometric integers logseries poisson power random
+    standard_exponential standard_gamma standard_normal uniform
     """
 )
 
@@ -111,15 +162,47 @@ LACKING = {
     **dict.fromkeys(words("asarray_chkfinite poly poly1d polyadd polymul polysub"), _NOT_YET),
 }
 LACKING_IN_CUDA = {
-    **dict.fromkeys(words("Function Module compile_with_cache nvrtc cub jitify"), _CUDA_CODE),
+    **dict.fromkeys(words("Function Module nvrtc cub"), _CUDA_CODE),
     **dict.fromkeys(
         words(
             """
-        ExternalStream Graph Memory ManagedMemory MemoryAsyncPool MemoryPointer PythonFunctionAllocator UnownedMemory
-        alloc alloc_pinned_memory cublas cudnn curand cusolver cusparse driver malloc_async malloc_managed nccl nvtx profiler
-        texture using_allocator
+        CFunctionAllocator Graph Memory ManagedMemory MemoryAsync MemoryAsyncPool MemoryHook PinnedMemory
+        PinnedMemoryPointer PythonFunctionAllocator alloc_pinned_memory compiler driver function graph malloc_async
+        malloc_managed memory_hook memory_hooks nvtx pinned_memory profile profiler texture thrust using_allocator
             """
         ),
         _NOT_YET,
     ),
 }
+LACKING_IN_CUDA_MEMORY = dict.fromkeys(
+    words("CFunctionAllocator ManagedMemory Memory MemoryAsync MemoryAsyncPool PythonFunctionAllocator malloc_managed"),
+    _NOT_YET,
+)
+LACKING_IN_RUNTIME = dict.fromkeys(
+    words(
+        """
+        graphLaunch graphInstantiate hostAlloc hostRegister hostUnregister freeHost ipcGetMemHandle ipcOpenMemHandle
+        ipcGetEventHandle ipcOpenEventHandle mallocManaged mallocArray memAdvise memPrefetchAsync memcpy2D memcpy2DAsync
+        memcpy3D memcpy3DAsync pointerGetAttributes streamAddCallback streamBeginCapture streamEndCapture launchHostFunc
+        deviceEnablePeerAccess deviceDisablePeerAccess deviceGetLimit deviceSetLimit
+        """
+    ),
+    _NOT_YET,
+)
+
+#: What `creation` makes itself.
+CREATED = words(
+    "array asarray asanyarray ascontiguousarray asfortranarray asnumpy copy empty zeros ones full "
+    "empty_like zeros_like ones_like full_like from_dlpack load save savez savez_compressed savetxt mgrid ogrid fuse"
+)
+
+#: The functions of NumPy that take device arrays, by NumPy's module: those that CuPy has under the same name.
+OF_MODULE = {
+    "numpy": CREATED | QUESTIONS | CREATION | FUNCTIONS | frozenset(LACKING),
+    "numpy.linalg": LINALG,
+    "numpy.fft": FFT | FFT_CREATION,
+    "numpy.lib.stride_tricks": STRIDE_TRICKS,
+}
+
+#: What is looked up in NumPy by its name.
+OF_NUMPY = CONSTANTS_AND_TYPES | QUESTIONS | CREATION | UFUNCS | FUNCTIONS

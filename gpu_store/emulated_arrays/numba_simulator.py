@@ -194,7 +194,7 @@ def _functions(arrays: Any) -> dict[str, Any]:
             home = process_devices().current
             extents = (shape,) if isinstance(shape, int) else tuple(shape)
             return fake(home.empty(extents, dtype, tuple(strides)), stream)
-        return fake(inner_array(EmulatedArray(shape, dtype, order)), stream)
+        return fake(inner_array(EmulatedArray(shape, dtype, order=order)), stream)
 
     def device_array_like(ary: Any, stream: Any = 0) -> Any:
         model = inner_array(ary) if isinstance(ary, EmulatedArray) else getattr(ary, "_ary", ary)

@@ -50,7 +50,7 @@ def emulated_module(
     of_device = {arena.device.info.uuid: arena for arena in arenas}
     infos = [arena.device.info for arena in arenas]
     module = make_module(infos, lambda info: ArenaAllocator(of_device[info.uuid]), current_device, name=name)
-    memories: Sequence[DeviceMemory] = module.devices.devices
+    memories: Sequence[DeviceMemory] = module._devices.devices
     for memory in memories:
         memory.on_use = of_device[memory.uuid].check
     return module

@@ -305,7 +305,7 @@ class Devices:
             self._on_close.enter_context(arrays.installed_as_import(module))
         else:
             self._on_close.close()
-            before = arrays.set_process_devices(module.devices)
+            before = arrays.set_process_devices(module._devices)
             self._on_close.callback(arrays.set_process_devices, before)
         return module
 
