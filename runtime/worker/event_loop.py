@@ -2,7 +2,7 @@
 
 The loop watches the pump's descriptor, so a call goes from the socket to its coroutine without a change of thread. A call
 waits for its group's semaphore as an asyncio task and begins when it has it, unless it was cancelled, or its caller was gone,
-by then. A call that runs is cancelled as an asyncio task is.
+by then. A call that runs is cancelled as an asyncio task is, also when its caller dies.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ class Executor:
         process.register(messages.Consumed, self._on_consumed)
         process.subscribe(TICK, self._signal_again)
         process.subscribe(PEER_LEFT, self._forget_peer)
-        process.subscribe(PROCESS_DIED, lambda peer, reason: self._forget_peer(peer))  # may come first
+        process.subscribe(PROCESS_DIED, self._on_process_died)  # may come first
         process.cores["work"] = self.work
         self.values.on_block = self._block
         self.values.on_unblock = self._unblock
@@ -156,6 +156,16 @@ class Executor:
                 for call in self.work.caller_gone(channel):
                     if self._concurrency is not None:
                         self._concurrency.interrupt(call)
+
+    def _on_process_died(self, peer: bytes, reason: str) -> None:
+        """A caller is dead: nobody waits for its calls any more, and what they would take they would take for nobody."""
+        self._forget_peer(peer)
+        for call in self.work.started():
+            if call.channel.peer_id == peer:
+                if call.stream is not None:
+                    call.stream.abandon()
+                if self._concurrency is not None:
+                    self._on_cancel(call.channel, messages.Cancel(call.sequence, False))
 
     # -- the main thread -----------------------------------------------------------------------------------------
 

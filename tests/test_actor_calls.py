@@ -1,0 +1,152 @@
+"""Calls of actors by behaviour: those of a caller that has died, and methods that share a name with an attribute."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import pytest
+
+import afield
+from afield.libraries.queue import _QueueActor
+from afield.util.queue import Queue
+from tests.helpers import HANG_S, poll
+
+
+@afield.remote(max_concurrency=4)
+class Relay:
+    """Calls another actor and waits there, until it is killed."""
+
+    def __init__(self) -> None:
+        self.consumed = False
+
+    def wait_for(self, actor: Any, method: str) -> None:
+        afield.get(getattr(actor, method).remote())
+
+    def take(self, queue: Queue) -> Any:
+        return queue.get()
+
+    def consume(self, actor: Any, method: str) -> None:
+        items = getattr(actor, method).options(num_returns="streaming").remote()
+        afield.get(next(items))
+        self.consumed = True
+        afield.get(actor.first_was_taken.remote())
+
+    def has_consumed(self) -> bool:
+        return self.consumed
+
+
+def make_watched_queue() -> Queue:
+    """Make a queue that tells how many calls wait in it."""
+
+    class Watched(_QueueActor):
+        async def waiting(self) -> int:
+            return len(self._queue._getters)  # type: ignore[attr-defined]
+
+    queue = Queue()
+    queue.actor = afield.remote(Watched).remote(0)
+    return queue
+
+
+def test_a_queue_keeps_the_item_of_a_consumer_that_died_waiting(shared_runtime: None) -> None:
+    queue, consumer = make_watched_queue(), Relay.remote()
+    taking = [consumer.take.remote(queue) for _ in range(3)]
+    assert poll(lambda: afield.get(queue.actor.waiting.remote()) == 3)
+    afield.kill(consumer)
+    assert poll(lambda: afield.get(queue.actor.waiting.remote()) == 0)
+    queue.put("item")
+    assert queue.get(timeout=HANG_S) == "item"
+    del taking
+
+
+@pytest.mark.parametrize(("how", "method"), [("wait_for", "serve"), ("consume", "stream")])
+def test_a_running_call_of_a_dead_caller_is_cancelled(shared_runtime: None, how: str, method: str) -> None:
+    class Server:
+        def __init__(self) -> None:
+            self.seen: list[str] = []
+
+        async def serve(self) -> None:
+            self.seen.append("begun")
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                self.seen.append("cancelled")
+                raise
+
+        async def stream(self) -> AsyncIterator[int]:
+            try:
+                for item in itertools.count():
+                    yield item
+                    self.seen.append("begun")
+                    await asyncio.Event().wait()
+            finally:
+                self.seen.append("cancelled")
+
+        async def first_was_taken(self) -> None:
+            await asyncio.Event().wait()
+
+        async def read(self) -> list[str]:
+            return self.seen
+
+    server, relay = afield.remote(Server).remote(), Relay.remote()
+    waiting = getattr(relay, how).remote(server, method)
+    assert poll(lambda: afield.get(server.read.remote()) == ["begun"])
+    afield.kill(relay)
+    assert poll(lambda: afield.get(server.read.remote()) == ["begun", "cancelled"])
+    del waiting
+
+
+def test_calls_of_others_go_on_when_a_caller_dies(shared_runtime: None) -> None:
+    queue, dead, alive = make_watched_queue(), Relay.remote(), Relay.remote()
+    taking = [dead.take.remote(queue), alive.take.remote(queue)]
+    assert poll(lambda: afield.get(queue.actor.waiting.remote()) == 2)
+    afield.kill(dead)
+    assert poll(lambda: afield.get(queue.actor.waiting.remote()) == 1)
+    queue.put("item")
+    assert afield.get(taking[1], timeout=HANG_S) == "item"
+
+
+def test_a_generator_of_a_dead_caller_ends_and_the_actor_is_free(shared_runtime: None) -> None:
+    class Source:
+        @afield.method(_generator_backpressure_num_objects=2)
+        def numbers(self) -> Iterator[int]:
+            yield from itertools.count()
+
+        def first_was_taken(self) -> None:
+            """Waits behind the generator."""
+
+    source, relay = afield.remote(Source).remote(), Relay.remote()
+    consuming = relay.consume.remote(source, "numbers")
+    assert poll(lambda: afield.get(relay.has_consumed.remote()))
+    afield.kill(relay)
+    afield.get(source.first_was_taken.remote(), timeout=HANG_S)
+    del consuming
+
+
+def test_a_method_is_called_that_an_attribute_of_the_instance_hides(shared_runtime: None) -> None:
+    class Base:
+        def inherited(self) -> str:
+            return f"inherited {self.kept}"  # type: ignore[attr-defined]
+
+    class Shadowed(Base):
+        def __init__(self) -> None:
+            self.kept = "kept"
+            for name in ("plain", "static", "of_class", "inherited"):
+                setattr(self, name, 5)
+
+        def plain(self) -> str:
+            return self.kept
+
+        @staticmethod
+        def static(x: int) -> int:
+            return 2 * x
+
+        @classmethod
+        def of_class(cls) -> str:
+            return cls.__name__
+
+    actor = afield.remote(Shadowed).remote()
+    calls = [actor.plain.remote(), actor.static.remote(4), actor.of_class.remote(), actor.inherited.remote()]
+    assert afield.get(calls) == ["kept", 8, "Shadowed", "inherited kept"]
