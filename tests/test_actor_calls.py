@@ -1,4 +1,4 @@
-"""Calls of actors by behaviour: those of a caller that has died, and methods that share a name with an attribute."""
+"""Calls of actors by behaviour: callers that have died, names of attributes, order, and where async actors run."""
 
 from __future__ import annotations
 
@@ -150,3 +150,86 @@ def test_a_method_is_called_that_an_attribute_of_the_instance_hides(shared_runti
     actor = afield.remote(Shadowed).remote()
     calls = [actor.plain.remote(), actor.static.remote(4), actor.of_class.remote(), actor.inherited.remote()]
     assert afield.get(calls) == ["kept", 8, "Shadowed", "inherited kept"]
+
+
+class Asynchronous:
+    """Can wait for its argument, and take it."""
+
+    async def take(self, value: int) -> int:
+        return value
+
+    @afield.method(concurrency_group="one")
+    async def take_in_group(self, value: int) -> int:
+        return value
+
+
+class Threaded:
+    """The same."""
+
+    def take(self, value: int) -> int:
+        return value
+
+    @afield.method(concurrency_group="one")
+    def take_in_group(self, value: int) -> int:
+        return value
+
+
+@afield.remote
+class Gate:
+    """Gives its value as soon as it is open."""
+
+    def __init__(self) -> None:
+        self.open = asyncio.Event()
+
+    async def give(self, value: int) -> int:
+        await self.open.wait()
+        return value
+
+    async def let_pass(self) -> None:
+        self.open.set()
+
+
+@pytest.mark.parametrize(
+    ("cls", "max_concurrency", "first", "second"),
+    [
+        (Asynchronous, None, "take", "take"),
+        (Asynchronous, 1, "take", "take"),
+        (Asynchronous, None, "take_in_group", "take_in_group"),
+        (Threaded, 2, "take", "take"),
+        (Threaded, None, "take", "take_in_group"),
+        (Threaded, None, "take_in_group", "take"),
+    ],
+)
+def test_a_call_whose_argument_is_late_holds_back_nobody(
+    shared_runtime: None, cls: Any, max_concurrency: int | None, first: str, second: str
+) -> None:
+    gate = Gate.remote()
+    options = {} if max_concurrency is None else {"max_concurrency": max_concurrency}
+    actor = afield.remote(cls).options(concurrency_groups={"one": 1}, **options).remote()
+    late = getattr(actor, first).remote(gate.give.remote(1))
+    assert afield.get(getattr(actor, second).remote(2), timeout=HANG_S) == 2
+    afield.get(gate.let_pass.remote())
+    assert afield.get(late, timeout=HANG_S) == 1
+
+
+@pytest.mark.parametrize("method", ["take", "take_in_group"])
+def test_calls_that_run_one_at_a_time_keep_their_order(shared_runtime: None, method: str) -> None:
+    class Plain:
+        def __init__(self) -> None:
+            self.seen: list[int] = []
+
+        def take(self, value: int) -> None:
+            self.seen.append(value)
+
+        @afield.method(concurrency_group="one")
+        def take_in_group(self, value: int) -> None:
+            self.seen.append(value)
+
+        def read(self) -> list[int]:
+            return self.seen
+
+    gate, actor = Gate.remote(), afield.remote(Plain).options(concurrency_groups={"one": 1}).remote()
+    calls = [getattr(actor, method).remote(value) for value in (gate.give.remote(0), 1, gate.give.remote(2), 3)]
+    afield.get(gate.let_pass.remote())
+    afield.get(calls, timeout=HANG_S)
+    assert afield.get(actor.read.remote()) == [0, 1, 2, 3]

@@ -7,9 +7,9 @@ business of `executor`. All three drive the same `Invocation`.
 
 from __future__ import annotations
 
-import inspect
 from typing import Any, Protocol
 
+from afield.runtime.face.handles import is_async
 from afield.runtime.worker.event_loop import EventLoop
 from afield.runtime.worker.host import Host
 from afield.runtime.worker.invocation import Invocation
@@ -44,14 +44,8 @@ def make_concurrency(host: Host, cls: type, options: dict[str, Any]) -> Concurre
     """Return what runs an actor's calls; None for one at a time."""
     groups: dict[str, int] = options.get("concurrency_groups") or {}
     limit: int = options.get("max_concurrency") or 0
-    if _is_async(cls):
+    if is_async(cls):
         return EventLoop(host, limit or DEFAULT_ASYNC_CONCURRENCY, groups)
     if limit > 1 or groups:
         return Threads(host, limit or 1, groups)
     return None
-
-
-def _is_async(cls: type) -> bool:
-    members = (inspect.getattr_static(cls, name) for name in dir(cls))
-    functions = (member.__func__ if isinstance(member, (staticmethod, classmethod)) else member for member in members)
-    return any(inspect.iscoroutinefunction(f) or inspect.isasyncgenfunction(f) for f in functions)
