@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import traceback
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -233,3 +234,37 @@ def test_calls_that_run_one_at_a_time_keep_their_order(shared_runtime: None, met
     afield.get(gate.let_pass.remote())
     afield.get(calls, timeout=HANG_S)
     assert afield.get(actor.read.remote()) == [0, 1, 2, 3]
+
+
+def test_the_constructor_of_an_async_actor_runs_in_its_event_loop(shared_runtime: None) -> None:
+    class Beating:
+        def __init__(self, gate: Any) -> None:
+            self.loop = asyncio.get_running_loop()
+            self.gate = gate
+            self.task = asyncio.create_task(self.beat())
+            assert afield.get(afield.put(1)) == 1
+
+        async def beat(self) -> int:
+            return await self.gate[0].give.remote(7)  # type: ignore[no-any-return]
+
+        async def wait(self) -> tuple[bool, int]:
+            return self.loop is asyncio.get_running_loop(), await self.task
+
+    gate = Gate.remote()
+    actor = afield.remote(Beating).remote([gate])
+    waiting = actor.wait.remote()
+    afield.get(gate.let_pass.remote())
+    assert afield.get(waiting, timeout=HANG_S) == (True, 7)
+
+
+def test_an_async_actor_whose_constructor_raises_says_so(shared_runtime: None) -> None:
+    class Broken:
+        def __init__(self) -> None:
+            raise ValueError("broken")
+
+        async def ask(self) -> None:
+            """Never runs."""
+
+    with pytest.raises(ValueError, match="broken") as caught:
+        afield.get(afield.remote(Broken).remote().ask.remote())
+    assert "asyncio" not in "".join(traceback.format_exception(caught.value))

@@ -3,9 +3,9 @@
 Theory of operation. A `Caller` stands for one actor in one process. Calls that the actor runs one at a time are of one *order*
 (`Callee.order`): they stand in one queue, as they were made; the head leaves as soon as its arguments are there and the actor
 is alive, so the order of one caller is kept end to end. A plain actor's calls are all of one order; with concurrency groups
-each group that runs one call at a time has its own. All other calls (order None) are `late` until their arguments are there, and
-then queue for the actor alone: they hold back nobody. `CALLER` is the actor's life as this process is told of it, `CALL` the
-life of one call.
+each group that runs one call at a time has its own. All other calls (order None) are `late` until their arguments are there,
+and then queue for the actor alone: they hold back nobody. `CALLER` is the actor's life as this process is told of it, `CALL`
+the life of one call.
 
 A call that has left belongs to one *incarnation* of the actor, one process that it lives in: `on_way` is that incarnation's
 alone. It is emptied when the incarnation is over, and the next one gets another, so an answer that comes from an earlier one

@@ -7,6 +7,7 @@ business of `executor`. All three drive the same `Invocation`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from afield.runtime.face.handles import is_async
@@ -20,6 +21,9 @@ DEFAULT_ASYNC_CONCURRENCY = 1000
 
 class Concurrency(Protocol):
     """Runs the calls of one actor."""
+
+    def construct(self, make: Callable[[], Any]) -> Any:
+        """Return the actor that `make` makes, as code of it finds the world that runs later; called in the main thread."""
 
     def start(self, call: Invocation) -> None:
         """A call arrived; the caller holds the process's lock."""

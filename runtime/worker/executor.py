@@ -19,6 +19,7 @@ import os
 import signal
 import threading
 import time
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -285,11 +286,14 @@ class Executor:
                 args, kwargs = host.outcomes.arguments(push, context, become.owner, argument_pins)
             owner = b"" if spec.options["detached"] else become.owner
             self._own_actor = OwnActor(cls, spec, owner)
-            host.actor = cls(*args, **kwargs)
+            concurrency = make_concurrency(host, cls, spec.options)
+            make = partial(cls, *args, **kwargs)
             del args, kwargs
+            host.actor = make() if concurrency is None else concurrency.construct(make)
+            del make
             host.outcomes.keep_argument_pins(argument_pins, context)
-            self._concurrency = make_concurrency(host, cls, spec.options)
-            host.work.concurrent = self._concurrency is not None
+            self._concurrency = concurrency
+            host.work.concurrent = concurrency is not None
         except PartsLostError as gone:  # no code of the user's raises it
             lost = f"an argument of its constructor is lost ({gone})"
         except BaseException as raised:
