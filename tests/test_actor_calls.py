@@ -268,3 +268,21 @@ def test_an_async_actor_whose_constructor_raises_says_so(shared_runtime: None) -
     with pytest.raises(ValueError, match="broken") as caught:
         afield.get(afield.remote(Broken).remote().ask.remote())
     assert "asyncio" not in "".join(traceback.format_exception(caught.value))
+
+
+def test_handles_from_get_actor_and_current_actor_do_not_keep_an_actor_alive(shared_runtime: None) -> None:
+    class Own:
+        def me(self) -> Any:
+            return afield.get_runtime_context().current_actor
+
+        def answer(self) -> int:
+            return 1
+
+    actor = afield.remote(Own).options(name="held by its creator").remote()
+    handles = [afield.get_actor("held by its creator"), afield.get(actor.me.remote())]
+    assert afield.get([each.answer.remote() for each in handles]) == [1, 1]
+    del actor
+    for each in handles:
+        with pytest.raises(afield.ActorDiedError):
+            while True:
+                afield.get(each.answer.remote(), timeout=HANG_S)

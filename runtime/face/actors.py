@@ -188,7 +188,7 @@ def _reserve(
 
 
 def get_actor(name: str, namespace: str | None = None) -> ActorHandle:
-    """Return a handle to the living actor with this name.
+    """Return a handle to the living actor with this name; it does not keep the actor alive, nor do copies of it.
 
     Raises:
         ValueError: there is none in the namespace (the session's by default).
@@ -206,7 +206,7 @@ def get_actor(name: str, namespace: str | None = None) -> ActorHandle:
             + (f" in namespace {namespace!r}" if namespace else "")
             + "; it was not created with this name, has ended, or lives in another namespace"
         )
-    return ActorHandle.from_description(description)
+    return ActorHandle(description, None)
 
 
 def list_named_actors(all_namespaces: bool = False) -> list[str] | list[dict[str, str]]:

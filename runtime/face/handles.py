@@ -111,7 +111,7 @@ class ActorHandle:
 
     @classmethod
     def from_description(cls, description: dict[str, Any]) -> ActorHandle:
-        """Make a handle of what the actor directory told."""
+        """Make a handle of what the actor directory told, which keeps the actor alive."""
         owner = description["owner"]
         return cls(description, rebuild_ref(life_of(description["actor_id"]), owner) if owner else None)
 
