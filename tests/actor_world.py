@@ -34,7 +34,11 @@ from afield.runtime.wire import messages
 
 ACTOR = b"actor".ljust(16, b"-")
 PLAIN = Callee("call", Definition(b""), 1)
-RETRIED = Callee("call", Definition(b""), 1, retry_on=True)
+CALLEES = {
+    (order, retried): Callee("call", Definition(b""), 1, retry_on=retried, order=order)
+    for order in ("", "a", "b", None)
+    for retried in (False, True)
+}
 DEAD = serialize_error(ActorDiedError("the actor is dead"))
 FAILURE = serialize_error(TaskError.from_exception("call", ValueError("raised"), ""))
 
@@ -48,6 +52,7 @@ class Call:
     fails: bool = False  # and will never be: it comes as an error
     raises: bool = False  # it raises, the first time, what its caller wants retried
     loses: bool = False  # the actor cannot read its argument, the first time
+    order: str | None = ""  # see `Callee.order`
 
 
 @dataclass(frozen=True)
@@ -257,7 +262,8 @@ class World:
     def _call(self) -> None:
         index, call = self.made, self.script.calls[self.made]
         self.made += 1
-        task = Task((b"call %d" % index).ljust(16, b"-"), RETRIED if call.raises else PLAIN, b"", None, 1, call.retries)
+        callee = CALLEES[call.order, call.raises]
+        task = Task((b"call %d" % index).ljust(16, b"-"), callee, b"", None, 1, call.retries)
         if call.late or call.fails or call.loses:
             argument = self.argument(index)
             if call.late or call.fails:
@@ -297,7 +303,7 @@ class World:
             self.cancelled.add(index)
             if not any(push.task_id == self.tasks[index].task_id for each in self.incarnations for push in each.inbox):
                 caller = self.actors.callers[ACTOR]
-                if self.tasks[index] in caller.queue:
+                if self.tasks[index] in caller.waiting():
                     self.cancelled_in_time.add(index)
             self.tasks[index].cancelled = True
             self.actors.cancel(self.tasks[index], True)
@@ -372,8 +378,10 @@ class World:
             self.misread.discard(index)
             self.now.answers.append(messages.Reply(push.sequence, messages.ARGUMENT_LOST, b""))
             return
-        if index not in self.sent_again:
-            assert all(index > other or other in self.sent_again for other in self.now.ran), "out of order"
+        order = self.script.calls[index].order
+        if index not in self.sent_again and order is not None:
+            before = [other for other in self.now.ran if self.script.calls[other].order == order]
+            assert all(index > other or other in self.sent_again for other in before), "out of order"
         self.now.ran.append(index)
         if index in self.to_raise:
             self.to_raise.discard(index)
@@ -411,7 +419,7 @@ class World:
         complaints = self.actors.core.validate()
         assert not complaints, complaints
         caller = self.actors.callers.get(ACTOR)
-        places = [] if caller is None else [*caller.queue, *caller.on_way.values()]
+        places = [] if caller is None else [*caller.waiting(), *caller.on_way.values()]
         for index, task in enumerate(self.tasks):
             if index in self.outcomes:
                 assert not any(each is task for each in places), f"call {index} has ended and is kept"
@@ -469,7 +477,7 @@ class World:
         caller = self.actors.callers.get(ACTOR)
         inside: Any = None
         if caller is not None:
-            names = [self.index(task.task_id) for task in caller.queue]
+            names = [self.index(task.task_id) for task in caller.waiting()]
             on_way = [self.index(task.task_id) for task in caller.on_way.values()]
             inside = (caller.state, tuple(names), tuple(on_way), caller.life_pinned, caller.channel is not None)
         return (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -13,9 +14,11 @@ from hypothesis import strategies as st
 
 from afield.errors import InternalError
 from afield.machines import FlightRecorder
+from afield.runtime.calls.callee import Callee
 from afield.runtime.cores.caller import CALL, CALLER, Again, Caller, Callers, ForgetCreation
 from afield.runtime.cores.dispatch import Task
-from tests.actor_world import Call, Script, World
+from afield.runtime.values.definitions import Definition
+from tests.actor_world import PLAIN, Call, Script, World
 
 P, R = Call(), Call(retries=1)
 SCRIPTS = {
@@ -35,6 +38,14 @@ SCRIPTS = {
     "cancel of the first": Script((Call(late=True), P), cancels=(0,), kills=1),
     "a cancelled call was the last": Script((Call(late=True),), cancels=(0,), drops=True),
     "the handle goes": Script((Call(late=True), R), drops=True, deaths=1, restarts=1),
+    "no order": Script(
+        (Call(late=True, order=None), Call(order=None), Call(late=True, retries=1, order=None)), deaths=1, restarts=1
+    ),
+    "no order, lost and failed": Script(
+        (Call(loses=True, order=None), Call(fails=True, order=None), Call(order=None)), cancels=(0, 1), drops=True
+    ),
+    "orders": Script((Call(late=True, order="a"), Call(order="b"), Call(order="a", retries=1)), deaths=1, restarts=1),
+    "orders, lost": Script((Call(order="a"), Call(loses=True, order="b"), Call(order="b")), kills=1, cancels=(1,)),
     "borrowed": Script((P, R), creator=False, deaths=1, restarts=1),
     "no constructor": Script((P, Call(late=True)), argument_fails=True, kills=1, cancels=(1,)),
 }
@@ -107,6 +118,7 @@ calls = st.builds(
     late=st.booleans(),
     fails=st.sampled_from([False, False, False, True]),
     loses=st.sampled_from([False, False, True]),
+    order=st.sampled_from(["", "", "a", None]),
 )
 scripts = st.builds(
     Script,
@@ -137,7 +149,7 @@ def caller() -> Caller:
 
 
 def call(name: bytes, retries: int = 0) -> Task:
-    return Task(name, None, b"", None, retries_left=retries)
+    return Task(name, PLAIN, b"", None, retries_left=retries)
 
 
 def test_what_cannot_happen_raises_with_the_story() -> None:
@@ -157,6 +169,24 @@ def test_what_comes_late_changes_nothing() -> None:
     assert one.lives(b"w2") == [] and one.restarts() == [] and one.dies(b"second") == []
     one.ends()
     assert (one.state, one.error, one.open, one.incarnation) == ("dead", b"first", False, 1)
+
+
+def test_a_call_without_its_argument_holds_back_only_those_of_its_order() -> None:
+    one = caller()
+    one.lives(b"w1")
+    waits, same, other, free, late = (call(name) for name in (b"waits", b"same", b"other", b"free", b"late"))
+    for task, order in ((waits, "a"), (same, "a"), (other, "b"), (free, None), (late, None)):
+        task.function = Callee("call", Definition(b""), 1, order=order)
+    for task in (waits, late):
+        task.dependencies, task.unresolved = [b"argument"], 1
+        assert one.enter(task) == []
+    assert [one.leaves_at_once(task) for task in (same, other, free)] == [False, True, True]
+    assert one.enter(same) == [] and one.take() is None
+    late.unresolved = 0
+    one.ready(late)
+    assert one.take() is late and one.take() is None
+    waits.unresolved = 0
+    assert [one.take(), one.take(), one.take()] == [waits, same, None]
 
 
 def test_the_answers_of_an_incarnation_settle_only_its_own_calls() -> None:
@@ -190,10 +220,12 @@ def test_the_constructor_s_arguments_are_kept_while_it_may_run_again() -> None:
     [
         (lambda one: setattr(one, "open", False), "not open"),
         (lambda one: setattr(one, "life_pinned", True), "no call is pending"),
-        (lambda one: one.queue.append(call(b"x")), "could leave"),
+        (lambda one: one.queues.update({"": deque([call(b"x")])}), "could leave"),
+        (lambda one: one.queues.update({"": deque()}), "empty queue"),
+        (lambda one: one.late.update({b"x": call(b"x")}), "arguments are there"),
         (lambda one: one.on_way.update({1: call(b"x"), 2: call(b"x")}), ""),
         (lambda one: one.on_way.update(dict.fromkeys((1, 2), call(b"x"))), "twice"),
-        (lambda one: (one.gone(), one.dies(b""), one.queue.append(call(b"x"))), "1 calls wait"),
+        (lambda one: (one.gone(), one.dies(b""), one.queues.update({"": deque([call(b"x")])})), "1 calls wait"),
         (lambda one: (one.gone(), one.restarts(), one.on_way.update({1: call(b"x")})), "on their way"),
     ],
 )

@@ -218,9 +218,16 @@ class ActorCalls:
         if effects:
             self._execute(caller, effects)
         elif task.dependencies is not None:
-            self.submitter.arguments.when_resolved(task, lambda ready: self._advance(caller))
+            self._when_resolved(caller, task)
         else:
             self._advance(caller)
+
+    def _when_resolved(self, caller: Caller, task: Task) -> None:
+        def proceed(ready: Task) -> None:
+            caller.ready(ready)
+            self._advance(caller)
+
+        self.submitter.arguments.when_resolved(task, proceed)
 
     def _flush(self, caller: Caller) -> None:
         channel: Channel | None = caller.channel
@@ -241,8 +248,7 @@ class ActorCalls:
                 self._let_go_if_idle(caller)
             elif task.dependencies is not None and arguments.lost_again(task):
                 caller.put_back(task)
-                arguments.when_resolved(task, lambda ready: self._advance(caller))
-                return
+                self._when_resolved(caller, task)
             else:
                 self._send(caller, task)
 
@@ -352,7 +358,7 @@ class ActorCalls:
         """A call has not run as an argument was lost: do it again, if no later one has overtaken it on its way."""
         if not caller.argument_lost(task):
             return False
-        self.submitter.arguments.when_resolved(task, lambda ready: self._advance(caller))
+        self._when_resolved(caller, task)
         return True
 
     def _call_again(self, task: Task) -> None:

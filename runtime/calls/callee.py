@@ -14,7 +14,7 @@ RetryOn = bool | bytes
 class Callee:
     """What a push names: a remote function, or an actor's method (then its definition is empty)."""
 
-    __slots__ = ("backpressure", "definition", "group", "index", "name", "num_returns", "once", "retry_on")
+    __slots__ = ("backpressure", "definition", "group", "index", "name", "num_returns", "once", "order", "retry_on")
 
     _indexes = itertools.count(1)
 
@@ -27,6 +27,7 @@ class Callee:
         group: str = "",
         retry_on: RetryOn = False,
         once: bool = False,
+        order: str | None = "",
     ) -> None:
         self.index = next(Callee._indexes)
         self.name = name
@@ -36,6 +37,8 @@ class Callee:
         self.group = group
         self.retry_on = retry_on
         self.once = once
+        #: Of an actor's method: its calls leave in order with all that have the same; None: as soon as they can.
+        self.order = order
 
     def define(self) -> messages.Define:
         """Return the message that makes a worker know it."""

@@ -1,17 +1,20 @@
 """An actor's caller: the core without I/O that decides which calls leave when, and which fail, as seen from one process.
 
-Theory of operation. A `Caller` stands for one actor in one process. Its calls stand in one queue, in the order in which they
-were made; the head leaves as soon as its arguments are there and the actor is alive, so the order of one caller is kept end
-to end. `CALLER` is the actor's life as this process is told of it, `CALL` the life of one call.
+Theory of operation. A `Caller` stands for one actor in one process. Calls that the actor runs one at a time are of one *order*
+(`Callee.order`): they stand in one queue, as they were made; the head leaves as soon as its arguments are there and the actor
+is alive, so the order of one caller is kept end to end. A plain actor's calls are all of one order; with concurrency groups
+each group that runs one call at a time has its own. All other calls (order None) are `late` until their arguments are there,
+and then queue for the actor alone: they hold back nobody. `CALLER` is the actor's life as this process is told of it, `CALL`
+the life of one call.
 
 A call that has left belongs to one *incarnation* of the actor, one process that it lives in: `on_way` is that incarnation's
 alone. It is emptied when the incarnation is over, and the next one gets another, so an answer that comes from an earlier one
 finds nothing there, and settles nothing that was sent again.
 
 What was on its way when the process died is sent again, before all that wait, if it may be retried; else it fails, since it
-may have run. A call that could not read an argument, because its stored value is lost, goes back to the head of the queue
-until the value has been made again, unless others were on their way already: they have run or will, so it cannot take its place
-any more. A call that runs again because its *result* was lost comes after those that wait.
+may have run. A call that could not read an argument, because its stored value is lost, goes back to the head of its queue
+until the value has been made again, unless others of its order were on their way already: they have run or will, so it cannot
+take its place any more. A call that runs again because its *result* was lost comes after those that wait.
 
 The actor lives at least until its calls have ended: while any is pending the caller holds the object that stands for its life.
 Once this process has ended the actor (`ending`) nothing leaves any more, though its worker may still be there: what waits
@@ -25,8 +28,9 @@ which the shell (`calls.actor_calls`) executes afterwards, in their order. What 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 from afield.ids import FIRST_RETURN
@@ -162,10 +166,11 @@ class Caller:
         "error",
         "life_pinned",
         "incarnation",
+        "late",
         "life",
         "on_way",
         "open",
-        "queue",
+        "queues",
         "state",
         "worker",
     )
@@ -175,8 +180,10 @@ class Caller:
         self.state = CALLER.initial
         #: Calls may leave; true just while it is alive.
         self.open = False
-        #: Calls that wait, in the order in which they leave.
-        self.queue: deque[Task] = deque()
+        #: Calls that wait, by their order and as they leave; those of no order have their arguments. No queue is empty.
+        self.queues: dict[str | None, deque[Task]] = {}
+        #: Calls of no order that wait for arguments, by their id.
+        self.late: dict[bytes, Task] = {}
         #: What this incarnation owes an answer, by sequence number.
         self.on_way: dict[int, Task] = {}
         #: How often it has come to life, and in which process it did last.
@@ -197,43 +204,64 @@ class Caller:
 
     def leaves_at_once(self, task: Task) -> bool:
         """Tell whether a call that is made now can be sent: nothing waits before it, and it waits for nothing."""
-        return self.open and not self.queue and task.dependencies is None and task.location is None
+        if not self.open or task.dependencies is not None or task.location is not None:
+            return False
+        return not self.queues or task.function.order not in self.queues
 
     def enter(self, task: Task) -> list[Effect]:
         """A call is made that does not leave at once."""
         if self.state == "dead":
             return [self._end(task, "waiting", "fails", DIED), *self._conclude()]
-        self.queue.append(task)
+        if task.function.order is None and task.dependencies is not None:
+            self.late[task.task_id] = task
+        else:
+            self.queues.setdefault(task.function.order, deque()).append(task)
         return []
 
+    def ready(self, task: Task) -> None:
+        """The arguments of a call are there: one of no order queues from now on; see `take`."""
+        if self.late.pop(task.task_id, None) is not None:
+            self.queues.setdefault(None, deque()).append(task)
+
     def take(self) -> Task | None:
-        """Take the call that is next to leave, if it may: send it, fail it, or `put_back`."""
-        if self.open and self.queue and not self.queue[0].unresolved:
-            return self.queue.popleft()
+        """Take a call that is next to leave, if one may: send it, fail it, or `put_back`."""
+        if self.open:
+            for order, queue in self.queues.items():
+                if not queue[0].unresolved:
+                    task = queue.popleft()
+                    if not queue:
+                        del self.queues[order]
+                    return task
         return None
 
     def put_back(self, task: Task) -> None:
         """The call that was taken waits for an argument once more, which was lost meanwhile."""
-        self.queue.appendleft(task)
+        if task.function.order is None:
+            self.late[task.task_id] = task
+        else:
+            self._queue_first(task)
 
     def run_again(self, task: Task) -> None:
         """An answer says that the call raised what is to be retried: it is the next to leave."""
         self._note(task, "on_its_way", "runs_again")
-        self.queue.appendleft(task)
+        self._queue_first(task)
 
     def argument_lost(self, task: Task) -> bool:
         """An answer says that the call has not run, as an argument was lost; False: it was overtaken, and has to fail."""
-        if self.on_way:
+        order = task.function.order
+        if order is not None and any(other.function.order == order for other in self.on_way.values()):
             self._note(task, "on_its_way", "overtaken")
             return False
         self._note(task, "on_its_way", "argument_lost")
-        self.queue.appendleft(task)
+        self.put_back(task)
         return True
+
+    def _queue_first(self, task: Task) -> None:
+        self.queues.setdefault(task.function.order, deque()).appendleft(task)
 
     def cancel(self, task: Task, recursive: bool) -> list[Effect] | None:
         """Cancel a call; None: it is not one of this actor, or is over."""
-        if task in self.queue:
-            self.queue.remove(task)
+        if self._withdraw(task):
             return [self._end(task, "waiting", "cancelled", CANCELLED), *self._conclude()]
         for sequence, other in self.on_way.items():
             if other is task:
@@ -241,14 +269,31 @@ class Caller:
                 return [Interrupt(sequence, recursive)]
         return None
 
+    def _withdraw(self, task: Task) -> bool:
+        """Take a call out of those that wait; False: it does not."""
+        if self.late.pop(task.task_id, None) is not None:
+            return True
+        order = task.function.order
+        queue = self.queues.get(order)
+        if queue is None or task not in queue:
+            return False
+        queue.remove(task)
+        if not queue:
+            del self.queues[order]
+        return True
+
+    def waiting(self) -> Iterator[Task]:
+        """Return the calls that have not left, those of one order as they will."""
+        return chain(*self.queues.values(), self.late.values())
+
     @property
     def pending(self) -> int:
         """How many calls have no outcome yet."""
-        return len(self.queue) + len(self.on_way)
+        return sum(map(len, self.queues.values())) + len(self.late) + len(self.on_way)
 
     def lets_go(self) -> bool:
         """Let go of the actor's life if nothing is pending, and tell whether it was: to be asked when a call has ended."""
-        if self.life_pinned and not self.queue and not self.on_way:
+        if self.life_pinned and not (self.queues or self.on_way or self.late):
             self.life_pinned = False
             return True
         return False
@@ -289,7 +334,8 @@ class Caller:
                 effects.append(Again(task, self.worker))
             else:
                 effects.append(self._end(task, "on_its_way", "cut_short", UNAVAILABLE))
-        self.queue.extendleft(reversed(again))
+        for task in reversed(again):
+            self._queue_first(task)
         return [*effects, *self._conclude()]
 
     def ends(self) -> None:
@@ -302,8 +348,9 @@ class Caller:
             return []
         self.error = error
         effects: list[Effect] = [self._end(task, "on_its_way", "cut_short", DIED) for task in self._interrupted()]
-        effects += [self._end(task, "waiting", "fails", DIED) for task in self.queue]
-        self.queue.clear()
+        effects += [self._end(task, "waiting", "fails", DIED) for task in self.waiting()]
+        self.queues.clear()
+        self.late.clear()
         return [*effects, *self._forget_creation(), *self._conclude()]
 
     # -- inside ---------------------------------------------------------------------------------------------------
@@ -342,14 +389,19 @@ class Caller:
             found.append(f"is {self.state}, and {'open' if self.open else 'not open'}")
         if self.on_way and self.state not in ("alive", "gone", "ending"):
             found.append(f"is {self.state}, and {len(self.on_way)} calls are on their way to it")
-        if self.state == "dead" and (self.queue or self.life_pinned or self.creation is not None):
-            found.append(f"is dead, and {len(self.queue)} calls wait, its life or its constructor's arguments are held")
+        waiting = list(islice(self.waiting(), CHECKED))
+        if self.state == "dead" and (waiting or self.life_pinned or self.creation is not None):
+            found.append(f"is dead, and {len(waiting)} calls wait, its life or its constructor's arguments are held")
         if self.life_pinned and not self.pending:
             found.append("is held, and no call is pending")
-        if self.open and self.queue and not self.queue[0].unresolved:
+        if not all(self.queues.values()):
+            found.append("keeps an empty queue")
+        elif self.open and any(not queue[0].unresolved for queue in self.queues.values()):
             found.append("is alive, and the first of the calls that wait could leave")
+        if any(not task.unresolved for task in islice(self.late.values(), CHECKED)):
+            found.append("has a call that waits for its arguments, and the arguments are there")
         seen: set[int] = set()
-        for task in (*islice(self.queue, CHECKED), *islice(self.on_way.values(), CHECKED)):
+        for task in (*waiting, *islice(self.on_way.values(), CHECKED)):
             if id(task) in seen:
                 found.append(f"has the call {task.task_id.hex()} twice")
             seen.add(id(task))

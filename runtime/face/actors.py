@@ -10,7 +10,14 @@ from afield.runtime.calls import participation
 from afield.runtime.calls.participant import Participant
 from afield.runtime.cores.caller import life_of
 from afield.runtime.cores.dispatch import Task
-from afield.runtime.face.handles import OWN_HANDLE_OPTIONS, ActorHandle, check_group, describe_actor, methods_of
+from afield.runtime.face.handles import (
+    OWN_HANDLE_OPTIONS,
+    ActorHandle,
+    check_group,
+    describe_actor,
+    groups_in_order,
+    methods_of,
+)
 from afield.runtime.face.options import ACTOR_OPTIONS, shape_of, validate
 from afield.runtime.face.runtime_context import get_runtime_context
 from afield.runtime.face.strategies import placement_of, with_environment
@@ -126,6 +133,7 @@ class ActorClass:
             "max_task_retries": self._options.get("max_task_retries") or 0,
             "max_pending_calls": max(0, self._options.get("max_pending_calls") or 0),
             "groups": list(self._options.get("concurrency_groups") or {}),
+            "in_order": groups_in_order(self._cls, self._options),
         }
         owner = b"" if self._options.get("lifetime") == "detached" else creator
         return describe_actor(actor_id, self.__name__, self._cls, own, owner)
@@ -180,7 +188,7 @@ def _reserve(
 
 
 def get_actor(name: str, namespace: str | None = None) -> ActorHandle:
-    """Return a handle to the living actor with this name.
+    """Return a handle to the living actor with this name; it does not keep the actor alive, nor do copies of it.
 
     Raises:
         ValueError: there is none in the namespace (the session's by default).
@@ -198,7 +206,7 @@ def get_actor(name: str, namespace: str | None = None) -> ActorHandle:
             + (f" in namespace {namespace!r}" if namespace else "")
             + "; it was not created with this name, has ended, or lives in another namespace"
         )
-    return ActorHandle.from_description(description)
+    return ActorHandle(description, None)
 
 
 def list_named_actors(all_namespaces: bool = False) -> list[str] | list[dict[str, str]]:

@@ -24,7 +24,7 @@ _METHOD_FIELDS = {
     "retries": "max_task_retries",
 }
 #: Options of an actor that each handle to it must know.
-OWN_HANDLE_OPTIONS = ("max_task_retries", "max_pending_calls", "groups")
+OWN_HANDLE_OPTIONS = ("max_task_retries", "max_pending_calls", "groups", "in_order")
 #: A method is looked up by its name.
 METHOD = Definition(b"")
 #: Methods that every actor has: ready when the constructor is done; ends the actor after the calls before it.
@@ -49,6 +49,21 @@ def check_group(group: str | None, groups: Collection[str], what: str) -> None:
         raise InvalidOptionError(
             f"{what}: there is no concurrency group {group!r}; concurrency_groups declares {declared}"
         )
+
+
+def is_async(cls: type) -> bool:
+    """Tell whether an actor class has a method that is a coroutine or an asynchronous generator."""
+    members = (inspect.getattr_static(cls, name) for name in dir(cls))
+    functions = (member.__func__ if isinstance(member, (staticmethod, classmethod)) else member for member in members)
+    return any(inspect.iscoroutinefunction(f) or inspect.isasyncgenfunction(f) for f in functions)
+
+
+def groups_in_order(cls: type, options: dict[str, Any]) -> list[str]:
+    """Return the concurrency groups whose calls run one at a time, and so in order; "" is that of all other methods."""
+    if is_async(cls):
+        return []
+    sizes = {"": options.get("max_concurrency") or 1} | (options.get("concurrency_groups") or {})
+    return [group for group, size in sizes.items() if size == 1]
 
 
 def describe_actor(
@@ -96,7 +111,7 @@ class ActorHandle:
 
     @classmethod
     def from_description(cls, description: dict[str, Any]) -> ActorHandle:
-        """Make a handle of what the actor directory told."""
+        """Make a handle of what the actor directory told, which keeps the actor alive."""
         owner = description["owner"]
         return cls(description, rebuild_ref(life_of(description["actor_id"]), owner) if owner else None)
 
@@ -154,6 +169,7 @@ class ActorMethod:
             backpressure=max(0, known.get("backpressure") or 0),
             group=known.get("group") or "",
             retry_on=known.get("retry_on") or False,
+            order=group if (group := known.get("group") or "") in description["in_order"] else None,
         )
         #: A reference to the object of the actor's life, not to the handle, which would be a cycle.
         self._life = handle._life

@@ -87,7 +87,7 @@ class RuntimeContext:
 
     @property
     def current_actor(self) -> Any:
-        """A handle to the actor that this process is; it keeps the actor alive for as long as somebody has it.
+        """A handle to the actor that this process is; it does not keep the actor alive, nor do copies of it.
 
         Raises:
             RuntimeError: this is no actor.
@@ -96,7 +96,7 @@ class RuntimeContext:
         if own is None:
             raise RuntimeError("current_actor was asked for outside of an actor")
         description = describe_actor(own.spec.actor_id, own.spec.class_name, own.cls, own.spec.options, own.owner)
-        return ActorHandle.from_description(description)
+        return ActorHandle(description, None)
 
     @property
     def namespace(self) -> str:

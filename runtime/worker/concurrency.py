@@ -7,9 +7,10 @@ business of `executor`. All three drive the same `Invocation`.
 
 from __future__ import annotations
 
-import inspect
+from collections.abc import Callable
 from typing import Any, Protocol
 
+from afield.runtime.face.handles import is_async
 from afield.runtime.worker.event_loop import EventLoop
 from afield.runtime.worker.host import Host
 from afield.runtime.worker.invocation import Invocation
@@ -20,6 +21,9 @@ DEFAULT_ASYNC_CONCURRENCY = 1000
 
 class Concurrency(Protocol):
     """Runs the calls of one actor."""
+
+    def construct(self, make: Callable[[], Any]) -> Any:
+        """Return the actor that `make` makes, as code of it finds the world that runs later; called in the main thread."""
 
     def start(self, call: Invocation) -> None:
         """A call arrived; the caller holds the process's lock."""
@@ -44,14 +48,8 @@ def make_concurrency(host: Host, cls: type, options: dict[str, Any]) -> Concurre
     """Return what runs an actor's calls; None for one at a time."""
     groups: dict[str, int] = options.get("concurrency_groups") or {}
     limit: int = options.get("max_concurrency") or 0
-    if _is_async(cls):
+    if is_async(cls):
         return EventLoop(host, limit or DEFAULT_ASYNC_CONCURRENCY, groups)
     if limit > 1 or groups:
         return Threads(host, limit or 1, groups)
     return None
-
-
-def _is_async(cls: type) -> bool:
-    members = (inspect.getattr_static(cls, name) for name in dir(cls))
-    functions = (member.__func__ if isinstance(member, (staticmethod, classmethod)) else member for member in members)
-    return any(inspect.iscoroutinefunction(f) or inspect.isasyncgenfunction(f) for f in functions)

@@ -1,18 +1,21 @@
 """An async actor's calls: all on one asyncio event loop in the worker's main thread, with a limit for each concurrency group.
 
+The constructor runs on that loop as well, so that it finds a running loop and can begin tasks on it.
+
 The loop watches the pump's descriptor, so a call goes from the socket to its coroutine without a change of thread. A call
 waits for its group's semaphore as an asyncio task and begins when it has it, unless it was cancelled, or its caller was gone,
-by then. A call that runs is cancelled as an asyncio task is.
+by then. A call that runs is cancelled as an asyncio task is, also when its caller dies.
 """
 
 from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from afield.runtime.process.context import ActorExit
+from afield.runtime.process.context import ActorExit, enter
 from afield.runtime.worker.host import Host
 from afield.runtime.worker.invocation import Invocation
 
@@ -28,6 +31,7 @@ class EventLoop:
 
     def __init__(self, host: Host, limit: int, groups: dict[str, int]) -> None:
         self._host = host
+        self._runner = asyncio.Runner()
         self._limits = {"": limit, **groups}
         self._semaphores: dict[str, asyncio.Semaphore] = {}
         self._tasks: dict[Invocation, asyncio.Task[None]] = {}
@@ -42,11 +46,27 @@ class EventLoop:
         loop = self._loop
         return [] if loop is None else [(task.get_name(), task.get_coro()) for task in asyncio.all_tasks(loop)]
 
+    def construct(self, make: Callable[[], Any]) -> Any:
+        """Make the actor on the event loop, where what it begins (tasks, locks, clients) goes on when it serves."""
+
+        async def inside() -> tuple[Any, BaseException | None]:
+            try:
+                return make(), None
+            except BaseException as error:
+                return None, error
+
+        actor, error = self._runner.run(inside())
+        if error is not None:
+            raise error  # from here: frames of the event loop tell the user nothing
+        return actor
+
     def serve(self) -> None:
         """Run the event loop until the end."""
-        asyncio.run(self._serve())
+        with self._runner:
+            self._runner.run(self._serve())
 
     async def _serve(self) -> None:
+        enter(None)  # the constructor is over, whose context the event loop began with
         pump = self._host.process.pump
         self._loop = asyncio.get_running_loop()
         self._loop.set_exception_handler(_on_unretrieved)

@@ -19,6 +19,7 @@ import os
 import signal
 import threading
 import time
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -79,7 +80,7 @@ class Executor:
         process.register(messages.Consumed, self._on_consumed)
         process.subscribe(TICK, self._signal_again)
         process.subscribe(PEER_LEFT, self._forget_peer)
-        process.subscribe(PROCESS_DIED, lambda peer, reason: self._forget_peer(peer))  # may come first
+        process.subscribe(PROCESS_DIED, self._on_process_died)  # may come first
         process.cores["work"] = self.work
         self.values.on_block = self._block
         self.values.on_unblock = self._unblock
@@ -156,6 +157,16 @@ class Executor:
                 for call in self.work.caller_gone(channel):
                     if self._concurrency is not None:
                         self._concurrency.interrupt(call)
+
+    def _on_process_died(self, peer: bytes, reason: str) -> None:
+        """A caller is dead: nobody waits for its calls any more, and what they would take they would take for nobody."""
+        self._forget_peer(peer)
+        for call in self.work.started():
+            if call.channel.peer_id == peer:
+                if call.stream is not None:
+                    call.stream.abandon()
+                if self._concurrency is not None:
+                    self._on_cancel(call.channel, messages.Cancel(call.sequence, False))
 
     # -- the main thread -----------------------------------------------------------------------------------------
 
@@ -275,11 +286,14 @@ class Executor:
                 args, kwargs = host.outcomes.arguments(push, context, become.owner, argument_pins)
             owner = b"" if spec.options["detached"] else become.owner
             self._own_actor = OwnActor(cls, spec, owner)
-            host.actor = cls(*args, **kwargs)
+            concurrency = make_concurrency(host, cls, spec.options)
+            make = partial(cls, *args, **kwargs)
             del args, kwargs
+            host.actor = make() if concurrency is None else concurrency.construct(make)
+            del make
             host.outcomes.keep_argument_pins(argument_pins, context)
-            self._concurrency = make_concurrency(host, cls, spec.options)
-            host.work.concurrent = self._concurrency is not None
+            self._concurrency = concurrency
+            host.work.concurrent = concurrency is not None
         except PartsLostError as gone:  # no code of the user's raises it
             lost = f"an argument of its constructor is lost ({gone})"
         except BaseException as raised:

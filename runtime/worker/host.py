@@ -48,8 +48,7 @@ class Host:
             return callee.rebuild(self.participant.values)
         if callee.name.startswith("__afield_"):
             return _ready if callee.name == "__afield_ready__" else _exit
-        method: Callable[..., Any] = getattr(self.actor, callee.name)
-        return method
+        return _method(self.actor, callee.name)
 
     def leave(self, reason: str) -> NoReturn:
         """This process is of no use any more: what it was doing failed for that, and is to be done elsewhere."""
@@ -67,6 +66,18 @@ class Host:
         self.process.locked(self.work.leave)
         self.replies.flush()
         self.process.locked(self.process.daemon.send, messages.KillActor(self.actor_id, True, reason, True))
+
+
+def _method(actor: Any, name: str) -> Callable[..., Any]:
+    """Return a method as the actor's class has it: an attribute of the instance may have the same name."""
+    cls = type(actor)
+    for kind in cls.__mro__:
+        if name in kind.__dict__:
+            member = kind.__dict__[name]
+            bind = getattr(type(member), "__get__", None)
+            return member if bind is None else bind(member, actor, cls)  # type: ignore[no-any-return]
+    found: Callable[..., Any] = getattr(actor, name)  # its `__new__` has made something else of it
+    return found
 
 
 def _ready() -> bool:

@@ -2,7 +2,8 @@
 
 Theory of operation. A call that streams has a `Stream`. On a thread `run` takes items from the generator and sends them; on
 an event loop `run_async` does, and lets other calls run between two items. With back-pressure the producer is at most that
-many items ahead of the consumer, who says what he has taken (`Consumed`). A consumer that is gone is waited for no longer.
+many items ahead of the consumer, who says what he has taken (`Consumed`). A consumer that is gone is waited for no longer,
+and for one that is dead nothing more is made.
 
 An item is pickled where an interrupt may come; from when it is stored until it is queued none comes.
 """
@@ -40,6 +41,7 @@ class Stream:
     """
 
     __slots__ = (
+        "abandoned",
         "at_once",
         "channel",
         "consumed",
@@ -70,12 +72,20 @@ class Stream:
         self.at_once = at_once
         self.sent = 0
         self.consumed = 0
+        #: The consumer is dead: nothing is made for it any more.
+        self.abandoned = False
         #: Wakes the producer that waits for the consumer.
         self.notify: Callable[[], object] | None = None
 
     def taken(self, count: int) -> None:
         """The consumer has taken `count` items; the caller holds the process's lock."""
         self.consumed = count
+        if self.notify is not None:
+            self.notify()
+
+    def abandon(self) -> None:
+        """The consumer is dead; the caller holds the process's lock."""
+        self.abandoned = True
         if self.notify is not None:
             self.notify()
 
@@ -86,6 +96,10 @@ class Stream:
         while True:
             while self._too_far_ahead():
                 self._wait()
+            if self.abandoned:
+                if hasattr(items, "close"):
+                    items.close()
+                return self.sent
             try:
                 holder.append(next(items))
             except StopIteration:
@@ -123,7 +137,7 @@ class Stream:
 
     def _too_far_ahead(self) -> bool:
         allowed = self.callee.backpressure
-        return bool(allowed) and self.consumed <= self.sent - allowed and not self.channel.closed
+        return bool(allowed) and self.consumed <= self.sent - allowed and not (self.abandoned or self.channel.closed)
 
     def _wait(self) -> None:
         waiter = Waiter()
