@@ -100,7 +100,7 @@ class Process:
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self.config = SimpleNamespace(capacity=1 << 30)
+        self.config = SimpleNamespace(capacity=1 << 30, lineage_bytes=1 << 20)
         self.process_id = b"caller"
         self.handlers: dict[type, Callable[[Any, Any], None]] = {}
         self.table = OwnershipTable(self.process_id, lambda owner: b"")

@@ -239,6 +239,8 @@ class Invocation(TaskContext):
             del value
             reply = self.returned(host, holder)
         except asyncio.CancelledError:
+            if host.work.left and self.cancel is None:
+                return  # the actor has left: its callers hear that it is dead
             self.state = FAILING
             reply = self.cancelled(host, "while it ran") if self.cancel is None else None
             self.state = REPLYING
