@@ -109,6 +109,8 @@ class Pump:
     ) -> None:
         self.loop = loop
         self.lock = threading.RLock()
+        #: Tells whether this thread is in the midst of a transition, which user code then has interrupted.
+        self.in_transition: Callable[[], bool] = self.lock._is_owned  # type: ignore[attr-defined]
         self._after_events = after_events
         self._due_in = due_in
         self._expecting = expecting
@@ -175,7 +177,7 @@ class Pump:
 
     def poll(self) -> None:
         """Handle what has already arrived, without blocking; the standby thread is asked to make way."""
-        if not self.lock._is_owned():  # type: ignore[attr-defined]  # a user's event loop runs in a signal handler, say
+        if not self.in_transition():  # else a user's event loop runs in a signal handler, say
             self._lead(0)
 
     def _lead(self, timeout_s: float | None, waiter: Waiter | None = None) -> bool:
@@ -208,7 +210,7 @@ class Pump:
         Raises:
             ReentrantUseError: it is.
         """
-        if self.lock._is_owned():  # type: ignore[attr-defined]
+        if self.in_transition():
             raise ReentrantUseError(
                 "afield was used by code that has interrupted afield itself on the same thread (a signal handler, or __del__ "
                 "called by the garbage collector), in the midst of a change of its state. Do it later: let the handler "

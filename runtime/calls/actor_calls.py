@@ -86,9 +86,13 @@ class ActorCalls:
         """Tell whether the constructor can be given its arguments; the actor is dead if one has failed."""
         error = self.submitter.arguments.failure(creation)
         if error is not None:
-            self._die(caller, self._argument_failed(creation, error))
-            self.process.daemon.send(messages.ActorGone(caller.actor_id, caller.error))
+            self._never_lives(caller, self._argument_failed(creation, error))
         return error is None
+
+    def _never_lives(self, caller: Caller, error: bytes) -> None:
+        """An actor of ours is dead before, or without, another life: so hear its callers here and elsewhere."""
+        self._die(caller, error)
+        self.process.daemon.send(messages.ActorGone(caller.actor_id, caller.error))
 
     def _on_arguments_lost(self, channel: Channel, message: messages.ArgumentsLost) -> None:
         """An actor of ours could not be constructed: have the arguments made again that are lost, as for a fresh actor."""
@@ -99,8 +103,7 @@ class ActorCalls:
             return
         error = self.submitter.recovery.creation_lost(creation, message.why)
         if error is not None:
-            self._die(caller, self._argument_failed(creation, error))
-            channel.send(messages.ActorGone(message.actor_id, caller.error))
+            self._never_lives(caller, self._argument_failed(creation, error))
             return
 
         def send(ready: Task) -> None:
@@ -114,8 +117,7 @@ class ActorCalls:
         """The daemon could not be told of an actor; the caller holds the lock."""
         caller = self.callers.get(actor_id)
         if caller is not None:
-            self._die(caller, serialize_error(ActorDiedError(f"the actor could not be created: {error}")))
-            self.process.daemon.send(messages.ActorGone(actor_id, caller.error))
+            self._never_lives(caller, serialize_error(ActorDiedError(f"the actor could not be created: {error}")))
 
     def _argument_failed(self, creation: Task, data: bytes) -> bytes:
         """The constructor never runs: to every caller it is as if it had raised what its argument did."""

@@ -89,8 +89,7 @@ class Process:
         self.dropped: deque[bytes] = deque()
         self.loop = Loop()
         self.pump = Pump(self.loop, self.after_events, self.due_in, expecting)
-        #: Tells whether this thread is in the midst of a transition, which user code then has interrupted.
-        self.in_transition: Callable[[], bool] = self.pump.lock._is_owned  # type: ignore[attr-defined]
+        self.in_transition = self.pump.in_transition
         self.pump.on_crash = self._crashed
         table = RecordingTable if config.record_call_sites else OwnershipTable
         self.table = table(process_id, self._owner_died_error)
