@@ -8,32 +8,19 @@ answer as before, hold no values but those that the driver holds, and have given
 from __future__ import annotations
 
 import argparse
-import contextlib
 import faulthandler
-import os
 import random
 import signal
-import subprocess
-import sys
-import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import afield
 from tests.helpers import poll
+from tests.interrupts import interrupted, persist
 
 #: So long nothing may take, on a machine that others use as well.
 HANG_S = 120.0
-
-_SENDER = """
-import os, random, signal, sys, time
-pid, seed, longest_s = int(sys.argv[1]), sys.argv[2], float(sys.argv[3])
-rng = random.Random(seed)
-while os.getppid() == pid:
-    time.sleep(rng.random() * longest_s)
-    os.kill(pid, signal.SIGINT)
-"""
 
 
 @afield.remote(num_cpus=0.5)
@@ -83,11 +70,8 @@ def storm(interrupts: int, seed: int, longest_s: float = 0.004) -> Counter[str]:
     with afield.init(num_cpus=2, host_memory="256MiB", log_to_driver=False):
         counter = _Counter.remote()
         afield.get(counter.add.remote())
-        sender = subprocess.Popen([sys.executable, "-c", _SENDER, str(os.getpid()), str(seed), str(longest_s)])
-        while counts["interrupts"] < interrupts:
-            with contextlib.suppress(KeyboardInterrupt):  # which also comes outside of the inner `try`
-                _be_interrupted(interrupts, counts, lambda: _step(rng, counter))
-        _stop(sender)
+        with interrupted(str(seed), longest_s):
+            persist(lambda: _be_interrupted(interrupts, counts, lambda: _step(rng, counter)))
         _check(counter, counts)
     faulthandler.cancel_dump_traceback_later()
     return counts
@@ -101,18 +85,6 @@ def _be_interrupted(interrupts: int, counts: Counter[str], step: Callable[[], No
             counts["steps"] += 1
         except KeyboardInterrupt:
             counts["interrupts"] += 1
-
-
-def _stop(sender: subprocess.Popen[bytes]) -> None:
-    """End the sender; what it has sent by then is of no interest any more."""
-    while True:
-        with contextlib.suppress(KeyboardInterrupt):
-            before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-            break
-    sender.kill()
-    sender.wait()
-    time.sleep(0.05)
-    signal.signal(signal.SIGINT, before)
 
 
 def _check(counter: Any, counts: Counter[str]) -> None:

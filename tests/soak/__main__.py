@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import time
 
@@ -16,9 +17,13 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=1.0, help="for all sessions together")
     parser.add_argument("--session", type=float, default=20.0, help="seconds of one session")
     parser.add_argument("--faults", action="store_true", help="kill, stop and lose things meanwhile")
+    parser.add_argument("--interrupts", action="store_true", help="another process interrupts the main thread")
     parser.add_argument("--devices", type=int, default=2)
+    parser.add_argument("--device-memory", default="64MiB", help="of each device: little lets values spill")
+    parser.add_argument("--host-memory", default="192MiB")
     parser.add_argument("--threads", type=int, default=3)
     options = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in what it starts in the background
     end = time.monotonic() + options.minutes * 60
     seed, bad = options.seed, 0
     while time.monotonic() < end:
@@ -27,7 +32,10 @@ def main() -> int:
             seconds=options.session,
             threads=options.threads,
             devices=options.devices,
+            device_memory=options.device_memory,
+            host_memory=options.host_memory,
             faults=options.faults,
+            interrupts=options.interrupts,
         )
         report(outcome)
         bad += bool(outcome.problems)

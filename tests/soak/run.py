@@ -1,4 +1,4 @@
-"""One session of a soak: threads with programs, faults beside them, and at the end nothing may be left."""
+"""One session of a soak: threads with programs, faults and interrupts beside them, and at the end nothing may be left."""
 
 from __future__ import annotations
 
@@ -8,16 +8,22 @@ import threading
 import time
 import traceback
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import afield
 from afield.runtime.face.api import query
 from tests.helpers import poll
+from tests.interrupts import interrupted, persist
 from tests.soak.faults import Faults
 from tests.soak.program import Program, Remotes
 
 #: How long the last objects may take to go.
 GRACE_S = 30.0
+#: Between the tiers, as `afield.stats` counts them.
+MOVES = ("device_to_host", "host_to_device", "peer", "disk_write", "disk_read")
+#: The longest pause between two interrupts, and how long they come if the session counts its steps.
+INTERRUPT_PAUSE_S, INTERRUPTED_S = 0.05, 2.0
 
 
 @dataclass
@@ -28,13 +34,15 @@ class Outcome:
     steps: int = 0
     counts: Counter[str] = field(default_factory=Counter)
     faults: Counter[str] = field(default_factory=Counter)
+    moved: dict[str, int] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        def shown(counts: Counter[str]) -> str:
+        def shown(counts: Mapping[str, int]) -> str:
             return ", ".join(f"{name} {count}" for name, count in sorted(counts.items())) or "none"
 
         lines = [f"seed {self.seed}: {self.steps} steps ({shown(self.counts)}); faults: {shown(self.faults)}"]
+        lines.append(f"  moved, in MiB: {shown(self.moved)}")
         return "\n".join(lines + [f"PROBLEM {problem}" for problem in self.problems])
 
 
@@ -48,8 +56,12 @@ def soak(
     device_memory: str = "64MiB",
     host_memory: str = "192MiB",
     faults: bool = False,
+    interrupts: bool = False,
 ) -> Outcome:
-    """Run one session: each thread does `steps` steps, or as many as fit into `seconds`."""
+    """Run one session: each thread does `steps` steps, or as many as fit into `seconds`.
+
+    With `interrupts` the main thread has a program too, and another process interrupts it.
+    """
     outcome = Outcome(seed)
     deadline = None if seconds is None else time.monotonic() + seconds
     spec = f"emulated:{devices}:{device_memory}" if devices else "none"
@@ -82,15 +94,43 @@ def soak(
             bad_luck.start()
         for worker in workers:
             worker.start()
+        if interrupts:
+            _interrupted(seed, remotes, outcome, stop, deadline or time.monotonic() + INTERRUPTED_S, faulty=faults)
         for worker in workers:
             worker.join()
         if bad_luck is not None:
             bad_luck.stop()
             outcome.faults.update(bad_luck.counts)
+        outcome.moved = {name: int(afield.stats()[name]) >> 20 for name in MOVES}
         if not outcome.problems:
             del programs, workers
             outcome.problems += _left_behind()
     return outcome
+
+
+def _interrupted(
+    seed: int, remotes: Remotes, outcome: Outcome, stop: threading.Event, deadline: float, *, faulty: bool
+) -> None:
+    """Run a program in this thread, which goes on after each KeyboardInterrupt; what it then did not finish, it forgets."""
+    program = Program(f"{seed}/main", remotes, faulty=faulty)
+
+    def run() -> None:
+        while not stop.is_set() and time.monotonic() < deadline:
+            try:
+                program.step()
+                program.counts["steps of the main thread"] += 1
+            except KeyboardInterrupt:
+                program.counts["interrupts"] += 1
+                program.actor = None
+
+    try:
+        with interrupted(f"{seed}/interrupts", INTERRUPT_PAUSE_S):
+            persist(run)
+    except BaseException as error:
+        stop.set()
+        frames = "".join(traceback.format_tb(error.__traceback__, -3))
+        outcome.problems.append(f"main thread: {type(error).__name__}: {error}\n{frames}")
+    outcome.counts.update(program.counts)
 
 
 def _left_behind() -> list[str]:
