@@ -23,6 +23,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from afield.gpu_store.shared_memory import mapped
+
 ALIGNMENT = 64
 #: An object above this size gets an extent of its own; smaller ones are carved out of chunks.
 LARGE_BYTES = 4 << 20
@@ -107,10 +109,10 @@ class HostStoreClient:
         give_back: Callable[[int, int], None],
     ) -> None:
         self.capacity = capacity
-        self._mapping = mmap.mmap(fd, capacity)
+        self._mapping = mapped(fd, capacity)
         self._writable = memoryview(self._mapping)
         self._touched = bytearray(capacity // _BLOCK_BYTES + 1)
-        self._readable = mmap.mmap(fd, capacity, prot=mmap.PROT_READ)
+        self._readable = mapped(fd, capacity, prot=mmap.PROT_READ)
         self._base = np.frombuffer(self._writable, np.uint8).__array_interface__["data"][0]
         self._lease = lease
         self._give_back = give_back

@@ -43,6 +43,8 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from afield.gpu_store.shared_memory import mapped
+
 #: Copies that can be on the board at a time; what is beyond has no slot, and does not move.
 SLOTS: Final = 1 << 20
 #: A serial is (index of the process that made it << SERIAL_BITS) | a counter; indices are not used twice.
@@ -91,7 +93,7 @@ class PinBoard:
     def __init__(self, fd: int, barrier: Callable[[], None] | None = None) -> None:
         """Map the board behind `fd`, a file of BOARD_BYTES; `barrier` stands for `make_barrier()` in tests."""
         self._fd = fd
-        self._states = memoryview(mmap.mmap(fd, _STATE_BYTES)).cast("Q")
+        self._states = memoryview(mapped(fd, _STATE_BYTES)).cast("Q")
         self._barrier = barrier or make_barrier()
         self._rows: dict[int, _Row] = {}
         self._windows: dict[int, mmap.mmap] = {}
@@ -110,7 +112,7 @@ class PinBoard:
         window = self._windows.get(number)
         if window is None:
             size = _WINDOW_ROWS * SLOTS
-            window = self._windows[number] = mmap.mmap(self._fd, size, offset=_STATE_BYTES + number * size)
+            window = self._windows[number] = mapped(self._fd, size, offset=_STATE_BYTES + number * size)
         self._rows[index] = np.frombuffer(window, np.uint8, SLOTS, place * SLOTS)
 
     def remove_process(self, index: int) -> None:
@@ -205,8 +207,8 @@ class Pinner:
         if not 0 < index < MAX_PROCESSES:
             raise ValueError(f"process index {index} is not on the pin board")
         self.index = index
-        self._states = memoryview(mmap.mmap(fd, _STATE_BYTES)).cast("Q")
-        self._row = memoryview(mmap.mmap(fd, SLOTS, offset=_STATE_BYTES + index * SLOTS))
+        self._states = memoryview(mapped(fd, _STATE_BYTES)).cast("Q")
+        self._row = memoryview(mapped(fd, SLOTS, offset=_STATE_BYTES + index * SLOTS))
         if registered is None:
             registered = _membarrier(_REGISTER_GLOBAL_EXPEDITED)
         #: Where the daemon's barrier does not reach us: taking a lock is one, or as good as one.

@@ -22,6 +22,7 @@ from typing import Final
 from zlib import crc32
 
 from afield.gpu_store.pins import BOARD_BYTES, MAX_PROCESSES
+from afield.gpu_store.shared_memory import mapped
 
 RING_BYTES: Final = 1 << 16
 #: The pin board and the rings behind it, in one sparse memory file.
@@ -39,7 +40,7 @@ class RingWriter:
     """A process's own ring; the caller sees to it that one thread writes at a time."""
 
     def __init__(self, fd: int, index: int) -> None:
-        self._map = mmap.mmap(fd, RING_BYTES, offset=BOARD_BYTES + index * RING_BYTES)
+        self._map = mapped(fd, RING_BYTES, offset=BOARD_BYTES + index * RING_BYTES)
         self._data = memoryview(self._map)
         self._counts = self._data[:16].cast("Q")
         self._written = self._counts[0]
@@ -96,7 +97,7 @@ class Rings:
         window = self._windows.get(number)
         if window is None:
             size = _WINDOW * RING_BYTES
-            window = self._windows[number] = mmap.mmap(self._fd, size, offset=BOARD_BYTES + number * size)
+            window = self._windows[number] = mapped(self._fd, size, offset=BOARD_BYTES + number * size)
         self._rings[index] = _Ring(memoryview(window)[place * RING_BYTES : (place + 1) * RING_BYTES])
 
     def remove(self, index: int) -> None:

@@ -48,25 +48,30 @@ class SpillFiles:
     def __init__(self, directory: str) -> None:
         """Keep files in `directory`, which is made where it is missing; nobody else may be writing there.
 
+        From here on it is known by its descriptor: another one that somebody puts in its place is none of ours.
+
         Raises SpillError where that cannot be.
         """
         self.directory = directory
         self._indices: dict[int, _Index] = {}
         try:
             os.makedirs(directory, mode=0o700, exist_ok=True)
-            for name in os.listdir(directory):
+            self._fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            if os.fstat(self._fd).st_uid != os.geteuid():
+                raise PermissionError(errno.EPERM, "it belongs to another user", directory)
+            for name in os.listdir(self._fd):
                 if name.endswith(_UNFINISHED):  # whoever was writing it has died
-                    os.unlink(os.path.join(directory, name))
+                    os.unlink(name, dir_fd=self._fd)
         except OSError as error:
             raise _failure(error, f"no directory for spill files at {directory}") from error
 
     def path(self, file: int) -> str:
-        """Return where a file is."""
+        """Return where a file is, for messages."""
         return os.path.join(self.directory, str(file))
 
     def free_bytes(self) -> int:
         """Return how much the disk has room for."""
-        found = os.statvfs(self.directory)
+        found = os.statvfs(self._fd)
         return found.f_bavail * found.f_frsize
 
     def write(self, file: int, pieces: Sequence[tuple[int, int, int]], memory: memoryview) -> None:
@@ -74,29 +79,29 @@ class SpillFiles:
 
         Raises SpillError; then there is no such file.
         """
-        path = self.path(file)
-        unfinished = path + _UNFINISHED
+        unfinished = f"{file}{_UNFINISHED}"
         try:
-            fd = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+            fd = os.open(unfinished, flags, 0o600, dir_fd=self._fd)
             try:
                 index = {at: (size, _write(fd, memory[start : start + size], at)) for start, size, at in pieces}
                 end = max((at + size for _, size, at in pieces), default=0)
                 _write(fd, memoryview(_encode(file, index)), end)
             finally:
                 os.close(fd)
-            os.rename(unfinished, path)
+            os.rename(unfinished, str(file), src_dir_fd=self._fd, dst_dir_fd=self._fd)
         except OSError as error:
             with suppress(OSError):
-                os.unlink(unfinished)
+                os.unlink(unfinished, dir_fd=self._fd)
             size = sum(size for _, size, _ in pieces)
-            raise _failure(error, f"{format_bytes(size)} could not be spilled to {path}") from error
+            raise _failure(error, f"{format_bytes(size)} could not be spilled to {self.path(file)}") from error
         self._indices[file] = index
 
     def read(self, file: int, offset: int, target: memoryview) -> None:
         """Read the piece that was written at `offset`, all of it, into `target`; raises SpillError if it is not intact."""
         path = self.path(file)
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            fd = os.open(str(file), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._fd)
             try:
                 index = self._indices.get(file)
                 if index is None:
@@ -116,7 +121,7 @@ class SpillFiles:
         """Delete a file; one that is not there is no error. Raises SpillError where the system refuses."""
         self._indices.pop(file, None)
         try:
-            os.unlink(self.path(file))
+            os.unlink(str(file), dir_fd=self._fd)
         except FileNotFoundError:
             pass
         except OSError as error:

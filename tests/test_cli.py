@@ -166,12 +166,12 @@ def test_a_session_that_was_killed_whole_is_swept_by_the_next(place: str, capsys
 
 
 def make(place: str, name: str, *, lock: bool = True, mode: int = 0o700) -> str:
-    directory = os.path.join(place, f"afield-{name}-x")
-    os.mkdir(directory)
+    directory = sessions.SessionDirectory(name, place)
     if lock:
-        os.close(sessions.lock(directory))
-    os.chmod(directory, mode)
-    return directory
+        os.close(directory.lock())
+    os.chmod(directory.path, mode)
+    directory.close()
+    return directory.path
 
 
 def test_only_dead_sessions_of_ours_are_swept(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,21 +182,28 @@ def test_only_dead_sessions_of_ours_are_swept(place: str, monkeypatch: pytest.Mo
     os.utime(abandoned, (long_ago, long_ago))
     open_to_others = make(place, "3" * 16, mode=0o755)
     strange = make(place, "not-a-session")
-    held = make(place, "4" * 16, lock=False)
-    lock = sessions.lock(held)
+    being_held = sessions.SessionDirectory("4" * 16, place)
+    held, lock = being_held.path, being_held.lock()
+    moved = make(place, "5" * 16)
     elsewhere = os.path.join(place, "elsewhere")
-    os.mkdir(elsewhere)
-    os.close(sessions.lock(elsewhere))
-    os.symlink(elsewhere, os.path.join(place, f"afield-{'5' * 16}-x"))
+    os.rename(moved, elsewhere)
+    os.symlink(elsewhere, moved)
+    private = os.path.join(place, f"afield-{'6' * 16}-x")  # of ours, but no session's: somebody gave it this name
+    os.mkdir(private, 0o700)
+    os.utime(private, (long_ago, long_ago))
+    copied = shutil.copytree(elsewhere, os.path.join(place, f"afield-{'5' * 16}-y"))
+    with monkeypatch.context() as patch:
+        patch.setattr(sessions, "host", lambda: "another host")
+        patch.setattr(sessions, "boot", lambda: "another boot")
+        foreign = make(place, "7" * 16)
     try:
         assert sorted(sessions.sweep(place)) == [dead, abandoned]
-        for kept in (starting, open_to_others, strange, held, elsewhere):
+        for kept in (starting, open_to_others, strange, held, elsewhere, private, copied, foreign):
             assert os.path.isdir(kept)
     finally:
         os.close(lock)
-    mine = os.getuid()
-    monkeypatch.setattr(os, "getuid", lambda: mine + 1)
-    assert sessions.sweep(place) == []
-    monkeypatch.undo()
+    mine = os.geteuid()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "geteuid", lambda: mine + 1)
+        assert sessions.sweep(place) == []
     assert sessions.sweep(place) == [held]
-    shutil.rmtree(elsewhere)

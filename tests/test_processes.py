@@ -75,7 +75,7 @@ def test_the_traces_of_a_session_are_found(no_runtime: None) -> None:
     # A process that was forked this moment is still called like the fork server.
     assert poll(lambda: list(processes(session).values()).count("afield-worker") >= 2)
     assert {"afield-fork", "afield-node"} <= set(processes(session).values())
-    assert any(name.endswith("-node") for name in sockets(session))
+    assert len(sockets(session)) >= 4  # of the driver, the daemon and the workers
     assert f"{os.getpid()} (mapped)" in segments(session)
     assert mappings(session, os.getpid())
     assert os.path.isdir(session.directory)

@@ -10,6 +10,8 @@ import os
 import socket
 import struct
 
+#: Who the kernel says it is when it has no number for a user (`fs.overflowuid`; its default): many, so nobody to be trusted.
+OVERFLOW_UID = 65534
 _PEER_CREDENTIALS = struct.Struct("3i")
 
 
@@ -46,6 +48,15 @@ def listen(name: str) -> socket.socket:
 
 
 def same_user(sock: socket.socket) -> bool:
-    """Tell whether the kernel says that the peer runs as this user (or as root)."""
+    """Tell whether the kernel says that the peer runs as this user (or as root).
+
+    A user of another namespace for whom the kernel has no number here is shown as the overflow uid: that is nobody, also where
+    we are nobody ourselves.
+    """
     credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
-    return _PEER_CREDENTIALS.unpack(credentials)[1] in (os.getuid(), 0)
+    return is_us(_PEER_CREDENTIALS.unpack(credentials)[1])
+
+
+def is_us(uid: int) -> bool:
+    """Tell whether a user is this one, or root."""
+    return uid in (os.geteuid(), 0) and uid != OVERFLOW_UID

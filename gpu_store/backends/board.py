@@ -29,6 +29,7 @@ import msgspec
 import numpy as np
 
 from afield.errors import NoDeviceError
+from afield.gpu_store import shared_memory
 from afield.gpu_store.backends import base
 from afield.gpu_store.backends.base import DeviceCallError, DeviceInfo, DeviceUsageError, HealthEvent, HealthKind, Link
 from afield.gpu_store.backends.health import judge_xid
@@ -77,7 +78,7 @@ class Board:
         self._pid = os.getpid()
         self._threads = threading.RLock()
         self._depth = 0
-        self._memory = mmap.mmap(fd, os.fstat(fd).st_size)
+        self._memory = shared_memory.mapped(fd, os.fstat(fd).st_size)
         length = int.from_bytes(self._memory[:8], "little")
         header = msgspec.msgpack.decode(self._memory[8 : 8 + length], type=_Header)
         self.devices: Sequence[DeviceInfo] = tuple(header.devices)
@@ -90,8 +91,7 @@ class Board:
         """Make a new machine."""
         header = msgspec.msgpack.encode(_Header(list(devices), list(links)))
         offset = _rows_offset(len(header))
-        fd = os.memfd_create("afield-emulated-machine")
-        os.ftruncate(fd, offset + len(devices) * _DEVICE.itemsize)
+        fd = shared_memory.create("afield-emulated-machine", offset + len(devices) * _DEVICE.itemsize)
         os.pwrite(fd, len(header).to_bytes(8, "little") + header, 0)
         inode = os.fstat(fd).st_ino
         board = cls(fd, f"{os.getpid()}.{fd}.{inode}")

@@ -12,9 +12,7 @@ Every call passes through `_enter`: wrong process, closed, life over, context br
 
 from __future__ import annotations
 
-import fcntl
 import math
-import mmap
 import os
 import threading
 import time
@@ -29,6 +27,7 @@ import numpy as np
 
 from afield.clock import Clock, monotonic
 from afield.errors import AfieldError, DeviceLostError, OutOfDeviceMemoryError
+from afield.gpu_store import shared_memory
 from afield.gpu_store.backends import base
 from afield.gpu_store.backends.base import (
     HOST,
@@ -49,8 +48,6 @@ from afield.gpu_store.backends.opened import OpenDevices
 from afield.gpu_store.backends.streams import Bytes, EmulatedStream, Lane, Wire
 
 Check = Callable[[], None]
-
-_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,11 +211,8 @@ class EmulatedDevice:
     def allocate_slab(self, size_bytes: int) -> EmulatedSlab:
         base.check_slab_size(size_bytes)
         self._enter(Call.ALLOCATE, size_bytes)
-        fd = os.memfd_create(f"afield-{self.info.uuid}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        fd = shared_memory.create(f"afield-{self.info.uuid}", size_bytes)
         try:
-            os.ftruncate(fd, size_bytes)
-            # A file that cannot shrink under its readers cannot kill them.
-            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
             serial = self._board.reserve(self._index, size_bytes, fd, os.fstat(fd).st_ino)
             if serial is None:
                 raise self._out_of_memory(size_bytes)
@@ -267,7 +261,7 @@ class EmulatedDevice:
             os.close(fd)
 
     def _map(self, fd: int, size_bytes: int, serial: int, *, imported: bool) -> EmulatedSlab:
-        memory = np.frombuffer(mmap.mmap(fd, size_bytes), np.uint8)
+        memory = np.frombuffer(shared_memory.mapped(fd, size_bytes), np.uint8)
         address: int = memory.__array_interface__["data"][0]
         slab = EmulatedSlab(
             self.info.uuid, self.epoch, size_bytes, address, imported, True, memory, serial, -1 if imported else fd

@@ -12,6 +12,7 @@ system has names that are no text.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -63,12 +64,16 @@ class SessionConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def address(self, process_id: bytes) -> str:
         """Return the socket name of a process; the daemon's id is empty."""
-        return address_of(self.name, process_id)
+        return address_of(self.name, self.token, process_id)
 
 
-def address_of(session: str, process_id: bytes = b"") -> str:
-    """Return the socket name of a process in the session of this name; the daemon's id is empty."""
-    return f"afield-{session}-{process_id.hex() or 'node'}"
+def address_of(session: str, token: bytes, process_id: bytes = b"") -> str:
+    """Return the socket name of a process in the session of this name; the daemon's id is empty.
+
+    Whoever does not know the session's secret cannot tell the name before the socket is there, and so cannot take it.
+    """
+    where = hashlib.blake2b(process_id, key=token, digest_size=16, person=b"afield address").hexdigest()
+    return f"afield-{session}-{where}"
 
 
 @dataclass(frozen=True, slots=True)

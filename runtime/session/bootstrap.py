@@ -10,14 +10,13 @@ import contextlib
 import errno
 import os
 import secrets
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
 
 from afield.errors import InvalidOptionError, RuntimeDiedError, VersionMismatchError
+from afield.gpu_store import shared_memory
 from afield.gpu_store.rings import SHARED_BYTES
 from afield.runtime.calls.participant import Participant
 from afield.runtime.process.configuration import (
@@ -31,7 +30,7 @@ from afield.runtime.process.environment import Environment
 from afield.runtime.process.limits import usable_memory_bytes
 from afield.runtime.session import sessions
 from afield.scheduler.devices import Device
-from afield.transport.sockets import connect
+from afield.transport.sockets import connect, is_us
 
 #: Share of the machine's memory that the host store may use unless told otherwise.
 STORE_SHARE = 0.3
@@ -39,7 +38,8 @@ START_TIMEOUT_S = 30.0
 #: So much of its end is shown when the runtime fails.
 LOG_BYTES = 4000
 
-#: What the fork server's interpreter runs. Where afield is must come first, and apart from what only afield can read.
+#: What the fork server's interpreter runs. Where afield is must come first, and apart from what only afield can read. `-P`:
+#: before it, nothing is to be imported from the directory where we happen to be, in which others may be able to write.
 _FORK_SERVER = """
 import os, sys
 paths, _, raw = sys.stdin.buffer.read().partition(b"\\0\\0")
@@ -70,12 +70,18 @@ class Session:
 
     def __init__(self, options: SessionOptions) -> None:
         self.options = options
+        if not is_us(os.geteuid()):
+            raise RuntimeDiedError(
+                f"the runtime does not run as the user {os.geteuid()} (nobody): the kernel shows users of other containers as "
+                f"that one too, so a session could not tell them from its own processes; run as a user of your own"
+            )
         sessions.sweep(options.spill_dir)
         self.name = secrets.token_hex(8)
         self.node_id = secrets.token_hex(8)
-        self.directory = _make_directory(self.name, options.spill_dir)
+        self._files = _make_directory(self.name, options.spill_dir)
+        self.directory = self._files.path
         with contextlib.ExitStack() as failed, contextlib.ExitStack() as opened:
-            failed.callback(shutil.rmtree, self.directory, ignore_errors=True)
+            failed.callback(self._files.remove)
             try:
                 self._open(options, failed, opened)
             except OSError as error:
@@ -86,14 +92,12 @@ class Session:
         """Make what the processes share, start them and join them; `opened` is closed in any case, `failed` after errors."""
         token = secrets.token_bytes(32)
         driver_id = secrets.token_bytes(8)
-        lock_fd = sessions.lock(self.directory)
+        lock_fd = self._files.lock()
         opened.callback(os.close, lock_fd)
-        slab_fd = os.memfd_create(f"afield-{self.name}")
+        slab_fd = shared_memory.create(f"afield-{self.name}", options.store_bytes)
         opened.callback(os.close, slab_fd)
-        os.ftruncate(slab_fd, options.store_bytes)
-        pins_fd = os.memfd_create(f"afield-pins-{self.name}")
+        pins_fd = shared_memory.create(f"afield-pins-{self.name}", SHARED_BYTES)
         opened.callback(os.close, pins_fd)
-        os.ftruncate(pins_fd, SHARED_BYTES)
         lifeline_read, self._lifeline = os.pipe()
         opened.callback(os.close, lifeline_read)
         failed.callback(os.close, self._lifeline)
@@ -108,10 +112,9 @@ class Session:
             threads_by_cpus="OMP_NUM_THREADS" not in os.environ,
             lineage_bytes=options.lineage_bytes,
         )
-        _write_token(self.directory, token)
-        sessions.write_info(sessions.SessionInfo(self.name, self.directory, os.getpid(), time.time()))
+        self._files.write_token(token)
         # Open until the end: the directory goes with the fork server, and what was printed last says why.
-        self._log_file = open(os.path.join(self.directory, "node.log"), "w+b")  # noqa: SIM115
+        self._log_file = self._files.open_log()
         failed.callback(self._log_file.close)
         self._process = self._start(config, lifeline_read, lock_fd, driver_id)
         failed.callback(self._stop)
@@ -139,7 +142,7 @@ class Session:
             environment=options.environment.encode(),
         )
         process = subprocess.Popen(
-            [sys.executable, "-c", _FORK_SERVER],
+            [sys.executable, "-P", "-c", _FORK_SERVER],
             env=_environment(),
             stdin=subprocess.PIPE,
             stdout=self._log_file,
@@ -160,7 +163,7 @@ class Session:
             try:
                 connect(config.address(b"")).close()
                 break
-            except ConnectionRefusedError:
+            except (ConnectionRefusedError, BlockingIOError):  # not yet, or many at once
                 if self._process.poll() is not None or time.monotonic() > deadline:
                     self._stop()
                     if self._process.returncode == VERSION_MISMATCH_STATUS:
@@ -190,6 +193,7 @@ class Session:
     def abandon(self) -> None:
         """In a forked child of the driver: no longer stand for the driver's life."""
         os.close(self._lifeline)
+        self._files.close()
 
     def end(self) -> None:
         """End all processes of the session and wait until they are gone."""
@@ -200,12 +204,19 @@ class Session:
             self._process.kill()
             self._process.wait()
         self._log_file.close()
-        shutil.rmtree(self.directory, ignore_errors=True)
+        self._files.remove()
 
 
-def _make_directory(name: str, spill_dir: str | None) -> str:
+def _make_directory(name: str, spill_dir: str | None) -> sessions.SessionDirectory:
     try:
-        return tempfile.mkdtemp(prefix=f"afield-{name}-", dir=spill_dir)
+        return sessions.SessionDirectory(name, spill_dir)
+    except sessions.UnsafeDirectoryError as error:
+        if spill_dir is not None:
+            raise InvalidOptionError(f"spill_dir={spill_dir!r}: {error}; pass a directory of your own") from None
+        raise RuntimeDiedError(
+            f"the runtime could not start, as there is no safe place for its files: {error}; set TMPDIR to a directory "
+            f"of your own, or pass spill_dir"
+        ) from None
     except OSError as error:
         if spill_dir is not None:
             raise InvalidOptionError(
@@ -249,11 +260,3 @@ def _environment() -> dict[str, str]:
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         environment.setdefault(name, "1")
     return environment
-
-
-def _write_token(directory: str, token: bytes) -> None:
-    fd = os.open(os.path.join(directory, "token"), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        os.write(fd, token.hex().encode())
-    finally:
-        os.close(fd)

@@ -243,8 +243,9 @@ def serve(raw: bytes, roles: Roles) -> None:
         print(error, file=sys.stderr)
         sys.exit(VERSION_MISMATCH_STATUS)
     _raise_file_limit()
-    # Held as long as a process of the session lives, and no program it starts.
-    os.set_inheritable(config.lock_fd, False)
+    # Held as long as a process of the session lives, and by no program it starts.
+    for fd in (config.lock_fd, config.lifeline_fd, config.session.slab_fd, config.session.pins_fd):
+        os.set_inheritable(fd, False)
     with contextlib.suppress(OSError):
         os.chdir(config.working_directory)
     sys.argv = list(map(os.fsdecode, config.arguments))

@@ -2,26 +2,36 @@
 
 Theory of operation. A session has one directory (mode 0700) named `afield-<name>-<random>` in the temporary directory, with
 
+- `info.json`: the *record*: which directory of which session this is, on which machine, and what tools want to know;
 - `token`: the cluster's secret (mode 0600);
-- `info.json`: what tools want to know before they connect;
+- `node.log`: what the fork server and the daemon print;
 - `lock`: locked (`flock`) for as long as any process of the session lives, since all inherit the open file.
 
 The lock file gets its name only once it is locked: a `lock` that can be locked belongs to a session whose processes are all
 dead, so that its directory may be removed. A directory without one is being made at this moment, or its maker died in that
-moment, which its age tells. Directories of other users are never looked into.
+moment, which its age tells.
+
+Nothing is removed but what holds a valid record: one that names the session as the directory's name does, and the directory
+itself by its inode. A directory of this user's that somebody has given such a name is none. Nor is one of another machine,
+on a disk that several share: its lock may not be seen here.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import re
+import secrets
 import shutil
-import stat
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from typing import BinaryIO
+
+from afield.runtime.session import directories
 
 _NAME = re.compile(r"afield-([0-9a-f]{16})-")
 #: A directory without a lock is left alone for this long.
@@ -30,84 +40,135 @@ UNLOCKED_AGE_S = 3600.0
 
 @dataclass(frozen=True, slots=True)
 class SessionInfo:
-    """A session as its directory describes it; `started_at` is in seconds since 1970."""
+    """A session as its record describes it; `started_at` is in seconds since 1970, `inode` that of the directory."""
 
     name: str
     directory: str
     driver_pid: int
     started_at: float
+    inode: int = 0
+    host: str = ""
+    boot: str = ""
 
     def token(self) -> bytes:
         """Return the session's secret."""
-        with open(os.path.join(self.directory, "token"), encoding="ascii") as file:
-            return bytes.fromhex(file.read())
+        with _opened(self.directory) as fd:
+            return bytes.fromhex(directories.read_file("token", fd).decode("ascii"))
 
 
-def lock(directory: str) -> int:
-    """Lock a new session's directory; return the descriptor that its processes inherit."""
-    making = os.path.join(directory, "lock.new")
-    fd = os.open(making, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    fcntl.flock(fd, fcntl.LOCK_EX)
-    os.rename(making, os.path.join(directory, "lock"))
-    return fd
+class SessionDirectory:
+    """The directory of a new session, as its driver holds it.
+
+    Args:
+        name: the session's.
+        base: where; the temporary directory by default.
+
+    Attributes:
+        path: where it is.
+
+    Raises:
+        UnsafeDirectoryError: other users could put something else in its place.
+        OSError: it cannot be made.
+    """
+
+    def __init__(self, name: str, base: str | None = None) -> None:
+        real = os.path.realpath(base or tempfile.gettempdir())
+        complaint = directories.complaint(real)
+        if complaint is not None:
+            raise UnsafeDirectoryError(complaint)
+        self._name = f"afield-{name}-{secrets.token_hex(4)}"
+        self.path = os.path.join(real, self._name)
+        os.mkdir(self.path, 0o700)
+        self._fd = directories.open_directory(self.path)
+        info = SessionInfo(name, self.path, os.getpid(), time.time(), os.fstat(self._fd).st_ino, host(), boot())
+        self._write("info.json.new", json.dumps(asdict(info)).encode())
+        os.rename("info.json.new", "info.json", src_dir_fd=self._fd, dst_dir_fd=self._fd)
+
+    def _write(self, name: str, data: bytes) -> None:
+        fd = directories.create_file(name, self._fd)
+        try:
+            os.write(fd, data)
+        finally:
+            os.close(fd)
+
+    def write_token(self, token: bytes) -> None:
+        """Leave the session's secret for tools of this user."""
+        self._write("token", token.hex().encode())
+
+    def open_log(self) -> BinaryIO:
+        """Create the log, and return it open for reading and writing."""
+        return os.fdopen(directories.create_file("node.log", self._fd, os.O_RDWR), "w+b")
+
+    def lock(self) -> int:
+        """Lock the directory; return the descriptor that the session's processes inherit."""
+        fd = directories.create_file("lock.new", self._fd, os.O_RDWR)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        os.rename("lock.new", "lock", src_dir_fd=self._fd, dst_dir_fd=self._fd)
+        return fd
+
+    def close(self) -> None:
+        """Let go of it; closing twice is allowed."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def remove(self) -> None:
+        """Remove it with all that is in it, and close it."""
+        self.close()
+        shutil.rmtree(self.path, ignore_errors=True)
 
 
-def write_info(info: SessionInfo) -> None:
-    """Describe a session in its directory."""
-    path = os.path.join(info.directory, "info.json")
-    with open(path + ".new", "w", encoding="utf-8") as file:
-        json.dump(asdict(info), file)
-    os.rename(path + ".new", path)
+class UnsafeDirectoryError(Exception):
+    """Other users could put something else in the place of a session's directory."""
 
 
 def find_sessions(base: str | None = None) -> list[SessionInfo]:
     """Return this user's living sessions whose directories are in `base` (the temporary directory), the oldest first."""
-    found = []
-    for directory in _directories(base):
-        if _is_held(directory):
-            try:
-                with open(os.path.join(directory, "info.json"), encoding="utf-8") as file:
-                    found.append(SessionInfo(**json.load(file)))
-            except (OSError, ValueError, TypeError):
-                pass  # it is starting or ending at this moment
-    return sorted(found, key=lambda info: info.started_at)
+    return sorted((info for info, held in _records(base) if held), key=lambda info: info.started_at)
 
 
 def sweep(base: str | None = None) -> list[str]:
     """Remove the directories of this user's dead sessions in `base`; return which."""
     swept = []
-    for directory in _directories(base):
-        if _is_held(directory):
-            continue
-        shutil.rmtree(directory, ignore_errors=True)
-        swept.append(directory)
+    for info, held in _records(base):
+        if not held and (info.boot == boot() or info.host == host()):
+            shutil.rmtree(info.directory, ignore_errors=True)
+            swept.append(info.directory)
     return swept
 
 
-def _directories(base: str | None) -> list[str]:
-    """Return the directories of sessions of ours; links and other people's are none."""
-    found = []
+def _records(base: str | None) -> Iterator[tuple[SessionInfo, bool]]:
+    """Yield the valid records of this user's sessions, and whether a process of the session lives or may be about to."""
+    where = os.path.realpath(base or tempfile.gettempdir())
     try:
-        with os.scandir(base or tempfile.gettempdir()) as entries:
-            for entry in entries:
-                if _NAME.match(entry.name) and entry.is_dir(follow_symlinks=False):
-                    status = entry.stat(follow_symlinks=False)
-                    if status.st_uid == os.getuid() and not stat.S_IMODE(status.st_mode) & 0o077:
-                        found.append(entry.path)
+        if directories.complaint(where) is not None:
+            return  # no session is there, and nothing that is there is ours for sure
+        names = sorted(name for name in os.listdir(where) if _NAME.match(name))
     except OSError:
-        pass
-    return found
+        return
+    for name in names:
+        with contextlib.suppress(OSError, ValueError, TypeError), _opened(os.path.join(where, name)) as fd:
+            info = SessionInfo(**json.loads(directories.read_file("info.json", fd)))
+            match = _NAME.match(name)
+            if match and info.name == match[1] and info.inode == os.fstat(fd).st_ino:
+                found = SessionInfo(**{**asdict(info), "directory": os.path.join(where, name)})
+                yield found, _is_held(fd)
 
 
-def _is_held(directory: str) -> bool:
-    """Tell whether a process of the session lives, or may be about to."""
+@contextlib.contextmanager
+def _opened(directory: str) -> Iterator[int]:
+    fd = directories.open_directory(directory)
     try:
-        fd = os.open(os.path.join(directory, "lock"), os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _is_held(directory: int) -> bool:
+    try:
+        fd = os.open("lock", os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=directory)
     except FileNotFoundError:
-        try:
-            return time.time() - os.stat(directory).st_mtime < UNLOCKED_AGE_S
-        except OSError:
-            return True  # gone at this moment
+        return time.time() - os.fstat(directory).st_mtime < UNLOCKED_AGE_S
     except OSError:
         return True
     try:
@@ -117,3 +178,19 @@ def _is_held(directory: str) -> bool:
     finally:
         os.close(fd)
     return False
+
+
+def host() -> str:
+    """Return what tells this machine, or container, from others that may see the same disk."""
+    return f"{os.uname().nodename} {_line('/etc/machine-id')}"
+
+
+def boot() -> str:
+    """Return what tells this run of the machine's kernel from all others."""
+    return _line("/proc/sys/kernel/random/boot_id") or "unknown " + secrets.token_hex(8)
+
+
+def _line(path: str) -> str:
+    with contextlib.suppress(OSError, UnicodeDecodeError), open(path, encoding="ascii") as file:
+        return file.readline().strip()
+    return ""

@@ -11,7 +11,6 @@ node's log.
 from __future__ import annotations
 
 import faulthandler
-import mmap
 import os
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from afield.errors import AfieldError, OutOfDeviceMemoryError
 from afield.gpu_store.backends.base import DeviceBackend
 from afield.gpu_store.backends.select import open_backend
 from afield.gpu_store.mover import Completions, DeviceMover, DiskMover, describe
+from afield.gpu_store.shared_memory import mapped
 from afield.gpu_store.spill_files import SpillFiles
 from afield.gpu_store.tiers import DISK, HOST
 from afield.runtime.process.configuration import SessionConfig, StoreConfig
@@ -45,7 +45,7 @@ class StoreProcess:
         """Connect to the daemon; `directory` is the session's, `own` says which arena this is."""
         self._own = own
         self._directory = os.path.join(directory, "spill")
-        self._host = memoryview(mmap.mmap(config.slab_fd, config.capacity))
+        self._host = memoryview(mapped(config.slab_fd, config.capacity))
         self._loop = Loop()
         self._done = Completions()
         self._loop.register(self._done.fileno(), self._on_done)

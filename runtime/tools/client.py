@@ -56,7 +56,7 @@ class Client:
             raise self._gone() from None
 
     def _connect(self) -> Channel:
-        channel = self._endpoint.open(address_of(self._session.name), fleeting=True)
+        channel = self._endpoint.open(address_of(self._session.name, self._session.token()), fleeting=True)
         channel.send(messages.Register("client", os.getpid()))
         return channel
 
