@@ -21,6 +21,7 @@ from __future__ import annotations
 import select
 import socket
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +32,8 @@ from afield.transport.loop import Loop
 
 #: No frame is larger: a length beyond it is a bug or an attack, not a message.
 MAX_FRAME_BYTES = 256 << 20
+#: Characters of what is said about a peer's fault.
+MOST_FAULT = 500
 #: The buffer of `drain`.
 DRAIN_BYTES = 1 << 16
 #: One encode never takes more messages, which bounds the frame and the time until the first byte leaves.
@@ -41,6 +44,10 @@ FIRST_BATCH, BATCH_BYTES = 64, 4 << 20
 Messages = list[Any]
 _HEADER_BYTES = HEADER.size
 _read_header = HEADER.unpack_from
+
+
+class UnexpectedMessageError(Exception):
+    """A peer has sent what is not for it to send: it costs the channel, as all that cannot be handled."""
 
 
 class Channel:
@@ -309,6 +316,27 @@ class Channel:
             self._parse(memoryview(whole))
         return True
 
+    def _deliver(self, frame: memoryview) -> bool:
+        """Handle a frame's messages; return whether more may follow.
+
+        One that makes no sense, whatever it does to its handler, is the fault of its sender, or a bug of ours that this sender
+        has met: it costs this channel, and not the process.
+        """
+        try:
+            messages = self._decode(frame)
+        except Exception as error:  # MsgspecError, but also text that is none, or nested too deeply
+            self._violated(f"it sent what is no message: {type(error).__name__}: {error}")
+            return False
+        try:
+            self.on_messages(self, messages)
+        except Exception as error:
+            kinds = ", ".join(sorted({type(message).__name__ for message in messages})[:5])
+            print(f"afield: what a peer sent ({kinds}) could not be handled:", file=sys.stderr)
+            traceback.print_exc()
+            self._violated(f"what it sent ({kinds}) could not be handled: {type(error).__name__}: {error}"[:MOST_FAULT])
+            return False
+        return self.ready
+
     def _parse(self, data: memoryview) -> None:
         position, end, link = 0, len(data), self.link
         self._needed = _HEADER_BYTES
@@ -333,13 +361,7 @@ class Channel:
             position = start + size
             if size:
                 link.arrived(size)
-                try:
-                    messages = self._decode(data[start:position])
-                except msgspec.MsgspecError as error:  # not one of our messages: another version, or an intruder
-                    self._violated(f"it sent what is no message: {error}")
-                    return
-                self.on_messages(self, messages)
-                if not self.ready:
+                if not self._deliver(data[start:position]):
                     return
         if position < end:
             self._partial = bytearray(data[position:])

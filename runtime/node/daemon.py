@@ -11,7 +11,6 @@ import pickle
 import socket
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -25,10 +24,10 @@ from afield.runtime.node.tiers import Tiers
 from afield.runtime.node.workers import Worker, WorkerPool
 from afield.runtime.process.configuration import ForkServerConfig
 from afield.runtime.process.environment import Environment
-from afield.runtime.wire import messages
+from afield.runtime.wire import messages, roles
 from afield.scheduler.leases import Grant, Infeasible, LeaseManager
 from afield.scheduler.resources import ResourceSet
-from afield.transport.channel import Channel
+from afield.transport.channel import Channel, UnexpectedMessageError
 from afield.transport.endpoint import Endpoint
 from afield.transport.loop import Loop
 
@@ -155,16 +154,23 @@ class NodeDaemon:
                 self.handle(channel, message)
 
     def handle(self, channel: Channel, message: Any) -> None:
-        """Do what a message asks for; one that makes no sense costs its sender, whose bug it is (or ours), and not the node."""
-        try:
-            self._handlers[type(message)](channel, message)
-        except Exception:
-            traceback.print_exc()
-            channel.close()
-            self._on_closed(channel)
-            self.workers.kill_process(channel.peer_id)
+        """Do what a message asks for; one that makes no sense costs its channel (`Channel._deliver`).
+
+        Whoever asks for something must have said before what it is: what it holds goes when that process does.
+        """
+        kind = type(message)
+        if kind is not messages.Register and channel.context not in roles.MAY_SEND.get(kind, roles.PROCESSES):
+            raise UnexpectedMessageError(
+                f"{channel.context or 'a process that has not said what it is'} may not send it"
+            )
+        self._handlers[kind](channel, message)
 
     def _on_register(self, channel: Channel, message: messages.Register) -> None:
+        if channel.context is not None or message.kind not in roles.KINDS:
+            raise UnexpectedMessageError(
+                "it has said already what it is" if channel.context else "there is no such kind"
+            )
+        channel.context = message.kind
         if message.kind == "client":
             self.clients[channel.peer_id] = channel
             return
@@ -255,6 +261,7 @@ class NodeDaemon:
             channel.send(messages.Infeasible(refusal.key, refusal.reason))
 
     def _on_create_actor(self, channel: Channel, spec: messages.CreateActor) -> None:
+        ResourceSet(spec.shape)  # raises for what is none, before there is anything that asks for it again and again
         reason = self._misplaced(spec.placement) if spec.placement is not None else ""
         if reason:
             error = pickle.dumps(ActorUnschedulableError(f"{spec.class_name}: {reason}"), 5)

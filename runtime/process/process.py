@@ -11,6 +11,7 @@ tasks that of the worker. They stand above; nothing here knows them.
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 import time
@@ -35,8 +36,8 @@ from afield.runtime.process.configuration import ProcessConfig, SessionConfig
 from afield.runtime.process.frees import Frees
 from afield.runtime.process.requests import Requests
 from afield.runtime.process.serialization import serialize_error
-from afield.runtime.wire import messages
-from afield.transport.channel import Channel
+from afield.runtime.wire import messages, roles
+from afield.transport.channel import Channel, UnexpectedMessageError
 from afield.transport.interrupts import uninterruptible
 from afield.transport.loop import Loop
 from afield.transport.pump import Pump
@@ -137,7 +138,18 @@ class Process:
             raise InternalError(
                 f"{message_type.__name__} is handled by {first} already; {second} cannot be a second one"
             )
-        self.handlers[message_type] = handler
+        self.handlers[message_type] = handler if message_type not in roles.DAEMON_SAYS else self._of_daemon(handler)
+
+    def _of_daemon(self, handler: Callable[[Channel, Any], object]) -> Callable[[Channel, Any], object]:
+        """Return a handler of what only the daemon says: from anybody else we would take a lease, or a death, that is none."""
+
+        @functools.wraps(handler)
+        def checked(channel: Channel, message: Any) -> None:
+            if channel is not self.daemon:
+                raise UnexpectedMessageError(f"only the node daemon sends a {type(message).__name__}")
+            handler(channel, message)
+
+        return checked
 
     def subscribe(self, event: events.Event[_Callback], callback: _Callback) -> None:
         """Have `callback` called when something happens; `events` says with what.
@@ -339,6 +351,9 @@ class Process:
         self.requests.fail_all(reason)
 
     def _daemon_gone(self, channel: Channel) -> None:
+        if channel.fault:
+            self.fail_everything(f"a bug in the runtime: the node daemon: {channel.fault}\n{account(self.cores)}")
+            return
         words = self._last_words().strip().rpartition("\n")[2]
         self.fail_everything(
             f"the node daemon is gone{f' ({words})' if words else ''}; "
