@@ -217,9 +217,11 @@ class Pump:
                 "set a flag or wake another thread, give what is to be freed to a thread or an explicit close()"
             )
 
-    @interruptible
     def run_callbacks(self) -> None:
-        """Run what transitions have left; the caller holds no lock."""
+        """Run what transitions have left; the caller holds no lock.
+
+        None is lost to an interrupt: it may come in them, where they say so, and not between them.
+        """
         while self.callbacks:
             try:
                 callback = self.callbacks.popleft()
@@ -385,7 +387,8 @@ class Pump:
             if quiet > IDLE_TICKS and self._foreground:
                 quiet = 0
                 self.standby_sleeps = True
-                if self._foreground:  # otherwise it left between our look and the flag, and will not call
+                # Who leaves something, or goes, calls us from here on; what came between our look and the flag is seen now.
+                if self._foreground and self._due_in() != 0:
                     self._standby_wake.acquire()
                 self.standby_sleeps = False
             else:
