@@ -289,6 +289,33 @@ def test_a_peer_in_the_place_of_another_is_refused(pair: Pair) -> None:
     assert "in the place of" in channel.fault and not pair.client.ready
 
 
+def test_a_peer_that_breaks_every_socket_is_dialled_less_and_less_often(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair.open()
+    after, pauses = pair.loop.after, list[float]()
+
+    def note(delay_s: float, callback: Callable[[], None]) -> None:
+        dials = type(getattr(callback, "__self__", None)) is module._Dialer
+        if dials:
+            pauses.append(delay_s)
+        after(0.0 if dials else delay_s, callback)
+
+    monkeypatch.setattr(pair.loop, "after", note)
+    while len(pauses) < 12:
+        pair.server.cut()
+        pair.until(lambda: not pair.client.channel.ready)
+        pair.until(lambda: pair.client.channel.ready)
+    assert pauses == [min(module.LAST_PAUSE_S, module.FIRST_PAUSE_S * 2**count) for count in range(12)]
+    pair.server.channel.send("it is of use again")
+    pair.until(lambda: pair.client.received)
+    pauses.clear()
+    pair.server.cut()
+    pair.until(lambda: not pair.client.channel.ready)
+    pair.until(lambda: pair.client.channel.ready)
+    assert pauses == []
+
+
 def test_a_listener_that_is_full_is_tried_again(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     full = [True] * 3
     connect = module.connect
