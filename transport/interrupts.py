@@ -65,3 +65,13 @@ def is_protected(frame: FrameType | None) -> bool:
             decided = code not in _interruptible
         frame = frame.f_back
     return bool(decided)
+
+
+def is_fault(error: BaseException) -> bool:
+    """Tell whether our own code raised an error: no handler of a signal, or finaliser, of the user's has brought it in."""
+    traceback = error.__traceback__
+    while traceback is not None:
+        if not _is_ours(traceback.tb_frame.f_code.co_filename):
+            return False
+        traceback = traceback.tb_next
+    return True

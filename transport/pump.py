@@ -35,7 +35,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 
 from afield.errors import ReentrantUseError
-from afield.transport.interrupts import interruptible, is_protected, uninterruptible
+from afield.transport.interrupts import interruptible, is_fault, is_protected, uninterruptible
 from afield.transport.loop import Loop
 
 #: How often the standby thread looks while the process is active.
@@ -125,7 +125,7 @@ class Pump:
         self.callbacks: deque[Callable[[], None]] = deque()
         #: A SIGINT came inside a transition; whoever sees it calls `deliver`.
         self.interrupted = False
-        #: Called if the standby thread ends by an exception.
+        #: Called if handling what arrived ends by an exception of ours, in whichever thread.
         self.on_crash: Callable[[BaseException], None] = lambda error: None
         self._reminding = False
         self._has_reminder = False
@@ -249,7 +249,14 @@ class Pump:
         """Wait once and handle what came; the caller holds `_leader`."""
         events = self.loop.wait(timeout_s)
         self._rounds += 1
-        self._handle(events)
+        try:
+            self._handle(events)
+        except BaseException as error:
+            if is_fault(error):
+                self.on_crash(
+                    error
+                )  # as in the standby thread: of what had arrived a part is lost, and others wait for it
+            raise
         if self.interrupted:
             self.deliver()
 
