@@ -10,9 +10,12 @@ import threading
 from types import FrameType
 from typing import Any
 
+import pytest
+
 import afield
 from afield.runtime.values import futures
 from afield.runtime.values.futures import ValueFuture
+from afield.runtime.values.parts import WouldBlockError
 from afield.transport import pump as pump_module
 from afield.transport.interrupts import is_protected
 from tests.test_pump import a_pump
@@ -68,6 +71,20 @@ def test_an_interrupt_at_every_bytecode_of_the_completion() -> None:
             raised.add(interrupter.raised.partition(":")[0])
             at += 1
     assert {"read", "_invoke_callbacks"} <= raised and "run_callbacks" not in raised
+
+
+def test_who_waits_for_a_value_that_no_thread_can_fetch_hears_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    def read() -> int:
+        raise WouldBlockError
+
+    future = ValueFuture(read, read)
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    future.complete()
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        future.result(0)
 
 
 def test_ctrl_c_reaches_a_done_callback_that_blocks(runtime: Any) -> None:

@@ -137,6 +137,33 @@ def test_ctrl_c_inside_a_transition_comes_after_it() -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_ctrl_c_inside_a_transition_comes_also_without_a_thread_to_remind_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import _thread
+    import signal
+
+    def refuse(function: Any, arguments: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    @uninterruptible
+    def transition() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(1000):
+            pass
+
+    with a_pump() as pump:
+        restore = pump.install_sigint()
+        try:
+            with monkeypatch.context() as patch:
+                patch.setattr(_thread, "start_new_thread", refuse)
+                transition()
+            with pytest.raises(KeyboardInterrupt):
+                pump.wait_for(Waiter(), 20)
+        finally:
+            restore()
+
+
 def test_ctrl_c_ends_a_wait_inside_a_transition() -> None:
     import signal
 

@@ -315,7 +315,10 @@ class Pump:
             # Not every caller of ours looks, and `__del__` has none that could.
             if not self._has_reminder:
                 self._has_reminder = True
-                _thread.start_new_thread(self._remind, ())
+                try:
+                    _thread.start_new_thread(self._remind, ())
+                except RuntimeError:  # no threads are left; it comes with the next wait
+                    self._has_reminder = False
         else:
             self.interrupted = False
             if self.take_interrupt():

@@ -50,7 +50,10 @@ class ValueFuture(Future[Any]):
             self._succeed(value)
 
     def _fetch_elsewhere(self) -> None:
-        threading.Thread(target=self._wait_and_complete, name="afield-fetch", daemon=True).start()
+        try:
+            threading.Thread(target=self._wait_and_complete, name="afield-fetch", daemon=True).start()
+        except RuntimeError as error:  # the system has no thread for us: whoever waits hears so
+            self._fail(error)
 
     def _wait_and_complete(self) -> None:
         assert self._fetch is not None
