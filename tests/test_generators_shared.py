@@ -107,3 +107,17 @@ def test_a_producer_that_begins_again_does_not_wait_for_what_was_taken_before(
     consumer.start()
     consumer.join(30)
     assert taken == list(range(8))
+
+
+def test_waits_that_end_early_leave_nothing_with_a_generator(runtime: Any) -> None:
+    @afield.remote
+    def never() -> Iterator[int]:
+        yield 1
+        threading.Event().wait()
+
+    items = never.remote()
+    afield.get(next(items))
+    for _ in range(20):
+        assert afield.wait([items], timeout=0.001) == ([], [items])
+    (stream,) = items._of._streams.values()
+    assert stream.waiters == []

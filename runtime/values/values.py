@@ -40,6 +40,9 @@ class Stream(Protocol):
     def when_ready(self, notify: Callable[[], None]) -> bool:
         """Call `notify` once it is there; return True (and do not call) if it is there."""
 
+    def stop_waiting(self, notify: Callable[[], None]) -> None:
+        """Call `notify` no more."""
+
 
 class Values:
     """The values of one process."""
@@ -334,13 +337,13 @@ class Values:
             if missing[0] <= 0:
                 waiter.finish()
 
-        def subscribe() -> list[bytes]:
+        def subscribe() -> list[ObjectRef | Stream]:
             pending = []
             for ref in refs:
                 if self._is_ready(ref, one_done):
                     missing[0] -= 1
-                elif isinstance(ref, ObjectRef):
-                    pending.append(ref.id)
+                else:
+                    pending.append(ref)
             if missing[0] <= 0:
                 waiter.done = True
             return pending
@@ -360,6 +363,9 @@ class Values:
             return True
         return notify is not None and self.table.when_done(ref.id, notify)
 
-    def _stop_waiting_all(self, object_ids: list[bytes], notify: Callable[[], None]) -> None:
-        for object_id in object_ids:
-            self.table.stop_waiting(object_id, notify)
+    def _stop_waiting_all(self, pending: list[ObjectRef | Stream], notify: Callable[[], None]) -> None:
+        for ref in pending:
+            if isinstance(ref, ObjectRef):
+                self.table.stop_waiting(ref.id, notify)
+            else:
+                ref.stop_waiting(notify)
