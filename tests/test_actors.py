@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 import afield
-from tests.helpers import HANG_S, poll, process_named, traces
+from tests.helpers import HANG_S, poll, process_named, remote_with, traces
 
 PATIENCE_S = 30.0
 
@@ -273,6 +274,40 @@ def test_kill_before_the_constructor_has_run(runtime: afield.ClusterInfo) -> Non
     afield.kill(actor)
     with pytest.raises(afield.ActorDiedError, match="kill"):
         afield.get(actor.add.remote(), timeout=PATIENCE_S)
+
+
+@pytest.mark.parametrize("who", ["its creator", "who has a handle", "who knows its name"])
+@pytest.mark.parametrize("lifetime", [None, "detached"])
+def test_kill_while_an_argument_of_the_constructor_is_not_there(
+    runtime: afield.ClusterInfo, who: str, lifetime: str | None
+) -> None:
+    """It may never be: whoever calls the actor hears that it is dead, and its name is free."""
+
+    @remote_with(num_cpus=0)
+    def never() -> None:
+        threading.Event().wait()
+
+    @remote_with(num_cpus=0)
+    def call_and_kill(handles: list[Any]) -> Any:
+        actor = handles[0] if handles else afield.get_actor("waits")
+        late = actor.add.remote()
+        afield.kill(actor)
+        return late
+
+    counter_class = afield.remote(make_counter())
+    actor = counter_class.options(name="waits", lifetime=lifetime).remote(never.remote())
+    refs = [actor.add.remote()]
+    if who == "its creator":
+        afield.kill(actor)
+    else:
+        refs += afield.get([call_and_kill.remote([actor] if who == "who has a handle" else [])], timeout=PATIENCE_S)
+    for ref in [*refs, actor.add.remote()]:
+        with pytest.raises(afield.ActorDiedError, match=r"it was ended by kill\(\)"):
+            afield.get(ref, timeout=PATIENCE_S)
+    again = counter_class.options(name="waits").remote(never.remote())
+    assert afield.get_actor("waits")._actor_id == again._actor_id
+    del again  # no call is pending, and nobody can reach it any more
+    assert poll(lambda: not afield.util.list_named_actors())
 
 
 def test_an_actor_whose_creator_is_dead_is_gone(runtime: afield.ClusterInfo) -> None:

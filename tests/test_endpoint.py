@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import os
 import random
+import select
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -156,7 +157,7 @@ def test_a_cut_in_the_middle_of_a_frame(pair: Pair) -> None:
     pair.client.channel.send(big)
     pair.client.channel.send("after")
     pair.client.channel.flush()
-    assert pair.client.channel._unsent
+    assert pair.client.channel.unsent
     pair.loop.step(0.05)
     assert pair.server.channel._partial and not pair.server.received
     pair.client.channel.send("behind what is unsent")
@@ -288,6 +289,33 @@ def test_a_peer_in_the_place_of_another_is_refused(pair: Pair) -> None:
     assert "in the place of" in channel.fault and not pair.client.ready
 
 
+def test_a_peer_that_breaks_every_socket_is_dialled_less_and_less_often(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair.open()
+    after, pauses = pair.loop.after, list[float]()
+
+    def note(delay_s: float, callback: Callable[[], None]) -> None:
+        dials = type(getattr(callback, "__self__", None)) is module._Dialer
+        if dials:
+            pauses.append(delay_s)
+        after(0.0 if dials else delay_s, callback)
+
+    monkeypatch.setattr(pair.loop, "after", note)
+    while len(pauses) < 12:
+        pair.server.cut()
+        pair.until(lambda: not pair.client.channel.ready)
+        pair.until(lambda: pair.client.channel.ready)
+    assert pauses == [min(module.LAST_PAUSE_S, module.FIRST_PAUSE_S * 2**count) for count in range(12)]
+    pair.server.channel.send("it is of use again")
+    pair.until(lambda: pair.client.received)
+    pauses.clear()
+    pair.server.cut()
+    pair.until(lambda: not pair.client.channel.ready)
+    pair.until(lambda: pair.client.channel.ready)
+    assert pauses == []
+
+
 def test_a_listener_that_is_full_is_tried_again(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     full = [True] * 3
     connect = module.connect
@@ -355,9 +383,61 @@ def test_what_is_flushed_first_stays_ahead_while_it_has_no_socket(pair: Pair) ->
     second.server.endpoint.close()
 
 
-def test_later_comes_in_order_and_wakes_who_watches_the_descriptor() -> None:
-    import select
+def until_order_is_safe(pair: Pair, second: Pair, order: list[str]) -> None:
+    """While the first channel cannot say what it has to, the second says nothing, whatever happens to its own socket."""
+    other = second.client.channel
+    other.send("refers to it")
+    pair.loop.flush()
+    second.server.cut()
+    pair.until(lambda: not other.ready)
+    pair.until(lambda: other.ready)
+    for _ in range(3):
+        pair.loop.flush()
+        pair.loop.step(0)
+    assert order == [] and other.outbox
 
+
+@pytest.mark.parametrize("why", ["it has no socket", "its socket is full", "its socket is broken"])
+def test_what_is_flushed_first_stays_ahead_of_channels_that_get_new_sockets(pair: Pair, why: str) -> None:
+    pair.open()
+    second = Pair(pair.loop)
+    second.open()
+    first = pair.loop.first = pair.client.channel
+    server = pair.server.channel
+    order: list[str] = []
+    server.on_messages = second.server.channel.on_messages = lambda channel, messages: order.extend(
+        message for message in messages if type(message) is str
+    )
+    assert server.sock is not None and first.sock is not None
+    if why == "it has no socket":
+        assert pair.server.endpoint._listener is not None
+        pair.loop.unregister(pair.server.endpoint._listener.fileno())
+        pair.server.cut()
+        pair.until(lambda: not first.ready)
+        first.send("known")
+        until_order_is_safe(pair, second, order)
+        pair.loop.register(pair.server.endpoint._listener.fileno(), pair.server.endpoint._accept)
+    elif why == "its socket is full":
+        pair.loop.modify(server.sock.fileno(), 0)
+        first.send(bytes(4 << 20))
+        first.send("known")
+        until_order_is_safe(pair, second, order)
+        pair.loop.modify(server.sock.fileno(), select.EPOLLIN)
+    else:
+        first.sock.shutdown(socket.SHUT_WR)
+        pair.loop.modify(server.sock.fileno(), 0)  # nobody has noticed yet
+        first.send("known")
+        second.client.channel.send("refers to it")
+        pair.loop.flush()
+        assert second.client.channel.outbox
+    pair.until(lambda: len(order) == 2)
+    assert order == ["known", "refers to it"]
+    pair.loop.first = None
+    second.client.endpoint.close()
+    second.server.endpoint.close()
+
+
+def test_later_comes_in_order_and_wakes_who_watches_the_descriptor() -> None:
     loop = Loop()
     came: list[int] = []
     poller = select.poll()

@@ -156,3 +156,16 @@ def test_one_collection_at_a_time_and_few_of_them() -> None:
     poll(lambda: not garbage.running)
     garbage.wanted(GPU)
     assert arenas == [HOST] and not garbage.running, "the next one comes later"
+
+
+def test_a_collection_for_which_there_is_no_thread_comes_when_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    collected = threading.Event()
+    garbage = Garbage(lambda arena: collected.set())
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        garbage.wanted(HOST)
+    garbage.wanted(HOST)
+    assert collected.wait(PATIENCE_S)

@@ -1,14 +1,19 @@
-"""Generators of refs that several threads share, and consumers that go away in the midst."""
+"""Generators of refs that several threads share, consumers that go away in the midst, and producers that begin again."""
 
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import pytest
+
 import afield
+from tests.helpers import remote_with
 
 
 @afield.remote
@@ -74,3 +79,45 @@ def test_an_async_for_that_is_abandoned_harms_nobody(runtime: Any) -> None:
     assert asyncio.run(first()) == 1
     asyncio.run(left())
     assert [afield.get(ref) for ref in items] == [2]
+
+
+@pytest.mark.parametrize("how", ["it raised", "its worker died"])
+def test_a_producer_that_begins_again_does_not_wait_for_what_was_taken_before(
+    runtime: Any, tmp_path: Path, how: str
+) -> None:
+    before = tmp_path / "before"
+
+    @remote_with(
+        num_returns="streaming", _generator_backpressure_num_objects=2, max_retries=1, retry_exceptions=[ValueError]
+    )
+    def items() -> Iterator[int]:
+        for number in range(8):
+            if number == 6 and not before.exists():
+                before.touch()
+                if how == "it raised":
+                    raise ValueError
+                os._exit(1)
+            yield number
+
+    def consume() -> None:
+        taken.extend(afield.get(ref) for ref in items.remote())
+
+    taken: list[int] = []
+    consumer = threading.Thread(target=consume, daemon=True)
+    consumer.start()
+    consumer.join(30)
+    assert taken == list(range(8))
+
+
+def test_waits_that_end_early_leave_nothing_with_a_generator(runtime: Any) -> None:
+    @afield.remote
+    def never() -> Iterator[int]:
+        yield 1
+        threading.Event().wait()
+
+    items = never.remote()
+    afield.get(next(items))
+    for _ in range(20):
+        assert afield.wait([items], timeout=0.001) == ([], [items])
+    (stream,) = items._of._streams.values()
+    assert stream.waiters == []

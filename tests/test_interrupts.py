@@ -187,3 +187,22 @@ def test_what_another_thread_drops_while_one_waits_for_an_actor_is_freed(runtime
     assert poll(lambda: not process.dropped)
     afield.kill(sleeper)
     waiting.join(60)
+
+
+def test_ctrl_c_ends_a_copy_that_a_task_has_forked_and_not_the_task(runtime: Any) -> None:
+    @afield.remote
+    def fork() -> int:
+        here, there = os.pipe()
+        pid = os.fork()
+        if not pid:
+            try:
+                os.write(there, b"x")
+                time.sleep(30)
+                os._exit(1)
+            except KeyboardInterrupt:
+                os._exit(7)
+        os.read(here, 1)
+        os.kill(pid, signal.SIGINT)
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+    assert afield.get(fork.remote(), timeout=60) == 7

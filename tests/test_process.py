@@ -18,7 +18,7 @@ from afield.runtime.process.events import EVENTS, LIFE_ENDED, OBLIGATION_MET, RE
 from afield.runtime.process.frees import FREE_DELAY_S, MAX_FREED, Frees
 from afield.runtime.process.process import Process
 from afield.runtime.wire import messages
-from tests.helpers import poll
+from tests.helpers import poll, remote_with
 
 
 def process_here() -> Process:
@@ -157,3 +157,33 @@ def test_an_internal_fault_tells_what_the_cores_know(crashes: list[Any]) -> None
     assert text.startswith("a bug in the runtime: InternalError: what must not happen has happened\n")
     assert f"ownership is wrong: {broken.hex()} has 1 handles and -1 pins" in text
     assert f"ownership did: {gone} is collected, and freed in the store" in text
+
+
+def test_an_internal_fault_in_a_thread_that_waits_is_told_to_all(runtime: afield.ClusterInfo) -> None:
+    @afield.remote
+    def wait_for_ever() -> None:
+        threading.Event().wait()
+
+    @remote_with(num_returns=2)
+    def two() -> tuple[int, int]:
+        return 1, 2
+
+    told: list[BaseException] = []
+
+    def wait() -> None:
+        try:
+            afield.get(wait_for_ever.remote())
+        except BaseException as error:
+            told.append(error)
+
+    process = process_here()
+    thread = threading.Thread(target=wait)
+    with process.pump.driven_elsewhere():  # the standby thread stays away
+        thread.start()
+        del process.handlers[messages.ReplyMany]
+        with pytest.raises((KeyError, RuntimeDiedError)):
+            afield.get(two.remote())
+        thread.join(20)
+    assert told and type(told[0]) in (KeyError, RuntimeDiedError)
+    with pytest.raises(RuntimeDiedError, match="a bug in the runtime: KeyError"):
+        afield.get(two.remote())

@@ -137,6 +137,33 @@ def test_ctrl_c_inside_a_transition_comes_after_it() -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_ctrl_c_inside_a_transition_comes_also_without_a_thread_to_remind_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import _thread
+    import signal
+
+    def refuse(function: Any, arguments: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    @uninterruptible
+    def transition() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(1000):
+            pass
+
+    with a_pump() as pump:
+        restore = pump.install_sigint()
+        try:
+            with monkeypatch.context() as patch:
+                patch.setattr(_thread, "start_new_thread", refuse)
+                transition()
+            with pytest.raises(KeyboardInterrupt):
+                pump.wait_for(Waiter(), 20)
+        finally:
+            restore()
+
+
 def test_ctrl_c_ends_a_wait_inside_a_transition() -> None:
     import signal
 
@@ -204,3 +231,41 @@ def test_a_waiter_that_another_thread_finishes_wakes_the_thread_that_leads() -> 
         thread.start()
         assert pump.wait_for(waiter, 60)
         thread.join()
+
+
+def test_what_is_left_while_the_standby_thread_falls_asleep_is_not_left_for_ever() -> None:
+    left: list[str] = []
+    waiter = Waiter()
+
+    def after() -> None:
+        if left:
+            left.clear()
+            waiter.finish()
+
+    class Met(Pump):
+        """Another thread leaves something for the loop just before the standby thread says that it sleeps."""
+
+        _sleeps = met = False
+
+        @property
+        def standby_sleeps(self) -> bool:
+            return self._sleeps
+
+        @standby_sleeps.setter
+        def standby_sleeps(self, value: bool) -> None:
+            if value and not self.met:
+                self.met = True
+                left.append("a dropped object")
+                self.wake_standby()
+            self._sleeps = value
+
+    loop = Loop()
+    pump = Met(loop, after, lambda: 0 if left else None)  # type: ignore[arg-type]
+    pump.start()
+    thread = threading.Thread(target=pump.wait_for, args=(waiter,))
+    thread.start()
+    thread.join(10)
+    assert waiter.done, "nobody looked at it"
+    pump.close()
+    thread.join(20)
+    loop.close()

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 import afield
+from afield.runtime.calls import participation
+from afield.runtime.calls.participant import Participant
 from tests.helpers import poll
 
 
@@ -69,6 +71,32 @@ def test_a_thread_can_shut_down_and_the_next_runtime_is_whole(no_runtime: None) 
         # The handler that defers interrupts out of transitions is this runtime's, and goes with it.
         assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_the_next_runtime_may_start_while_the_last_one_ends(
+    no_runtime: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    @afield.remote
+    def say() -> None:
+        print("it is heard")
+
+    afield.init(num_cpus=1)
+    close = Participant.close
+
+    def close_meanwhile(participant: Participant) -> None:
+        monkeypatch.setattr(Participant, "close", close)
+        afield.init(num_cpus=1)  # as another thread may
+        close(participant)
+
+    monkeypatch.setattr(Participant, "close", close_meanwhile)
+    afield.shutdown()
+    assert afield.is_initialized()
+    afield.get(say.remote())
+    assert participation.participant is not None
+    assert signal.getsignal(signal.SIGINT) == participation.participant.process.pump.on_sigint
+    afield.shutdown()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert "it is heard" in capfd.readouterr().out
 
 
 def test_a_callback_that_blocks_does_not_hold_up_the_end(runtime: Any) -> None:

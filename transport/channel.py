@@ -2,7 +2,7 @@
 
 Theory of operation. One frame is a header (its length, and how many frames have arrived here) and a msgpack array of messages,
 so that any number of messages costs one encode, one system call and one wake-up of the peer. `send` only appends to the
-outbox; `flush` encodes what is there and writes it. A socket buffer that is full leaves the rest in `_unsent`, and the loop
+outbox; `flush` encodes what is there and writes it. A socket buffer that is full leaves the rest in `unsent`, and the loop
 flushes again when the socket can take more.
 
 A channel outlives its sockets: its `Link` numbers the frames, keeps those that the peer may not have, and knows what is to be
@@ -65,6 +65,7 @@ class Channel:
 
     Attributes:
         ready: a socket carries it.
+        unsent: what its socket has not taken yet.
         closed: it is over.
         fault: what the peer did against the protocol, if that is why it is closed.
         on_refused: called with (channel, message, why) for a message that cannot be sent: it is too large, or not one that
@@ -80,7 +81,6 @@ class Channel:
         "_on_broken",
         "_on_over",
         "_partial",
-        "_unsent",
         "closed",
         "context",
         "fault",
@@ -92,6 +92,7 @@ class Channel:
         "peer_id",
         "ready",
         "sock",
+        "unsent",
     )
 
     def __init__(
@@ -123,7 +124,7 @@ class Channel:
         self.context: Any = None
         self._partial = bytearray()  # the beginning of a frame whose end has not arrived
         self._needed = _HEADER_BYTES  # bytes that must be there before parsing it again is worth while
-        self._unsent = memoryview(b"")
+        self.unsent = memoryview(b"")
         self._most = FIRST_BATCH  # messages that the next frame may have
 
     # -- messages --------------------------------------------------------------------------------------------------
@@ -136,7 +137,7 @@ class Channel:
 
     def flush(self) -> None:
         """Write what is queued, as far as the socket takes it."""
-        while self.outbox and self.ready and not self._unsent:
+        while self.outbox and self.ready and not self.unsent:
             if len(self.outbox) <= self._most:
                 batch, self.outbox = self.outbox, []
             else:
@@ -171,15 +172,15 @@ class Channel:
     @property
     def drained(self) -> bool:
         """Tell whether a socket has taken everything that was sent."""
-        return self.closed or (self.ready and not (self.outbox or self._unsent))
+        return self.closed or (self.ready and not (self.outbox or self.unsent))
 
     def handle(self, events: int) -> None:
         """React to what epoll reported for the socket."""
         if events & select.EPOLLOUT and self.sock is not None:
-            unsent, self._unsent = self._unsent, memoryview(b"")
+            unsent, self.unsent = self.unsent, memoryview(b"")
             self._loop.modify(self.sock.fileno(), select.EPOLLIN)
             self._write(unsent)
-            self.flush()
+            self._loop.sends_again(self)
             self._settle_debt()
         if events & ~select.EPOLLOUT and self.ready:
             self._receive()
@@ -204,8 +205,7 @@ class Channel:
         self.ready = True
         if again:
             self._write(b"".join(again))
-        self.flush()
-        self._loop.release(self)
+        self._loop.sends_again(self)
 
     def close(self) -> None:
         """Close on purpose and tell the peer so, without calling `on_closed`; what is queued is dropped."""
@@ -229,19 +229,19 @@ class Channel:
         if sock is not None:
             self._loop.unregister(sock.fileno())
             sock.close()
-        self._partial, self._needed, self._unsent = bytearray(), _HEADER_BYTES, memoryview(b"")
+        self._partial, self._needed, self.unsent = bytearray(), _HEADER_BYTES, memoryview(b"")
 
     def _end(self, event: str, *, say: bool) -> None:
         if self.closed:
             return
         self.closed = True
-        if say and self.ready and not self._unsent:  # else it hears that we do not know the link any more
+        if say and self.ready and not self.unsent:  # else it hears that we do not know the link any more
             self._write(self.link.goodbye())
         self._let_go()
         self.outbox = []
         if event:
             self.link.end(event)
-        self._loop.release(self)
+        self._loop.sends_again(self)
         self._on_over(self)
 
     def _over(self, event: str, *, say: bool = False) -> None:
@@ -274,11 +274,12 @@ class Channel:
             sent = 0
         except OSError:
             # The socket is broken. What the peer sent before may still be readable, and we may be in the middle of a
-            # transition, so that is for the loop. The frame is kept.
+            # transition, so that is for the loop. The frame is kept, and nothing follows it over this socket.
+            self.unsent = memoryview(data)
             self._loop.after(0.0, lambda: self._write_failed(sock))
             return
         if sent < len(data):
-            self._unsent = memoryview(data)[sent:]
+            self.unsent = memoryview(data)[sent:]
             self._loop.modify(sock.fileno(), select.EPOLLIN | select.EPOLLOUT)
 
     def _write_failed(self, sock: socket.socket) -> None:
@@ -291,7 +292,7 @@ class Channel:
 
     def _settle_debt(self) -> None:
         """Tell the peer how much has arrived, if it must know and nothing else that leaves says so."""
-        if self.link.owed_bytes >= OWED_BYTES and self.ready and not self._unsent:
+        if self.link.owed_bytes >= OWED_BYTES and self.ready and not self.unsent:
             self._write(self.link.acknowledgement())
 
     def _receive(self) -> bool:

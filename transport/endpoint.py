@@ -253,7 +253,7 @@ class _Dialer:
         self._name = name
         self._introduction: Introduction | None = None
         self._failures = 0  # introductions that failed since the last socket that carried the channel
-        self._pauses = 0  # since then
+        self._pauses = 0  # since the last socket that was of use
         self._moved = -1  # frames that had moved when the last socket began
         self._told = False  # the owner knows of this break
 
@@ -263,6 +263,7 @@ class _Dialer:
         if channel.link.moved == self._moved:  # of no use; and a peer may accept and break for ever
             self.retry()
         else:
+            self._pauses = 0
             self.dial()
 
     def on_over(self, channel: Channel) -> None:
@@ -314,7 +315,7 @@ class _Dialer:
             return
         self._introduction = None
         channel.peer_id = handshake.peer_id
-        self._failures = self._pauses = 0
+        self._failures = 0
         self._moved = channel.link.moved
         channel.attach(sock, again)
         if first:

@@ -22,6 +22,7 @@ The rule is that of trio's `_core/_ki.py`: code of which nothing is known counts
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from types import CodeType, FrameType
 from typing import Any, TypeVar
@@ -65,3 +66,21 @@ def is_protected(frame: FrameType | None) -> bool:
             decided = code not in _interruptible
         frame = frame.f_back
     return bool(decided)
+
+
+def let_sigint_be() -> None:
+    """In a forked copy of a process of ours, which has nothing to protect: SIGINT does what Python has it do."""
+    handler: Any = signal.getsignal(signal.SIGINT)
+    code = getattr(getattr(handler, "__func__", handler), "__code__", None)
+    if code is not None and _is_ours(code.co_filename):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def is_fault(error: BaseException) -> bool:
+    """Tell whether our own code raised an error: no handler of a signal, or finaliser, of the user's has brought it in."""
+    traceback = error.__traceback__
+    while traceback is not None:
+        if not _is_ours(traceback.tb_frame.f_code.co_filename):
+            return False
+        traceback = traceback.tb_next
+    return True

@@ -6,8 +6,8 @@ called with the epoll event mask. The loop itself takes no lock: `pump` decides 
 `after` calls something later. Its clock is a descriptor as all others (`timerfd`), so it also wakes those who only watch
 `fileno`: the standby thread and event loops of the user's. It is opened with the first use.
 
-Order among channels: `first` is flushed before all others, and while it has no socket the others wait, so that what it carries
-stays ahead of what they say.
+Order among channels: `first` is flushed before all others, and while it has no socket, or its socket is full, the others wait,
+so that what it carries stays ahead of what they say. Hence nothing but `flush` has the others send.
 """
 
 from __future__ import annotations
@@ -40,8 +40,12 @@ class Outgoing(Protocol):
     """Something with messages to send: a channel."""
 
     outbox: list[Any]
+    unsent: memoryview
     ready: bool
-    closed: bool
+
+    @property
+    def drained(self) -> bool:
+        """Tell whether a socket has taken everything that was sent, or none ever will."""
 
     def flush(self) -> None:
         """Send what the outbox has, as far as the socket takes it."""
@@ -96,10 +100,9 @@ class Loop:
     def flush(self) -> None:
         """Send what the channels have queued."""
         first = self.first
-        if first is not None:
-            if first.outbox:
-                first.flush()
-            if not first.ready and not first.closed:
+        if first is not None and (first.outbox or first.unsent or not first.ready):
+            first.flush()
+            if not first.drained:
                 self._held += self.dirty
                 self.dirty.clear()
         while self.dirty:
@@ -112,9 +115,14 @@ class Loop:
         self.run(self.wait(timeout_s))
         self.flush()
 
-    def release(self, channel: Outgoing) -> None:
-        """A channel has a socket again, or never will: if it is `first`, the others need not wait for it any more."""
-        if channel is self.first and self._held:
+    def sends_again(self, channel: Outgoing) -> None:
+        """A channel has a socket again, one that is not full any more, or never will: what waits for it may leave."""
+        if channel is not self.first:
+            if channel.outbox:
+                self.dirty.append(channel)
+            return
+        channel.flush()
+        if self._held:
             self.dirty, self._held = [*self._held, *self.dirty], []
 
     def after(self, delay_s: float, callback: Callable[[], None]) -> None:

@@ -35,7 +35,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 
 from afield.errors import ReentrantUseError
-from afield.transport.interrupts import interruptible, is_protected, uninterruptible
+from afield.transport.interrupts import interruptible, is_fault, is_protected, uninterruptible
 from afield.transport.loop import Loop
 
 #: How often the standby thread looks while the process is active.
@@ -125,7 +125,7 @@ class Pump:
         self.callbacks: deque[Callable[[], None]] = deque()
         #: A SIGINT came inside a transition; whoever sees it calls `deliver`.
         self.interrupted = False
-        #: Called if the standby thread ends by an exception.
+        #: Called if handling what arrived ends by an exception of ours, in whichever thread.
         self.on_crash: Callable[[BaseException], None] = lambda error: None
         self._reminding = False
         self._has_reminder = False
@@ -217,9 +217,11 @@ class Pump:
                 "set a flag or wake another thread, give what is to be freed to a thread or an explicit close()"
             )
 
-    @interruptible
     def run_callbacks(self) -> None:
-        """Run what transitions have left; the caller holds no lock."""
+        """Run what transitions have left; the caller holds no lock.
+
+        None is lost to an interrupt: it may come in them, where they say so, and not between them.
+        """
         while self.callbacks:
             try:
                 callback = self.callbacks.popleft()
@@ -247,7 +249,14 @@ class Pump:
         """Wait once and handle what came; the caller holds `_leader`."""
         events = self.loop.wait(timeout_s)
         self._rounds += 1
-        self._handle(events)
+        try:
+            self._handle(events)
+        except BaseException as error:
+            if is_fault(error):
+                self.on_crash(
+                    error
+                )  # as in the standby thread: of what had arrived a part is lost, and others wait for it
+            raise
         if self.interrupted:
             self.deliver()
 
@@ -306,7 +315,10 @@ class Pump:
             # Not every caller of ours looks, and `__del__` has none that could.
             if not self._has_reminder:
                 self._has_reminder = True
-                _thread.start_new_thread(self._remind, ())
+                try:
+                    _thread.start_new_thread(self._remind, ())
+                except RuntimeError:  # no threads are left; it comes with the next wait
+                    self._has_reminder = False
         else:
             self.interrupted = False
             if self.take_interrupt():
@@ -385,7 +397,8 @@ class Pump:
             if quiet > IDLE_TICKS and self._foreground:
                 quiet = 0
                 self.standby_sleeps = True
-                if self._foreground:  # otherwise it left between our look and the flag, and will not call
+                # Who leaves something, or goes, calls us from here on; what came between our look and the flag is seen now.
+                if self._foreground and self._due_in() != 0:
                     self._standby_wake.acquire()
                 self.standby_sleeps = False
             else:

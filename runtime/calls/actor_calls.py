@@ -33,6 +33,7 @@ from afield.runtime.cores.caller import (
     ForgetCreation,
     Interrupt,
     LetGo,
+    life_of,
 )
 from afield.runtime.cores.dispatch import Task
 from afield.runtime.process.process import Process
@@ -58,13 +59,21 @@ class ActorCalls:
         process.register(messages.WatchActor, self._on_asked)
         process.register(messages.ArgumentsLost, self._on_arguments_lost)
         submitter.recovery.call_again = self._call_again
+        process.register(
+            messages.KillActor, lambda channel, message: self._end_unmade(message.actor_id, message.reason)
+        )
         #: Actors that are about to be created here, and that others may have heard of.
         self._expected: set[bytes] = set()
+        #: Those of which the daemon is not told yet, as an argument of the constructor is not there.
+        self._unmade: set[bytes] = set()
 
     def create(self, spec: messages.CreateActor, task: Task, detached: bool) -> None:
         """Send the actor to the daemon once its constructor's arguments are there; the task keeps them pinned."""
 
         def send(ready: Task) -> None:
+            if spec.actor_id not in self._unmade:
+                return  # it was ended meanwhile
+            self._unmade.discard(spec.actor_id)
             if self._has_arguments(caller, ready):
                 spec.arguments, spec.location = ready.arguments, ready.location
                 spec.dependencies = self.submitter.arguments.describe(ready)
@@ -75,6 +84,7 @@ class ActorCalls:
 
         def enter() -> None:
             self._expected.discard(spec.actor_id)
+            self._unmade.add(spec.actor_id)
             if not detached:
                 self.process.table.begin_life(caller.life)
             self.submitter.arguments.pin(task)
@@ -93,6 +103,17 @@ class ActorCalls:
         """An actor of ours is dead before, or without, another life: so hear its callers here and elsewhere."""
         self._die(caller, error)
         self.process.daemon.send(messages.ActorGone(caller.actor_id, caller.error))
+
+    def _end_unmade(self, actor_id: bytes, reason: str) -> bool:
+        """End an actor of ours of which the daemon is not told yet, and may never be; return False if it is none."""
+        if actor_id not in self._unmade:
+            return False
+        self._unmade.discard(actor_id)
+        caller = self.callers[actor_id]
+        assert caller.creation is not None
+        name = caller.creation.function.name.removesuffix(".__init__")
+        self._never_lives(caller, serialize_error(ActorDiedError(f"the actor {name} is dead: {reason}")))
+        return True
 
     def _on_arguments_lost(self, channel: Channel, message: messages.ArgumentsLost) -> None:
         """An actor of ours could not be constructed: have the arguments made again that are lost, as for a fresh actor."""
@@ -293,7 +314,12 @@ class ActorCalls:
 
     def kill(self, actor_id: bytes, no_restart: bool) -> None:
         """End an actor's process; the caller holds the lock."""
-        self.process.daemon.send(messages.KillActor(actor_id, no_restart, "it was ended by kill()"))
+        reason = "it was ended by kill()"
+        if no_restart and self._end_unmade(actor_id, reason):
+            return
+        life = self.process.table.entries.get(life_of(actor_id))
+        creator = life.owner if life is not None else b""
+        self.process.daemon.send(messages.KillActor(actor_id, no_restart, reason, creator=creator))
         # The worker may go on until the daemon has read this: a call that is made now must not run there. Without a caller
         # the next call asks the daemon first, which knows by then.
         caller = self.callers.get(actor_id)
@@ -382,8 +408,9 @@ class ActorCalls:
     def end(self, life: bytes) -> None:
         """Nobody can reach an actor of ours any more: it ends after the calls that it has."""
         actor_id = life[:TASK_ID_BYTES]
-        if not self.process.dead:
-            self.process.daemon.send(messages.KillActor(actor_id, True, "all handles to it are gone", True))
+        reason = "all handles to it are gone"
+        if not self.process.dead and not self._end_unmade(actor_id, reason):
+            self.process.daemon.send(messages.KillActor(actor_id, True, reason, True))
         caller = self.callers.get(actor_id)
         if caller is not None:
             caller.ends()

@@ -86,6 +86,10 @@ class ObjectRefGenerator:
         stream.waiters.append(notify)
         return False
 
+    def stop_waiting(self, notify: Callable[[], None]) -> None:
+        """Call `notify` no more; the caller holds the lock. For `wait`."""
+        self._of.stop_waiting(self._task_id, notify)
+
     def __aiter__(self) -> ObjectRefGenerator:
         return self
 

@@ -93,6 +93,8 @@ class Streams:
         oid = object_id(task.task_id, item.index)
         if stream is None or item.index != stream.produced:
             # Nobody wants it any more, or a repeated execution makes what was there already, and may be freed by now.
+            if report is not None:
+                self._let_go_on(stream, item.index, report)
             if item.kind == LOCATED:
                 self._table.fulfil(oid, LOCATED, item.location)
             for inner in contained:
@@ -101,6 +103,15 @@ class Streams:
         stream.report = report
         self._append(stream, item.kind, item.location if item.kind == LOCATED else item.data, contained)
         stream.notify()
+
+    @staticmethod
+    def _let_go_on(stream: Stream | None, index: int, report: Callable[[int], None]) -> None:
+        """An execution begins with nothing taken, and would wait for what was taken of the one before, or never will be."""
+        if stream is None:
+            report(index + 1)
+        else:
+            stream.report = report
+            report(stream.consumed)
 
     def _append(self, stream: Stream, kind: int, value: Any, contained: list[bytes]) -> None:
         oid = object_id(stream.task.task_id, stream.produced)

@@ -180,6 +180,9 @@ def shutdown() -> None:
     participant = participation.participant
     if session is None or participant is None:
         return
+    # As soon as this one is not installed any more, another thread may start the next, which has its own.
+    printer, _printer = _printer, None
+    restore_sigint, _restore_sigint = _restore_sigint, lambda: None
     process = participant.process
     _was_shut_down = True
     try:
@@ -190,15 +193,13 @@ def shutdown() -> None:
             process.locked(process.fail_everything, SHUT_DOWN)
             process.pump.wait_for(ended, END_WITHIN_S)
     finally:  # also if the user presses Ctrl-C once more
-        participation.install(None)
         accelerators.prepare((), "")
+        participation.install(None)
         participant.close()
         session.end()
-    if _printer is not None:
-        _printer.close(LAST_LINES_S)
-        _printer = None
-    _restore_sigint()
-    _restore_sigint = lambda: None  # noqa: E731
+    if printer is not None:
+        printer.close(LAST_LINES_S)
+    restore_sigint()
 
 
 def _at_exit() -> None:

@@ -196,14 +196,16 @@ class ActorDirectory:
 
     def _ask_creator(self, channel: Channel, message: messages.WatchActor) -> None:
         """An actor may be unknown because its creator waits for the constructor's arguments, or because it is forgotten."""
-        actor_id, creator = message.actor_id, message.creator
-        if not creator:
-            creator = next((known.creator for known in self._names.values() if known.actor_id == actor_id), b"")
+        actor_id = message.actor_id
+        creator = message.creator or self._namer(actor_id)
         if creator in self._daemon.channels:
             self._early.setdefault(actor_id, (creator, set()))[1].add(channel.peer_id)
             self._daemon.send(creator, messages.WatchActor(actor_id))
         else:
             channel.send(messages.ActorState(actor_id, "dead", b"", _FORGOTTEN))
+
+    def _namer(self, actor_id: bytes) -> bytes:
+        return next((known.creator for known in self._names.values() if known.actor_id == actor_id), b"")
 
     def on_gone(self, channel: Channel, message: messages.ActorGone) -> None:
         """An actor that others may wait for will not be created; the creator sends this after all that it did create."""
@@ -240,6 +242,7 @@ class ActorDirectory:
             if message.no_restart and message.actor_id not in self._dead:
                 self._ended_early[message.actor_id] = message.reason
                 self._trim(self._ended_early)
+                self._daemon.send(message.creator or self._namer(message.actor_id), message)
             return
         if message.no_restart:
             actor.restarts_left = 0

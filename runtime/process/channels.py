@@ -21,8 +21,8 @@ a name, which nothing can make again: its end is the session's.
 A channel is closed on purpose by a goodbye: a process leaves, or the peer broke the protocol. The latter is told to the daemon,
 which ends the peer (or us, where the peer is a driver): nobody waits for what cannot be said.
 
-The channel to the daemon is flushed before all others, which wait while it has no socket: what we tell it must be known before
-anybody else can refer to it.
+The channel to the daemon is flushed before all others, which wait while it has no socket or a full one: what we tell it must be
+known before anybody else can refer to it.
 """
 
 from __future__ import annotations

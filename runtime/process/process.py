@@ -38,7 +38,7 @@ from afield.runtime.process.requests import Requests
 from afield.runtime.process.serialization import serialize_error
 from afield.runtime.wire import messages, roles
 from afield.transport.channel import Channel, UnexpectedMessageError
-from afield.transport.interrupts import uninterruptible
+from afield.transport.interrupts import let_sigint_be, uninterruptible
 from afield.transport.loop import Loop
 from afield.transport.pump import Pump
 
@@ -374,6 +374,7 @@ class Process:
     def abandon(self) -> None:
         """Close this process's copies of the connections of the one that it was forked from."""
         self.dead = "this process was forked from one that uses afield and has no part in its runtime"
+        let_sigint_be()
         self.pump.lock = threading.RLock()  # a thread that exists only in the parent may hold the copy
         self.channels.abandon()
 

@@ -38,7 +38,10 @@ class Garbage:
         if self.running or time.monotonic() < self._next:
             return
         self.running = True
-        threading.Thread(target=self._collect, args=(arena,), name="afield-collect", daemon=True).start()
+        try:
+            threading.Thread(target=self._collect, args=(arena,), name="afield-collect", daemon=True).start()
+        except RuntimeError:  # the system has no thread for us now; it will be asked for again
+            self.running = False
 
     def _collect(self, arena: int) -> None:
         start = time.monotonic()

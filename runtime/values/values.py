@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -18,9 +17,10 @@ from afield.runtime.process.context import calling_context, running
 from afield.runtime.process.process import INLINE_BYTES, Process
 from afield.runtime.process.refs import ObjectRef
 from afield.runtime.process.serialization import Failure, Serialized, deserialize, dumps_plain, serialize
+from afield.runtime.values.futures import ValueFuture
 from afield.runtime.values.parts import Parts, PartsLostError, WouldBlockError
 from afield.tracebacks import trim
-from afield.transport.interrupts import interruptible, uninterruptible
+from afield.transport.interrupts import uninterruptible
 from afield.transport.pump import Waiter
 
 #: How long a wait inside a task may last before the task gives its CPUs back.
@@ -39,6 +39,9 @@ class Stream(Protocol):
 
     def when_ready(self, notify: Callable[[], None]) -> bool:
         """Call `notify` once it is there; return True (and do not call) if it is there."""
+
+    def stop_waiting(self, notify: Callable[[], None]) -> None:
+        """Call `notify` no more."""
 
 
 class Values:
@@ -187,32 +190,9 @@ class Values:
 
     def future(self, ref: ObjectRef) -> Future[Any]:
         """Return a future that is completed with the value; its callbacks run on whatever thread completes it."""
-        future: Future[Any] = Future()
-        future.set_running_or_notify_cancel()
-
-        @interruptible
-        def complete() -> None:
-            try:
-                value = self.value_of(ref, self._entry(ref), blocking=False)
-            except (WouldBlockError, PartsLostError):  # `get` waits for either
-                threading.Thread(target=finish, name="afield-fetch", daemon=True).start()
-            except BaseException as error:
-                trim(error, always=True)  # frames of ours refer to the future
-                future.set_exception(error)
-            else:
-                future.set_result(value)
-
-        def finish() -> None:
-            try:
-                value = self.get(ref, None)
-            except BaseException as error:
-                trim(error, always=True)  # frames of ours refer to the future
-                future.set_exception(error)
-            else:
-                future.set_result(value)
-
-        if self.process.locked(self.table.when_done, ref.id, lambda: self.pump.callbacks.append(complete)):
-            complete()
+        future = ValueFuture(lambda: self.value_of(ref, self._entry(ref), blocking=False), lambda: self.get(ref, None))
+        if self.process.locked(self.table.when_done, ref.id, lambda: self.pump.callbacks.append(future.complete)):
+            future.complete()
         return future
 
     async def result(self, ref: ObjectRef) -> Any:
@@ -357,13 +337,13 @@ class Values:
             if missing[0] <= 0:
                 waiter.finish()
 
-        def subscribe() -> list[bytes]:
+        def subscribe() -> list[ObjectRef | Stream]:
             pending = []
             for ref in refs:
                 if self._is_ready(ref, one_done):
                     missing[0] -= 1
-                elif isinstance(ref, ObjectRef):
-                    pending.append(ref.id)
+                else:
+                    pending.append(ref)
             if missing[0] <= 0:
                 waiter.done = True
             return pending
@@ -383,6 +363,9 @@ class Values:
             return True
         return notify is not None and self.table.when_done(ref.id, notify)
 
-    def _stop_waiting_all(self, object_ids: list[bytes], notify: Callable[[], None]) -> None:
-        for object_id in object_ids:
-            self.table.stop_waiting(object_id, notify)
+    def _stop_waiting_all(self, pending: list[ObjectRef | Stream], notify: Callable[[], None]) -> None:
+        for ref in pending:
+            if isinstance(ref, ObjectRef):
+                self.table.stop_waiting(ref.id, notify)
+            else:
+                ref.stop_waiting(notify)

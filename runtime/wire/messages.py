@@ -402,12 +402,16 @@ class ActorState(msgspec.Struct, array_like=True, tag=44):
 
 
 class KillActor(msgspec.Struct, array_like=True, tag=45):
-    """End the actor's process: at once, or (`gracefully`) after the calls that it has."""
+    """End the actor's process: at once, or (`gracefully`) after the calls that it has.
+
+    Daemon to creator: if it is not created yet, as an argument of its constructor is not there, it never is.
+    """
 
     actor_id: bytes
     no_restart: bool
     reason: str
     gracefully: bool = False
+    creator: bytes = b""  # empty if the actor is detached
 
 
 class KillWorker(msgspec.Struct, array_like=True, tag=47):

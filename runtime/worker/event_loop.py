@@ -68,13 +68,15 @@ class EventLoop:
     async def _serve(self) -> None:
         enter(None)  # the constructor is over, whose context the event loop began with
         pump = self._host.process.pump
-        self._loop = asyncio.get_running_loop()
-        self._loop.set_exception_handler(_on_unretrieved)
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(_on_unretrieved)
         self._ended = asyncio.Event()
         self._semaphores = {name: asyncio.Semaphore(limit) for name, limit in self._limits.items()}
-        self._loop.add_reader(self._host.process.loop.fileno(), self._on_readable)
+        loop.add_reader(self._host.process.loop.fileno(), self._on_readable)
         with pump.driven_elsewhere():
-            early, self._early = self._early, []
+            with pump.lock:  # `start` is called under it: a call is either among the early ones or goes to the loop
+                self._loop = loop
+                early, self._early = self._early, []
             for call in early:
                 self._begin(call)
             if self._ending:
