@@ -21,7 +21,8 @@ from afield.errors import (
 )
 from afield.ids import TASK_ID_BYTES
 from afield.runtime.calls.callee import Callee
-from afield.runtime.calls.submission import PeerState, Submitter
+from afield.runtime.calls.pushes import PeerState
+from afield.runtime.calls.submission import Submitter
 from afield.runtime.cores.caller import (
     CANCELLED,
     DIED,
@@ -212,7 +213,7 @@ class ActorCalls:
 
     def _send(self, caller: Caller, task: Task) -> None:
         channel: Channel = caller.channel
-        caller.on_way[self.submitter.send_push(channel, channel.context, task)] = task
+        caller.on_way[self.submitter.pushes.send(channel, channel.context, task)] = task
 
     def _wait(self, caller: Caller, task: Task) -> None:
         """Enter a call that does not leave at once: see whether it, or those before it, can."""
@@ -343,6 +344,7 @@ class ActorCalls:
         state.inflight = caller.on_way
         state.on_batch = lambda replies: self._let_go_if_idle(caller)
         state.retry = lambda task: self._again(caller, task)
+        state.go_on = lambda: self._advance(caller)
         state.argument_lost = lambda task: self._argument_lost(caller, task)
         self._execute(caller, effects)
         self._advance(caller)
