@@ -329,7 +329,13 @@ class ActorCalls:
                 self._die(caller, message.error)
 
     def _alive(self, caller: Caller, worker: bytes) -> None:
-        channel = self.process.channel_to(worker)
+        try:
+            channel = self.process.channels.to(worker, patient=False)
+        except OSError as error:
+            self.process.channels.try_again(
+                error, lambda: self._alive_still(caller, worker), lambda why: self._unreachable(caller, why)
+            )
+            return
         if channel is None:
             return  # it died again; the daemon will say so
         effects = caller.lives(worker)
@@ -348,6 +354,17 @@ class ActorCalls:
         state.argument_lost = lambda task: self._argument_lost(caller, task)
         self._execute(caller, effects)
         self._advance(caller)
+
+    def _alive_still(self, caller: Caller, worker: bytes) -> None:
+        """There may be descriptors for the channel by now, if the actor is still to be reached."""
+        if self.callers.get(caller.actor_id) is caller and caller.state in ("pending", "restarting"):
+            self._alive(caller, worker)
+
+    def _unreachable(self, caller: Caller, why: str) -> None:
+        """This process has no descriptors for the actor: its calls fail. Those to come ask the daemon again."""
+        if caller.state in ("pending", "restarting"):
+            self._die(caller, serialize_error(ActorUnavailableError(f"the actor cannot be reached: {why}")))
+            self.callers.pop(caller.actor_id, None)
 
     def _die(self, caller: Caller, error: bytes) -> None:
         self._execute(caller, caller.dies(error))

@@ -15,6 +15,7 @@ from afield.runtime.calls.recovery import Recovery
 from afield.runtime.calls.streams import Streams
 from afield.runtime.cores.dispatch import IDLE_LEASE_S, Lane, Lanes, Lease, Task
 from afield.runtime.cores.objects import FAILED, LOCATED
+from afield.runtime.process.channels import AGAIN_S
 from afield.runtime.process.context import calling_context
 from afield.runtime.process.events import PROCESS_DIED, TICK
 from afield.runtime.process.process import Process
@@ -386,7 +387,12 @@ class Submitter:
     def _on_grant(self, channel: Channel, message: messages.Grant) -> None:
         process = self.process
         lane = self._lanes_by_key[message.key]
-        worker = process.channel_to(message.worker)
+        try:
+            worker = process.channels.to(message.worker, patient=False)
+        except OSError as error:
+            process.daemon.send(messages.ReturnLease(message.lease_id))
+            process.channels.try_again(error, lane.grant_failed, lambda why: self._unreachable(lane, why))
+            return
         if worker is None:
             process.daemon.send(messages.ReturnLease(message.lease_id))
             lane.grant_failed()
@@ -398,6 +404,13 @@ class Submitter:
         worker.context.lease = lease
         self.leases[message.worker] = lease
         lane.granted(lease, time.monotonic())
+
+    def _unreachable(self, lane: Lane, why: str) -> None:
+        """There are no descriptors for another worker: what waits has those that there are, or fails."""
+        if lane.leases:
+            self.process.loop.after(AGAIN_S, lane.grant_failed)
+        else:
+            self.infeasible(lane.key, why)
 
     def _on_infeasible(self, channel: Channel, message: messages.Infeasible) -> None:
         self.infeasible(message.key, message.reason)
