@@ -222,7 +222,7 @@ def test_too_few_open_files_are_an_error_that_says_so(soft: int, hard: int, tmp_
         afield.init(num_cpus=1)
         actors = [actor.remote() for _ in range(40)]
         afield.get([a.f.remote() for a in actors], timeout=30)
-    except afield.RuntimeDiedError as error:
+    except (afield.RuntimeDiedError, afield.ActorUnavailableError, afield.ActorDiedError) as error:
         report(said=str(error))
     """)
     assert "open files" in facts["said"] or "file descriptors" in facts["said"], facts

@@ -17,14 +17,14 @@ from afield.runtime.cores.work import ANSWERED, CANCELLED, INTERRUPT, Work
 from afield.runtime.process import current
 from afield.runtime.process.serialization import deserialize, dumps_plain
 from afield.runtime.wire import messages
-from afield.runtime.worker import invocation, outcomes, replies, streaming
+from afield.runtime.worker import invocation, outcomes, replies, streaming, yields
 from afield.runtime.worker.host import Host
 from afield.runtime.worker.invocation import Invocation
 from afield.runtime.worker.outcomes import LoadedCallee
 from afield.transport.interrupts import is_protected
 
 #: The files whose bytecodes are interrupted.
-FILES = {each.__file__ for each in (invocation, outcomes, replies, streaming)}
+FILES = {each.__file__ for each in (invocation, outcomes, replies, streaming, yields)}
 
 
 @pytest.fixture
@@ -146,6 +146,7 @@ CASES: list[tuple[Callable[..., Any], tuple[Any, ...], int]] = [
     (swallows, (1,), 1),
     (several, (), 2),
     (items, (), messages.STREAMING),
+    (items, (), 2),
 ]
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import afield
-from afield.runtime.calls.submission import FEW_DEPENDENCIES, PORTION_BYTES
+from afield.runtime.calls.pushes import FEW_DEPENDENCIES, PORTION_BYTES
 from afield.runtime.values.definitions import MAX_DEFINITION_BYTES
 from afield.runtime.worker.outcomes import MAX_REPLY_BYTES
 from afield.transport.channel import MAX_FRAME_BYTES

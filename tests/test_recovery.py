@@ -448,7 +448,7 @@ def test_a_task_whose_argument_is_lost_is_pushed_again_and_again_but_not_for_eve
     afield.wait([argument])
     pushes: list[int] = []
     refused: set[int] = set()
-    send_push, on_batch = submitter.send_push, submitter._on_batch
+    send_push, on_batch = submitter.pushes.send, submitter._on_batch
     limit = 3
 
     def push(channel: Any, state: Any, task: Any) -> int:
@@ -470,7 +470,7 @@ def test_a_task_whose_argument_is_lost_is_pushed_again_and_again_but_not_for_eve
             ],
         )
 
-    submitter.send_push = push  # type: ignore[method-assign]
+    submitter.pushes.send = push  # type: ignore[method-assign]
     process.handle_batches_by(receive)
     assert afield.get(plus.remote(log.path, "b", argument), timeout=30)[0] == 2
     assert pushes == [0, 1, 2, 3]

@@ -9,11 +9,13 @@ know the link any more (`on_closed`), or the owner's `died`, once whoever knows 
 that has been said before, the owner is asked to find out (`on_absent`), once for each break: when the peer's name is gone, or
 after `ABSENT_S` without it. A peer that lives and with whom no introduction succeeds in `MAX_FAILURES` attempts has broken the
 protocol: the channel is closed with its `fault`.
+
+Where this process has no descriptors left (`on_error`) it is nobody's end either: the listener is left alone for
+`ACCEPT_PAUSE_S`, and those who connect wait in the kernel's queue; a socket of ours is tried again like one that broke.
 """
 
 from __future__ import annotations
 
-import errno
 import os
 import socket
 from collections.abc import Callable
@@ -24,12 +26,15 @@ from afield.transport.channel import Channel, Messages
 from afield.transport.introduction import Introduction
 from afield.transport.link import Answer, Link, LinkError, Links
 from afield.transport.loop import Loop
+from afield.transport.shortage import OUT_OF_FILES
 from afield.transport.sockets import connect, listen, same_user
 
 FIRST_PAUSE_S = 0.001
 LAST_PAUSE_S = 1.0
 #: A peer that opened a channel and has not come back for so long may be dead without our having heard of it.
 ABSENT_S = 1.0
+#: A process without descriptors looks so often whether it has some again, for those who want to connect.
+ACCEPT_PAUSE_S = 0.1
 #: Introductions that fail in a row, with pauses between them: about a second. Each alone may be bad luck.
 MAX_FAILURES = 10
 
@@ -46,7 +51,7 @@ class Endpoint:
         on_closed: called once with a channel that its peer has closed, or that cannot go on.
         on_ready: called once with each channel when its peer is proven.
         on_absent: called with a channel and whether the peer's name is gone, for the owner to find out whether it is dead.
-        on_error: called when this process cannot have another socket.
+        on_error: called, each time, when this process cannot have another socket for want of descriptors.
         on_refused: see `Channel.on_refused`.
     """
 
@@ -80,16 +85,23 @@ class Endpoint:
 
     # -- channels that we open -------------------------------------------------------------------------------------
 
-    def open(self, name: str, peer_id: bytes = b"", *, fleeting: bool = False) -> Channel:
+    def open(self, name: str, peer_id: bytes = b"", *, fleeting: bool = False, patient: bool = False) -> Channel:
         """Return a new channel to whoever listens on `name`, who must be `peer_id` if that is given.
 
         Raises:
             ConnectionRefusedError: nobody listens there.
-            OSError: this process has no descriptors left.
+            OSError: this process has no descriptors left; a `patient` one is told so, and the socket is made later.
         """
         try:
             sock = connect(name)
         except BlockingIOError:
+            sock = None
+        except OSError as error:
+            if error.errno not in OUT_OF_FILES:
+                raise
+            self.on_error(error)
+            if not patient:
+                raise
             sock = None
         dialer = _Dialer(self, name)
         link = self.links.open(fleeting=fleeting)
@@ -139,13 +151,26 @@ class Endpoint:
             except BlockingIOError:
                 return
             except OSError as error:
-                self.on_error(error)
-                return
+                if error.errno in OUT_OF_FILES:
+                    self._pause(error)
+                    return
+                continue  # who connected is gone already
             sock.setblocking(False)
             if same_user(sock):
                 self.accepted(sock)
             else:
                 sock.close()
+
+    def _pause(self, error: OSError) -> None:
+        """Nobody can be accepted for a while; whoever listens all the same would find the same over and over."""
+        assert self._listener is not None
+        self.loop.unregister(self._listener.fileno())
+        self.loop.after(ACCEPT_PAUSE_S, self._accept_again)
+        self.on_error(error)
+
+    def _accept_again(self) -> None:
+        if self._listener is not None:
+            self.loop.register(self._listener.fileno(), self._accept)
 
     def accepted(self, sock: socket.socket) -> None:
         """Somebody has connected."""
@@ -284,7 +309,7 @@ class _Dialer:
                 self._endpoint.on_absent(self.channel, True)
             self.retry()
         except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):
+            if error.errno in OUT_OF_FILES:
                 self._endpoint.on_error(error)
             self.retry()
         else:

@@ -4,7 +4,7 @@
 called with the epoll event mask. The loop itself takes no lock: `pump` decides which thread drives it.
 
 `after` calls something later. Its clock is a descriptor as all others (`timerfd`), so it also wakes those who only watch
-`fileno`: the standby thread and event loops of the user's. It is opened with the first use.
+`fileno`: the standby thread and event loops of the user's. It is opened at once: who has none left waits by it.
 
 Order among channels: `first` is flushed before all others, and while it has no socket, or its socket is full, the others wait,
 so that what it carries stays ahead of what they say. Hence nothing but `flush` has the others send.
@@ -63,12 +63,13 @@ class Loop:
         #: Channels with something in their outbox.
         self.dirty: list[Outgoing] = []
         self._held: list[Outgoing] = []  # dirty, and wait for `first`
-        self._timer = -1
-        self._later: list[tuple[float, int, Callable[[], None]]] = []  # a heap: when due, a number, what to call
+        self._timer = _timer_fd()
+        self._later: list[tuple[float, int, Callable[[], object]]] = []  # a heap: when due, a number, what to call
         self._numbers = itertools.count()
         self._kick = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._kicked = False
         self.register(self._kick, self._absorb_kick)
+        self.register(self._timer, self._on_timer)
 
     def register(self, fd: int, handler: Callable[[int], None]) -> None:
         """Call `handler(events)` whenever `fd` can be read."""
@@ -125,11 +126,8 @@ class Loop:
         if self._held:
             self.dirty, self._held = [*self._held, *self.dirty], []
 
-    def after(self, delay_s: float, callback: Callable[[], None]) -> None:
+    def after(self, delay_s: float, callback: Callable[[], object]) -> None:
         """Call `callback` once, as a handler, when so much time has passed."""
-        if self._timer < 0:
-            self._timer = _timer_fd()
-            self.register(self._timer, self._on_timer)
         heapq.heappush(self._later, (time.monotonic() + delay_s, next(self._numbers), callback))
         self._set_timer()
 
@@ -173,10 +171,9 @@ class Loop:
         self._kicked = True  # a later `kick` must not write to a descriptor that is another file's by then
         self.unregister(self._kick)
         os.close(self._kick)
-        if self._timer >= 0:
-            self.unregister(self._timer)
-            os.close(self._timer)
-            self._timer = -1
+        self.unregister(self._timer)
+        os.close(self._timer)
+        self._timer = -1
         self._epoll.close()
 
 

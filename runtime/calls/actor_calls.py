@@ -21,7 +21,8 @@ from afield.errors import (
 )
 from afield.ids import TASK_ID_BYTES
 from afield.runtime.calls.callee import Callee
-from afield.runtime.calls.submission import PeerState, Submitter
+from afield.runtime.calls.pushes import PeerState
+from afield.runtime.calls.submission import Submitter
 from afield.runtime.cores.caller import (
     CANCELLED,
     DIED,
@@ -233,7 +234,7 @@ class ActorCalls:
 
     def _send(self, caller: Caller, task: Task) -> None:
         channel: Channel = caller.channel
-        caller.on_way[self.submitter.send_push(channel, channel.context, task)] = task
+        caller.on_way[self.submitter.pushes.send(channel, channel.context, task)] = task
 
     def _wait(self, caller: Caller, task: Task) -> None:
         """Enter a call that does not leave at once: see whether it, or those before it, can."""
@@ -354,7 +355,13 @@ class ActorCalls:
                 self._die(caller, message.error)
 
     def _alive(self, caller: Caller, worker: bytes) -> None:
-        channel = self.process.channel_to(worker)
+        try:
+            channel = self.process.channels.to(worker, patient=False)
+        except OSError as error:
+            self.process.channels.try_again(
+                error, lambda: self._alive_still(caller, worker), lambda why: self._unreachable(caller, why)
+            )
+            return
         if channel is None:
             return  # it died again; the daemon will say so
         effects = caller.lives(worker)
@@ -369,9 +376,21 @@ class ActorCalls:
         state.inflight = caller.on_way
         state.on_batch = lambda replies: self._let_go_if_idle(caller)
         state.retry = lambda task: self._again(caller, task)
+        state.go_on = lambda: self._advance(caller)
         state.argument_lost = lambda task: self._argument_lost(caller, task)
         self._execute(caller, effects)
         self._advance(caller)
+
+    def _alive_still(self, caller: Caller, worker: bytes) -> None:
+        """There may be descriptors for the channel by now, if the actor is still to be reached."""
+        if self.callers.get(caller.actor_id) is caller and caller.state in ("pending", "restarting"):
+            self._alive(caller, worker)
+
+    def _unreachable(self, caller: Caller, why: str) -> None:
+        """This process has no descriptors for the actor: its calls fail. Those to come ask the daemon again."""
+        if caller.state in ("pending", "restarting"):
+            self._die(caller, serialize_error(ActorUnavailableError(f"the actor cannot be reached: {why}")))
+            self.callers.pop(caller.actor_id, None)
 
     def _die(self, caller: Caller, error: bytes) -> None:
         self._execute(caller, caller.dies(error))

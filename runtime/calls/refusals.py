@@ -17,7 +17,8 @@ from typing import Any
 
 from afield.errors import AfieldError, MessageTooLargeError
 from afield.runtime.calls.actor_calls import ActorCalls
-from afield.runtime.calls.submission import PeerState, Submitter
+from afield.runtime.calls.pushes import PeerState
+from afield.runtime.calls.submission import Submitter
 from afield.runtime.cores.objects import FAILED
 from afield.runtime.process.process import Process
 from afield.runtime.process.serialization import serialize_error

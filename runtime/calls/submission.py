@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,10 +10,12 @@ from afield.errors import TaskCancelledError, TaskUnschedulableError, WorkerCras
 from afield.ids import FIRST_RETURN, STREAM_END_INDEX, object_id
 from afield.runtime.calls.callee import Callee
 from afield.runtime.calls.generators import ObjectRefGenerator
+from afield.runtime.calls.pushes import PeerState, Pushes
 from afield.runtime.calls.recovery import Recovery
 from afield.runtime.calls.streams import Streams
 from afield.runtime.cores.dispatch import IDLE_LEASE_S, Lane, Lanes, Lease, Task
 from afield.runtime.cores.objects import FAILED, LOCATED
+from afield.runtime.process.channels import AGAIN_S
 from afield.runtime.process.context import calling_context
 from afield.runtime.process.events import PROCESS_DIED, TICK
 from afield.runtime.process.process import Process
@@ -27,12 +28,6 @@ from afield.transport.interrupts import uninterruptible
 
 #: A burst of submissions looks for replies this often.
 POLL_EVERY = 32
-
-#: So many arguments of a push, each of at most `INLINE_BYTES`, are no matter; more of them are sent in portions.
-FEW_DEPENDENCIES = 16
-PORTION_BYTES = 1 << 20
-#: What one takes beside its data: ids, and the location of what is stored.
-DEPENDENCY_BYTES = 100
 
 
 def _is_to_be_retried(result: messages.Result | messages.Reply) -> bool:
@@ -48,21 +43,6 @@ def _is_final(result: messages.Result | messages.Reply) -> None:
         result.data = b""
 
 
-class PeerState:
-    """What we keep with a channel to a worker: what it knows, and what it owes us."""
-
-    __slots__ = ("argument_lost", "defined", "inflight", "lease", "on_batch", "retry")
-
-    def __init__(self) -> None:
-        self.defined: set[int] = set()
-        self.inflight: dict[int, Task] = {}
-        self.lease: Lease | None = None
-        #: An actor's caller: called after a batch of messages with the number of replies in it, and to run a call again.
-        self.on_batch: Callable[[int], None] | None = None
-        self.retry: Callable[[Task], None] | None = None
-        self.argument_lost: Callable[[Task], bool] | None = None
-
-
 class Submitter:
     """Submits the tasks of a process and receives their outcomes."""
 
@@ -74,7 +54,7 @@ class Submitter:
         self.lanes = self.core.by_need
         self.leases: dict[bytes, Lease] = {}
         self._lanes_by_key: dict[int, Lane] = {}
-        self._next_sequence = itertools.count(1).__next__
+        self.pushes = Pushes(arguments)
         self._since_poll = 0
         self._wanted_until = 0.0  # somebody waits for leases until then
         self._next_look = 0.0  # when to look for idle leases again
@@ -201,7 +181,7 @@ class Submitter:
         state: PeerState = channel.context
         for task in tasks:
             if (task.dependencies is None and task.location is None) or self._still_resolved(task):
-                lease.inflight[self.send_push(channel, state, task)] = task
+                lease.inflight[self.pushes.send(channel, state, task)] = task
 
     def _still_resolved(self, task: Task) -> bool:
         """Tell whether the arguments are there; if one was lost since the task became ready, wait for it or fail."""
@@ -213,21 +193,6 @@ class Submitter:
         else:
             return True
         return False
-
-    def send_push(self, channel: Channel, state: PeerState, task: Task) -> int:
-        """Send one push, preceded by its function's definition where the peer does not know it yet."""
-        function = task.function
-        if function.index not in state.defined:
-            state.defined.add(function.index)
-            channel.send(function.define())
-        sequence = self._next_sequence()
-        dependencies = None if task.dependencies is None else self.arguments.describe(task)
-        if dependencies is not None and len(dependencies) > FEW_DEPENDENCIES:
-            *before, dependencies = _in_portions(dependencies)
-            for portion in before:
-                channel.send(messages.MoreDependencies(sequence, portion))
-        channel.send(messages.Push(sequence, task.task_id, function.index, task.arguments, task.location, dependencies))
-        return sequence
 
     def demand(self, lane: Lane, count: int) -> None:
         """Tell the daemon how many more leases the lane wants."""
@@ -338,7 +303,7 @@ class Submitter:
         if task is None:
             return
         results = message.results
-        if results and _is_to_be_retried(results[0]):
+        if results and _is_to_be_retried(results[-1]):  # what was made before the error is there
             if self._retry(channel, task, *results):
                 return
             for result in results:
@@ -365,15 +330,36 @@ class Submitter:
         for result in results:  # the refs in an error that nobody will see
             for ref in self._receive(channel, result.contained):
                 self.process.table.unpin(ref)
-        if any(result.kind == LOCATED for result in results):
-            self.cut_short(channel.peer_id, task)  # what was stored of it is nobody's
         self.use_retry(task)
         self.tasks_retried += 1
-        if task.lane is not None:
+        stored = [index for index, result in enumerate(results) if result.kind == LOCATED]
+        if stored:
+            self._free_first(channel, task, stored)
+        elif task.lane is not None:
             task.lane.requeue([task], time.monotonic())
-        elif channel.context.retry is not None:
+        if task.lane is None and channel.context.retry is not None:
             channel.context.retry(task)
         return True
+
+    def _free_first(self, channel: Channel, task: Task, stored: Sequence[int]) -> None:
+        """What an execution has stored is nobody's. It is freed before the next one begins, which stores the same ids.
+
+        Only what it has stored: the same worker may run it again, and an early free would be for what it seals then.
+        """
+        self.recovery.forget_stored(channel.peer_id, (object_id(task.task_id, index) for index in stored))
+        go_on = channel.context.go_on
+        task.unresolved = 1
+
+        def freed() -> None:
+            task.unresolved = 0
+            if self.process.dead or task.cancelled:
+                return
+            if task.lane is not None:
+                task.lane.requeue([task], time.monotonic())
+            elif go_on is not None:
+                go_on()
+
+        self.process.requests.ask_nowait(lambda number: messages.Query(number, "freed"), freed)
 
     def use_retry(self, task: Task) -> None:
         """The task runs once more."""
@@ -401,7 +387,12 @@ class Submitter:
     def _on_grant(self, channel: Channel, message: messages.Grant) -> None:
         process = self.process
         lane = self._lanes_by_key[message.key]
-        worker = process.channel_to(message.worker)
+        try:
+            worker = process.channels.to(message.worker, patient=False)
+        except OSError as error:
+            process.daemon.send(messages.ReturnLease(message.lease_id))
+            process.channels.try_again(error, lane.grant_failed, lambda why: self._unreachable(lane, why))
+            return
         if worker is None:
             process.daemon.send(messages.ReturnLease(message.lease_id))
             lane.grant_failed()
@@ -413,6 +404,13 @@ class Submitter:
         worker.context.lease = lease
         self.leases[message.worker] = lease
         lane.granted(lease, time.monotonic())
+
+    def _unreachable(self, lane: Lane, why: str) -> None:
+        """There are no descriptors for another worker: what waits has those that there are, or fails."""
+        if lane.leases:
+            self.process.loop.after(AGAIN_S, lane.grant_failed)
+        else:
+            self.infeasible(lane.key, why)
 
     def _on_infeasible(self, channel: Channel, message: messages.Infeasible) -> None:
         self.infeasible(message.key, message.reason)
@@ -475,16 +473,3 @@ class Submitter:
                 "raise max_retries if it is safe to run it again, and look at the worker's output for the cause"
             ),
         )
-
-
-def _in_portions(dependencies: list[messages.Dependency]) -> list[list[messages.Dependency]]:
-    """Divide arguments into lists of which each makes a message of bounded size."""
-    portions: list[list[messages.Dependency]] = [[]]
-    size = 0
-    for dependency in dependencies:
-        if size > PORTION_BYTES:
-            portions.append([])
-            size = 0
-        portions[-1].append(dependency)
-        size += len(dependency.data) + DEPENDENCY_BYTES
-    return portions

@@ -6,7 +6,6 @@ and the actor directory; nothing here is on the path of a task that already has 
 
 from __future__ import annotations
 
-import errno
 import pickle
 import socket
 import sys
@@ -30,6 +29,7 @@ from afield.scheduler.resources import ResourceSet
 from afield.transport.channel import Channel, UnexpectedMessageError
 from afield.transport.endpoint import Endpoint
 from afield.transport.loop import Loop
+from afield.transport.shortage import Shortage
 
 #: After `shutdown` the workers have so long to end in good order.
 SHUTDOWN_WITHIN_S = 2.0
@@ -61,6 +61,7 @@ class NodeDaemon:
         self._device_numbers = {device.uuid: device.index for device in config.devices}
         self._store_waits: set[int] = set()  # leases whose workers gave their CPUs back while they wait for room
         self._stopping = self._orderly = False
+        self._shortage = Shortage("the node daemon")
         self.endpoint = Endpoint(
             self.loop,
             self.session.token,
@@ -69,7 +70,7 @@ class NodeDaemon:
             self._on_messages,
             self._on_closed,
             on_absent=self._on_absent,
-            on_error=_out_of_files,
+            on_error=self._out_of_files,
             on_refused=self._refused,
         )
         self.endpoint.listen(self.session.address(b""))
@@ -192,6 +193,11 @@ class NodeDaemon:
         channel = self.channels.get(process_id)
         if channel is not None:
             channel.send(message)
+
+    def _out_of_files(self, error: OSError) -> None:
+        """Who connects waits, unless there will be room as fewer workers are started: theirs is the error then."""
+        self._shortage.met(error)
+        self.workers.start_fewer()
 
     def _on_closed(self, channel: Channel) -> None:
         """A process has closed its channel, or broke the protocol; a socket that breaks is nobody's end."""
@@ -389,8 +395,3 @@ class NodeDaemon:
         if channel.peer_id == self.primary:
             self._orderly = True
             self.stop()
-
-
-def _out_of_files(error: OSError) -> None:
-    if error.errno in (errno.EMFILE, errno.ENFILE):
-        raise error  # the driver is told our last words

@@ -81,7 +81,7 @@ class Tiers:
             **self.stores.handlers,
         }
         self.begin_process(daemon.primary, DRIVER_INDEX)
-        self.questions = {"slots": self._on_slots, "slab": self._on_slab}
+        self.questions = {"slots": self._on_slots, "slab": self._on_slab, "freed": self._on_freed}
 
     # -- what processes ask ----------------------------------------------------------------------------------------
 
@@ -142,6 +142,10 @@ class Tiers:
     def _on_free(self, channel: Channel, message: messages.Free) -> None:
         for object_id in message.object_ids:
             self.run(self.books.free(object_id, message.sealer or None))
+
+    def _on_freed(self, channel: Channel, message: messages.Query) -> None:
+        """All that the process has freed until now is freed: what it names by the same ids from here on is new."""
+        channel.send(messages.Answer(message.request))
 
     def _on_need(self, channel: Channel, message: messages.Need) -> None:
         lost = self.books.lost_from(message.object_id)

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from afield.runtime.node.daemon import NodeDaemon
 
 MAX_MESSAGE = 1 << 16
+#: Why a worker is ended that the daemon has no descriptors for.
+OUT_OF_FILES_TEXT = "the node daemon ran out of file descriptors; raise the limit (ulimit -n)"
 #: A lease is given up when this many workers for it have ended before they connected.
 START_ATTEMPTS = 3
 #: Workers that are started before anybody asks, for each CPU of the machine: `num_cpus` may be any number.
@@ -279,6 +281,14 @@ class WorkerPool:
             except ProcessLookupError:
                 pass
 
+    def start_fewer(self) -> None:
+        """The daemon cannot accept anybody: end the newest worker that has not connected, which leaves room for others."""
+        for worker in reversed(self.by_id.values()):
+            if not worker.ready and worker.pid and not worker.ended_for:
+                worker.ended_for = OUT_OF_FILES_TEXT
+                self.kill(worker)
+                return
+
     # -- the fork server -----------------------------------------------------------------------------------------
 
     def _on_fork_server(self, events: int) -> None:
@@ -315,7 +325,7 @@ class WorkerPool:
         if len(outputs) < 2:
             for fd in outputs:
                 os.close(fd)
-            worker.ended_for = "the node daemon ran out of file descriptors; raise the limit (ulimit -n)"
+            worker.ended_for = OUT_OF_FILES_TEXT
             self.kill(worker)
             return
         for stream, fd in zip(("out", "err"), outputs, strict=True):

@@ -27,7 +27,6 @@ known before anybody else can refer to it.
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Callable
 from typing import Any
 
@@ -36,6 +35,13 @@ from afield.runtime.wire import messages
 from afield.transport.channel import Channel
 from afield.transport.endpoint import Endpoint
 from afield.transport.loop import Loop
+from afield.transport.shortage import OUT_OF_FILES, Shortage
+
+#: After so long without descriptors a process that others wait for is given up.
+STARVED_S = 60.0
+
+#: Whoever cannot wait for descriptors tries again after the first of these times, and gives up after the second.
+AGAIN_S, PATIENCE_S = 0.2, 5.0
 
 
 class Channels:
@@ -47,10 +53,11 @@ class Channels:
         loop: drives them.
         on_batch: handles one frame: called with its channel and its messages.
         on_left: called with the id of a process that has closed its channel with us, or broke the protocol.
-        on_out_of_files: called with a text when this process has no descriptors left.
+        on_out_of_files: called with a text when this process has had no descriptors left for `STARVED_S`.
 
     Raises:
         ConnectionRefusedError: the daemon is gone.
+        OSError: this process has no descriptors for the first connections.
     """
 
     def __init__(
@@ -63,8 +70,10 @@ class Channels:
         on_out_of_files: Callable[[str], None],
     ) -> None:
         self._config = config
+        self._loop = loop
         self._on_left = on_left
         self._on_out_of_files = on_out_of_files
+        self.shortage = Shortage("this process")
         #: Called with (channel, message, why) for a message that cannot be sent; set by whoever knows what follows.
         self.on_refused: Callable[[Channel, Any, str], Any] | None = None
         self._of: dict[bytes, Channel] = {}
@@ -77,23 +86,38 @@ class Channels:
             self._closed,
             on_ready=self._ready,
             on_absent=self._absent,
-            on_error=self._check_files,
+            on_error=self._without_files,
             on_refused=self._refused,
         )
         self.endpoint.listen(config.address(process_id))
         self.daemon = loop.first = self.endpoint.open(config.address(b""))
 
-    def to(self, process_id: bytes) -> Channel | None:
-        """Return the channel to a process, opening it if needed; None if it is gone: the daemon will say so."""
+    def to(self, process_id: bytes, *, patient: bool = True) -> Channel | None:
+        """Return the channel to a process, opening it if needed; None if it is gone: the daemon will say so.
+
+        Without descriptors the channel gets its socket later, unless the caller is not `patient`.
+
+        Raises:
+            OSError: this process has no descriptors left, and the caller is not patient.
+        """
         channel = self._of.get(process_id)
         if channel is None:
+            address = self._config.address(process_id)
             try:
-                channel = self._of[process_id] = self.endpoint.open(self._config.address(process_id), process_id)
+                channel = self._of[process_id] = self.endpoint.open(address, process_id, patient=patient)
             except OSError as error:
-                self._check_files(error)
+                if error.errno in OUT_OF_FILES:
+                    raise
                 self.daemon.send(messages.Unreachable(process_id))
                 return None
         return channel
+
+    def try_again(self, error: OSError, again: Callable[[], object], give_up: Callable[[str], object]) -> None:
+        """There were no descriptors for a channel: call `again` soon, or `give_up`, with a text, after `PATIENCE_S`."""
+        if self.shortage.lasts_s < PATIENCE_S:
+            self._loop.after(AGAIN_S, again)
+        else:
+            give_up(self.shortage.describe(error))
 
     def died(self, process_id: bytes) -> None:
         """A process is dead: handle what it had sent, and use its channels no more."""
@@ -128,10 +152,7 @@ class Channels:
             self.daemon.send(messages.Unreachable(channel.peer_id, channel.fault))
         self._on_left(channel.peer_id)
 
-    def _check_files(self, error: OSError) -> None:
-        """Without descriptors there are no connections: this process can take no further part."""
-        if error.errno in (errno.EMFILE, errno.ENFILE):
-            self._on_out_of_files(
-                f"this process ran out of file descriptors ({error}); it needs one for each worker and actor that it "
-                "talks to: raise the limit (ulimit -n), then call afield.shutdown() and afield.init()"
-            )
+    def _without_files(self, error: OSError) -> None:
+        """Connections wait; who can have none for long is of no use to others, and must not keep them waiting for ever."""
+        if self.shortage.met(error) > STARVED_S:
+            self._on_out_of_files(self.shortage.describe(error))

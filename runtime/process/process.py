@@ -110,7 +110,7 @@ class Process:
             self.loop,
             lambda channel, batch: self._on_batch(channel, batch),
             self._peer_left,
-            self.fail_everything,
+            self._out_of_files,
         )
         self.cores["links"] = self.channels.endpoint.links
         self.daemon.on_closed = self._daemon_gone
@@ -188,6 +188,11 @@ class Process:
     def channel_to(self, process_id: bytes) -> Channel | None:
         """Return the channel to a process, opening it if needed; None if it is gone: the daemon will say so."""
         return self.channels.to(process_id)
+
+    def _out_of_files(self, reason: str) -> None:
+        """A worker whom nobody can reach ends; a driver goes on, with what it has."""
+        if self.own.kind == "worker":
+            self.fail_everything(reason)
 
     def _peer_left(self, process_id: bytes) -> None:
         self.table.on_peer_died(process_id)

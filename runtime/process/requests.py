@@ -39,6 +39,15 @@ class Shell(Protocol):
         """Do what has been left for later, as far as it may make room; the caller holds the lock."""
 
 
+class _Then:
+    """Stands where a thread would wait for an answer."""
+
+    __slots__ = ("finish",)
+
+    def __init__(self, finish: Callable[[], None]) -> None:
+        self.finish = finish
+
+
 class Requests:
     """The questions of one process and those to it."""
 
@@ -92,6 +101,15 @@ class Requests:
             finally:
                 del answer  # else it refers to itself, by way of this frame, and keeps what all its frames have
         return answer
+
+    def ask_nowait(self, make: Callable[[int], Any], then: Callable[[], None]) -> None:
+        """Send the daemon such a message and have `then` called, under the lock, when it is answered, or never will be.
+
+        The caller holds the lock.
+        """
+        self._number += 1
+        self._slots[self._number] = [_Then(then), None]
+        self._shell.daemon.send(make(self._number))
 
     def answered(self, request: int, value: Any) -> bool:
         """Hand a value (or an error to raise) to the thread that made the request; return False if it has given up."""

@@ -43,8 +43,9 @@ from afield.runtime.process import current
 from afield.runtime.process.context import ActorExit, TaskContext, enter, leave_copy
 from afield.runtime.wire import messages
 from afield.runtime.worker.host import Host
-from afield.runtime.worker.outcomes import LoadedCallee, in_full
+from afield.runtime.worker.outcomes import LoadedCallee
 from afield.runtime.worker.streaming import Stream
+from afield.runtime.worker.yields import Yields, is_iterator
 from afield.transport.channel import Channel
 from afield.transport.interrupts import interruptible
 
@@ -59,7 +60,7 @@ class StoppedError(Exception):
 class Invocation(TaskContext):
     """One call."""
 
-    __slots__ = ("cancel", "channel", "callee", "argument_pins", "push", "sequence", "state", "stream")
+    __slots__ = ("cancel", "channel", "callee", "argument_pins", "push", "sequence", "state", "stream", "yields")
 
     def __init__(self, channel: Channel, push: messages.Push, callee: LoadedCallee) -> None:
         self.task_id = push.task_id
@@ -75,6 +76,8 @@ class Invocation(TaskContext):
         self.cancel: messages.Cancel | None = None
         #: Its items, if it yields them one by one.
         self.stream: Stream | None = None
+        #: Its results, if it yields those.
+        self.yields: Yields | None = None
         #: The memory that its arguments lie in, which it may keep: (weak reference, object id, owner).
         self.argument_pins: list[Any] | None = None
 
@@ -112,6 +115,10 @@ class Invocation(TaskContext):
             raise StoppedError
         return function, args, kwargs
 
+    def _yields(self, host: Host) -> Yields:
+        self.yields = Yields(host.outcomes, self.push, self.callee, self.channel.peer_id)
+        return self.yields
+
     def returned(self, host: Host, holder: list[Any]) -> Any:
         """Make the reply out of what it returned, to which `holder` has the only reference."""
         self.state = FINISHING
@@ -119,13 +126,17 @@ class Invocation(TaskContext):
             leave_copy(None)
         if self.argument_pins:
             host.outcomes.keep_argument_pins(self.argument_pins, self)
-        reply = host.outcomes.reply(holder, self, self.push, self.channel.peer_id, self.callee)
+        if self.yields is None:
+            reply = host.outcomes.reply(holder, self, self.push, self.channel.peer_id, self.callee)
+        else:
+            reply = messages.ReplyMany(self.sequence, self.yields.results.made)
         self.state = REPLYING
         return reply
 
     def raised(self, host: Host, error: BaseException) -> Any:
         """Make the reply out of what it raised; None for a cancelled call, which needs no other than `answer` makes."""
-        in_user_code = self.state == RUNNING
+        made = self.yields.results.made if self.yields is not None else ()
+        in_user_code = self.state == RUNNING and not (self.yields is not None and self.yields.writing)
         self.state = FAILING
         if current.process is not host.process:
             leave_copy(error)
@@ -136,12 +147,15 @@ class Invocation(TaskContext):
             host.leave(broken)
         if is_a(error, ActorExit):
             host.goodbye = "it ended itself"
-            reply = host.outcomes.reply([self._nothing()], self, self.push, self.channel.peer_id, self.callee)
+            nothing = [self._nothing()]
+            reply = host.outcomes.reply(nothing, self, self.push, self.channel.peer_id, self.callee)
+            if made:
+                reply.results[: len(made)] = made
         elif self.cancel is not None:
             reply = None
         else:
             reply = host.outcomes.failure(
-                self.sequence, self.task_id, self.callee, error, in_user_code, self.channel.peer_id
+                self.sequence, self.task_id, self.callee, error, in_user_code, self.channel.peer_id, made
             )
         self.state = REPLYING
         return reply
@@ -170,7 +184,7 @@ class Invocation(TaskContext):
             reply = self._as_cancelled(host, reply)
             self.state = CANCELLED
         enter(None)
-        self.push = _OVER
+        self.push, self.yields = _OVER, None
         if self.obligation is not None and host.replies.wait_for_registration(self.obligation, self.channel, reply):
             return
         host.waiting.append((self.channel, reply))
@@ -179,6 +193,8 @@ class Invocation(TaskContext):
 
     def _as_cancelled(self, host: Host, reply: Any) -> Any:
         assert self.cancel is not None
+        if reply is None and self.yields is not None:
+            reply = messages.ReplyMany(self.sequence, self.yields.results.made)
         if reply is not None:
             host.outcomes.discard(reply, self.push, self.channel.peer_id)
         if self.cancel.recursive:  # also what it has submitted after the cancellation, and before it was interrupted
@@ -206,8 +222,8 @@ class Invocation(TaskContext):
                 if not self.callee.plain:
                     if self.stream is not None:
                         holder = [self.stream.run(holder)]
-                    elif self.callee.num_returns != 1:
-                        holder.append(in_full(holder.pop(), self.callee.num_returns))
+                    elif self.callee.num_returns != 1 and is_iterator(holder[0]):
+                        self._yields(host).run(holder)
                 reply = self.returned(host, holder)
             except BaseException as error:
                 reply = self.raised(host, error)
@@ -233,8 +249,8 @@ class Invocation(TaskContext):
                 value = await self.stream.run_async(value)
             elif inspect.isawaitable(value):
                 value = await value
-            if self.callee.num_returns != 1:
-                value = in_full(value, self.callee.num_returns)
+            if self.callee.num_returns not in (1, messages.STREAMING) and is_iterator(value):
+                await self._yields(host).run_async(value)
             holder = [value]
             del value
             reply = self.returned(host, holder)
@@ -242,6 +258,9 @@ class Invocation(TaskContext):
             if host.work.left and self.cancel is None:
                 return  # the actor has left: its callers hear that it is dead
             self.state = FAILING
+            if self.cancel is None and self.yields is not None:  # code of its own has cancelled it
+                made = messages.ReplyMany(self.sequence, self.yields.results.made)
+                host.outcomes.discard(made, self.push, self.channel.peer_id)
             reply = self.cancelled(host, "while it ran") if self.cancel is None else None
             self.state = REPLYING
             failed = True

@@ -8,6 +8,7 @@ A reply that was made in vain, because its call was cancelled meanwhile, is take
 from __future__ import annotations
 
 import itertools
+import sys
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -33,7 +34,7 @@ from afield.runtime.values.parts import ARGUMENT, PartsLostError
 from afield.runtime.values.values import Values
 from afield.runtime.wire import messages
 from afield.tracebacks import describe
-from afield.transport.interrupts import interruptible, uninterruptible
+from afield.transport.interrupts import uninterruptible
 
 #: The results of one reply may have so many bytes inside it, and an error as many; what is beyond them is stored.
 MAX_REPLY_BYTES = 1 << 20
@@ -68,12 +69,24 @@ class LoadedCallee:
         return function
 
 
-@interruptible
-def in_full(value: Any, num_returns: int) -> Any:
-    """Return what a generator yields as a list, where several results are due and it is not streamed."""
-    if num_returns == messages.STREAMING or not hasattr(value, "__next__"):
-        return value
-    return list(itertools.islice(value, num_returns + 1))  # one more, so that it is seen that there are too many
+class Results:
+    """The results of one reply: about `MAX_REPLY_BYTES` travel inside it, what comes later is stored."""
+
+    __slots__ = ("_room", "made")
+
+    def __init__(self) -> None:
+        self.made: list[messages.Result] = []
+        self._room = MAX_REPLY_BYTES
+
+    @property
+    def inline_bytes(self) -> int:
+        """How large the next one may be inside the reply; what is no larger than a location takes no room to speak of."""
+        return INLINE_BYTES if self._room >= 0 else SMALL_BYTES
+
+    def add(self, result: messages.Result) -> None:
+        """Here is the next one."""
+        self.made.append(result)
+        self._room -= len(result.data)
 
 
 def _several(value: Any, callee: LoadedCallee) -> list[list[Any]]:
@@ -190,20 +203,19 @@ class Outcomes:
     def _write_all(
         self, holders: list[list[Any]], values: list[Serialized], call: Call, push: messages.Push, owner: bytes
     ) -> messages.ReplyMany:
-        results: list[messages.Result] = []
-        inline_bytes, room = INLINE_BYTES, MAX_REPLY_BYTES
+        results = Results()
         try:
-            for index, holder in enumerate(holders):
-                result = self.written(holder, values[index], push.task_id, index, owner, inline_bytes)
-                results.append(result)
-                room -= len(result.data)
-                if room < 0:  # what follows is stored, but for what is no larger than the place where it lies
-                    inline_bytes = SMALL_BYTES
+            for holder, value in zip(holders, values, strict=True):
+                self.add(results, holder, value, push.task_id, owner)
         except BaseException:
-            self._take_back(results, push.task_id, owner)
+            self._take_back(results.made, push.task_id, owner)
             raise
         call.state = REPLYING
-        return messages.ReplyMany(push.sequence, results)
+        return messages.ReplyMany(push.sequence, results.made)
+
+    def add(self, results: Results, holder: list[Any], value: Serialized, task_id: bytes, owner: bytes) -> None:
+        """Write the next of several results of a call."""
+        results.add(self.written(holder, value, task_id, len(results.made), owner, results.inline_bytes))
 
     @staticmethod
     def pickled(value: Any, name: str) -> Serialized:
@@ -254,12 +266,17 @@ class Outcomes:
         """A reply will not be sent, since another takes its place."""
         self._take_back(reply.results if type(reply) is messages.ReplyMany else [reply], push.task_id, owner)
 
-    def _take_back(self, results: Sequence[messages.Result | messages.Reply], task_id: bytes, owner: bytes) -> None:
-        """These were made in vain: nobody will say `Took` for what is in them, and nobody learns where they are stored."""
-        for result in results:
-            if result.contained is not None:
-                self.process.locked(self.process.table.on_took, owner, result.contained.token)
-        stored = [object_id(task_id, index) for index, result in enumerate(results) if result.location is not None]
+    def _take_back(
+        self, results: Sequence[messages.Result | messages.Reply], task_id: bytes, owner: bytes, first: int = 0
+    ) -> None:
+        """These, from the `first`, were made in vain: nobody will say `Took` for what is in them, or learn where they are."""
+        stored = []
+        for index in range(first, len(results)):
+            contained = results[index].contained
+            if contained is not None:
+                self.process.locked(self.process.table.on_took, owner, contained.token)
+            if results[index].location is not None:
+                stored.append(object_id(task_id, index))
         if stored:
             self.process.locked(self.process.daemon.send, messages.Free(stored))
 
@@ -271,11 +288,16 @@ class Outcomes:
         error: BaseException,
         in_user_code: bool,
         receiver: bytes,
+        made: Sequence[messages.Result] = (),
     ) -> Any:
         """Make the reply of a task that raised; an error of the runtime's own goes on as it is.
 
-        A large error is stored like a result: reading it raises it. Where that cannot be it is described instead.
+        A large error is stored like a result: reading it raises it. Where that cannot be it is described instead. What was
+        `made` before stays, and the error takes the places that are left.
         """
+        if made and len(made) == callee.num_returns:
+            _report(callee.name, error)
+            return messages.ReplyMany(sequence, list(made))
         if is_a(error, PartsLostError) and not in_user_code:
             return messages.Reply(sequence, messages.ARGUMENT_LOST, b"")
         of_user = in_user_code or not is_a(error, AfieldError)
@@ -286,7 +308,7 @@ class Outcomes:
             if callee.num_returns != messages.STREAMING:
                 try:
                     wrapped = TaskError.from_exception(callee.name, error) if of_user else error
-                    return self._store_failure(sequence, task_id, callee, wrapped, receiver, again)
+                    return self._store_failure(sequence, task_id, callee, wrapped, receiver, again, made)
                 except BaseException as failure:  # code of the user's has run
                     why = failure
             serialized = serialize(_described(TaskError, callee.name, error, why), "the error", stored=False)
@@ -294,21 +316,30 @@ class Outcomes:
         kind = messages.FAILED_AGAIN if again else FAILED
         if callee.num_returns in (1, messages.STREAMING) or (again and not callee.num_returns):
             return messages.Reply(sequence, kind, data, None, self._hand_on(refs, receiver))
-        results = [messages.Result(kind, data, None, self._hand_on(refs, receiver)) for _ in range(callee.num_returns)]
+        results = list(made)
+        while len(results) < callee.num_returns:
+            results.append(messages.Result(kind, data, None, self._hand_on(refs, receiver)))
         return messages.ReplyMany(sequence, results)
 
     def _store_failure(
-        self, sequence: int, task_id: bytes, callee: LoadedCallee, error: BaseException, receiver: bytes, again: bool
+        self,
+        sequence: int,
+        task_id: bytes,
+        callee: LoadedCallee,
+        error: BaseException,
+        receiver: bytes,
+        again: bool,
+        made: Sequence[messages.Result],
     ) -> Any:
         """Make the reply of a task that raised a large error; its `data` says whether it is to be retried."""
         value = serialize(Failure(error), "the error", stored=False)
-        results: list[messages.Result] = []
+        results = list(made)
         try:
-            for index in range(callee.num_returns):
+            for index in range(len(made), callee.num_returns):
                 results.append(self.written([], value, task_id, index, receiver))
                 results[-1].data = AGAIN if again else b""
         except BaseException:
-            self._take_back(results, task_id, receiver)
+            self._take_back(results, task_id, receiver, len(made))
             raise
         if callee.num_returns != 1:
             return messages.ReplyMany(sequence, results)
@@ -332,6 +363,15 @@ def _described(kind: type[TaskError], name: str, error: BaseException, why: Base
     if is_a(why, CapacityError):
         summary += f" (the exception itself could not be sent: {type(why).__name__}: {str(why)[:500]})"
     return kind(name, None, summary, describe(error))
+
+
+def _report(name: str, error: BaseException) -> None:
+    """Print what a generator raised after its last result: there is no place left for it."""
+    try:
+        text = TaskError.from_exception(name, error).remote_traceback
+    except BaseException:  # code of the user's has run
+        text = TaskError.described(name, error).summary
+    print(f"afield: {name}() raised after all of its results were there:\n{text}", file=sys.stderr)
 
 
 def _encoded(kind: type[TaskError], name: str, error: BaseException) -> Serialized:

@@ -109,7 +109,7 @@ class Stream:
     async def run_async(self, items: Any) -> int:
         """Do the same on an event loop, also for an asynchronous generator."""
         if not hasattr(items, "__aiter__"):
-            items = _turn_by_turn(items)
+            items = turn_by_turn(items)
         async for item in items:
             holder = [item]
             del item
@@ -159,7 +159,7 @@ class Stream:
             self.notify = None
 
 
-async def _turn_by_turn(items: Iterable[Any]) -> AsyncIterator[Any]:
+async def turn_by_turn(items: Iterable[Any]) -> AsyncIterator[Any]:
     """Iterate without keeping other calls from running."""
     for item in items:
         yield item
