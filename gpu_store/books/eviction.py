@@ -4,9 +4,12 @@ Theory of operation. An arena is short when somebody waits for room, and then ex
 lacks, less what is leaving already; or when it is too full (over its high mark, or when what is sealed takes room that is
 reserved for tasks), and then it is emptied to the low mark, but for this nobody waits for room below. Copies go in this order:
 
+0. spares, with all copies of their objects: nothing but lineage needs them, and their owners hear of it (`Lost`);
 1. secondaries, the least recently used first: each is closed on the pin board and freed at once;
 2. primaries, the least recently used first: what has a copy elsewhere, memory or disk, is closed and freed at once too; what
    has none has one made below (`copying`), and is freed when that is done.
+
+If enough is free, but in pieces, the copies of one stretch of the arena go instead (`windows`), whatever they are.
 
 Which copies are pinned only the board knows, and it tells by closing them; those that are to stay readable while they are
 copied are opened again at once. What is found pinned was used just now, and counts so. At most `MAX_SPILLS` copies leave a
@@ -24,6 +27,7 @@ from afield.gpu_store.books.catalogue import Catalogue
 from afield.gpu_store.books.copying import Copying
 from afield.gpu_store.books.disk_books import MAX_FILE_BYTES
 from afield.gpu_store.books.records import LAST, Copy, Key
+from afield.gpu_store.books.windows import cheapest_window, stretches_of
 from afield.gpu_store.tiers import HOST, PREFETCH, Collect, Trim
 
 MAX_SPILLS = 8
@@ -54,7 +58,10 @@ class Eviction:
             return False
         if shortage > 0 and head is not None:
             self._trim(books)
-            if self._evict(books, shortage, head.key, True):
+            if head.room <= books.extents.free_bytes:
+                if self._clear_window(books, head.room, head.key):
+                    return True
+            elif self._evict(books, shortage, head.key, True):
                 return True
             books.block(head.key)
             self._collect(books)
@@ -73,10 +80,12 @@ class Eviction:
 
     def _collect(self, books: ArenaBooks) -> None:
         """What cannot go is in use, perhaps by nothing but garbage: each time that this is found out, all look for it."""
-        if books.primaries or books.secondaries or books.fixed or books.leased_bytes:
+        if books.primaries or books.secondaries or books.spares or books.fixed or books.leased_bytes:
             self._catalogue.effects.append(Collect(books.number))
 
     def _evict(self, books: ArenaBooks, wanted: int, key: Key, may_wait: bool) -> bool:
+        if books.spares and self._shed(books, wanted):
+            return True
         for round_number in range(_ROUNDS):
             probe = _PROBE if round_number else 1
             secondaries = self._pick(books, books.secondaries, wanted, key, probe)
@@ -86,6 +95,26 @@ class Eviction:
             if not picked and not secondaries:
                 return False
             if picked and self._let_go(books, picked, wanted, key, may_wait):
+                return True
+        return False
+
+    def _clear_window(self, books: ArenaBooks, room: int, key: Key) -> bool:
+        """Have the copies leave that lie where `room` bytes in one piece are to be had most cheaply."""
+        for _ in range(_ROUNDS):
+            count, _, largest = self._allowance(books)
+            stretches = stretches_of(books, self._catalogue.pins, key, largest if count > 0 else 0)
+            copies = cheapest_window(stretches, room)
+            if not copies:
+                return False
+            spares = [copy for copy in copies if copy.part.object.spare]
+            others = [copy for copy in copies if not copy.part.object.spare]
+            backed = [copy for copy in others if copy.part.backed]
+            alone = [copy for copy in others if not copy.part.backed][: max(0, count)]
+            freed = bool(spares) and self._catalogue.shed(spares) > 0
+            picked = [*backed, *alone]
+            if picked and self._let_go(books, picked, sum(copy.room for copy in picked), key, True):
+                freed = True
+            if freed:
                 return True
         return False
 
@@ -111,6 +140,17 @@ class Eviction:
         for copy in in_use:
             books.touch(copy)
         return picked
+
+    def _shed(self, books: ArenaBooks, wanted: int) -> bool:
+        """Let go of what only lineage needs."""
+        picked: list[Copy] = []
+        found = 0
+        for copy in islice(books.spares, _SCAN):
+            picked.append(copy)
+            found += copy.room
+            if found >= wanted:
+                break
+        return self._catalogue.shed(picked) > 0
 
     def _allowance(self, books: ArenaBooks) -> tuple[int, int, int]:
         """Return how many copies, about how many bytes, and how large copies may start to leave by being copied."""

@@ -242,6 +242,12 @@ class Residency:
         self._catalogue.free(object_id, sealer)
         return self._conclude()
 
+    def set_spare(self, owner: bytes, object_ids: Sequence[bytes], spare: bool) -> list[Effect]:
+        """Nothing but lineage of their owner needs these objects (or not any more): they go before others have to move."""
+        for object_id in object_ids:
+            self._catalogue.set_spare(object_id, owner, spare)
+        return self._conclude()
+
     def owner_died(self, owner: bytes) -> list[bytes]:
         """Return the ids of the objects of `owner`, oldest first; what becomes of them the caller decides."""
         return list(self._catalogue.owners.get(owner, ()))
