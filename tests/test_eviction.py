@@ -5,6 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from afield.gpu_store.books import eviction
 from afield.gpu_store.tiers import HOST, SPARE, Granted, Lost, Move, Refused, WriteFile
 from tests.store_books import GPU, KIB, OWNER, A, B, Books, granted, only, refused
 
@@ -92,7 +93,7 @@ def test_what_could_be_met_by_moving_is_met(sizes: list[int], states: list[str],
     assert bool([effect for effect in effects if isinstance(effect, Granted)]) == (asked <= max(runs))
     assert store.validate() == []
     if asked > max(runs):
-        effects = store.expire(9.0)
+        effects += store.expire(9.0)
         assert isinstance(effects[-1], Refused)
 
 
@@ -104,7 +105,7 @@ def test_what_only_lineage_needs_goes_before_anything_moves() -> None:
     for name in names(4):
         store.store(name, (HOST, 4 * KIB))
     assert store.set_spare(OWNER, [b"2"], True) == []
-    lost, grant = store.lease(B, 1, HOST, 4 * KIB)
+    grant, lost = store.lease(B, 1, HOST, 4 * KIB)
     assert lost == Lost(OWNER, [b"2"], "memory was short, and nothing but lineage needed it", SPARE)
     assert isinstance(grant, Granted)
     assert only(WriteFile, store.lease(B, 2, HOST, 4 * KIB)).pieces[0][0] == 0  # then what was used longest ago
@@ -117,7 +118,7 @@ def test_all_copies_of_what_only_lineage_needs_go() -> None:
     store.finish(store.need(B, 1, b"x", [(0, GPU)]))
     store.mapped(B, 1)
     store.set_spare(OWNER, [b"x"], True)
-    lost, _ = store.lease(B, 2, GPU, 8 * KIB)
+    _, lost = store.lease(B, 2, GPU, 8 * KIB)
     assert isinstance(lost, Lost) and lost.object_ids == [b"x"]
     assert store.usage(HOST).used == 0 and store.validate() == []
 
@@ -179,3 +180,32 @@ def test_a_granted_lease_needs_no_window() -> None:
     store = filled(2)
     store.finish(store.free(b"0"))
     assert granted(store.lease(B, 1, GPU, 4 * KIB)).offset == 0
+
+
+# -- many small copies -----------------------------------------------------------------------------------------------------
+
+
+def test_small_copies_leave_a_device_together_and_large_ones_few_at_a_time() -> None:
+    store = Books(256 << 20, gpu=64 << 20, high=0.5, low=0.25)
+    for name in names(16):
+        moves = store.store(name, (GPU, 2 << 20))
+    moves = [*moves, *store.store(b"last", (GPU, 2 << 20))]
+    assert len(moves) == eviction.MAX_SPILLS
+    store = Books(16 << 20, gpu=1024 * 4 * KIB, high=0.5, low=0.25)
+    for name in names(513):
+        moves = store.store(name, (GPU, 4 * KIB))
+    assert len(moves) == 257 and all(isinstance(move, Move) for move in moves)
+
+
+def test_what_has_left_together_is_closed_together() -> None:
+    store = Books(16 << 20, gpu=1024 * 4 * KIB, high=0.5, low=0.25)
+    for name in names(513):
+        moves = store.store(name, (GPU, 4 * KIB))
+    barriers = store.pins.barriers
+    jobs = [move.job for move in moves if isinstance(move, Move)]
+    store.pin(b"0")
+    more = store.finished_all([(job, "failed: x" if at == 1 else "") for at, job in enumerate(jobs)])
+    assert len(more) == 2  # in the place of those two that have not gone, closed once more together
+    assert store.pins.barriers == barriers + 2 and store.validate() == []
+    assert [name for name in names(4) if store.where(name) == [GPU]] == [b"0", b"1"]
+    assert store.usage(GPU).used == (513 - 255) * 4 * KIB

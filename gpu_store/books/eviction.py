@@ -12,10 +12,11 @@ reserved for tasks), and then it is emptied to the low mark, but for this nobody
 If enough is free, but in pieces, the copies of one stretch of the arena go instead (`windows`), whatever they are.
 
 Which copies are pinned only the board knows, and it tells by closing them; those that are to stay readable while they are
-copied are opened again at once. What is found pinned was used just now, and counts so. At most `MAX_SPILLS` copies leave a
-device at a time, and at most `MAX_WRITES` files are written. If nothing that may go is found, the arena is *blocked*: pins
-vanish without a message, so the caller looks again `RETRY_S` later, and whenever a job ends. If somebody waits for room then,
-all processes are asked to `Collect` garbage, as a cycle of references may be all that a copy is pinned for.
+copied are opened again at once. What is found pinned was used just now, and counts so. At most `MAX_SPILLS` copies, or
+`MAX_SMALL_SPILLS` small ones, leave a device at a time, and at most `MAX_WRITES` files are written. If nothing that may go is
+found, the arena is *blocked*: pins vanish without a message, so the caller looks again `RETRY_S` later, and whenever a job
+ends. If somebody waits for room then, all processes are asked to `Collect` garbage, as a cycle of references may be all that
+a copy is pinned for.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ from afield.gpu_store.books.windows import cheapest_window, stretches_of
 from afield.gpu_store.tiers import HOST, PREFETCH, Collect, Trim
 
 MAX_SPILLS = 8
+#: Of small copies more may leave at a time, as long as all that leave are not more than so many, and so many bytes.
+MAX_SMALL_SPILLS = 512
+SMALL_SPILLS_BYTES = 8 << 20
 MAX_WRITES = 2
 RETRY_S = 0.05
 
@@ -39,6 +43,30 @@ _SCAN = 1024
 _ROUNDS = 4
 #: After a round that found only pinned copies, so many are closed at once: a barrier costs more than a copy.
 _PROBE = 256
+
+
+class _Allowance:
+    """How many copies, about how many bytes, and how large copies may start to leave; or of small ones, so many and so much."""
+
+    __slots__ = ("count", "largest", "size", "small_bytes", "small_count")
+
+    def __init__(self, count: int, size: int, largest: int, small_count: int = 0, small_bytes: int = 0) -> None:
+        self.count = count
+        self.size = size
+        self.largest = largest if max(count, small_count) > 0 else 0
+        self.small_count = small_count
+        self.small_bytes = small_bytes
+
+    def admits(self, room: int) -> bool:
+        """Tell whether one more copy may leave, and count it."""
+        is_small = self.small_count > 0 and room <= self.small_bytes
+        if room > self.largest or self.size <= 0 or (self.count <= 0 and not is_small):
+            return False
+        self.count -= 1
+        self.size -= room
+        self.small_count -= 1
+        self.small_bytes -= room
+        return True
 
 
 class Eviction:
@@ -101,15 +129,15 @@ class Eviction:
     def _clear_window(self, books: ArenaBooks, room: int, key: Key) -> bool:
         """Have the copies leave that lie where `room` bytes in one piece are to be had most cheaply."""
         for _ in range(_ROUNDS):
-            count, _, largest = self._allowance(books)
-            stretches = stretches_of(books, self._catalogue.pins, key, largest if count > 0 else 0)
+            allowance = self._allowance(books)
+            stretches = stretches_of(books, self._catalogue.pins, key, allowance.largest)
             copies = cheapest_window(stretches, room)
             if not copies:
                 return False
             spares = [copy for copy in copies if copy.part.object.spare]
             others = [copy for copy in copies if not copy.part.object.spare]
             backed = [copy for copy in others if copy.part.backed]
-            alone = [copy for copy in others if not copy.part.backed][: max(0, count)]
+            alone = [copy for copy in others if not copy.part.backed and allowance.admits(copy.room)]
             freed = bool(spares) and self._catalogue.shed(spares) > 0
             picked = [*backed, *alone]
             if picked and self._let_go(books, picked, sum(copy.room for copy in picked), key, True):
@@ -120,7 +148,7 @@ class Eviction:
 
     def _pick(self, books: ArenaBooks, shelf: Shelf, wanted: int, key: Key, at_least: int) -> list[Copy]:
         """Return copies from the front of a shelf that may go as far as the books know: `wanted` bytes, or all there are."""
-        count, size, largest = self._allowance(books)
+        allowance = self._allowance(books)
         picked: list[Copy] = []
         in_use: list[Copy] = []
         found = 0
@@ -128,11 +156,8 @@ class Eviction:
             if not copy.may_leave(key):
                 in_use.append(copy)
                 continue
-            if not copy.part.backed:
-                if count <= 0 or size <= 0 or copy.room > largest:
-                    continue
-                count -= 1
-                size -= copy.room
+            if not copy.part.backed and not allowance.admits(copy.room):
+                continue
             picked.append(copy)
             found += copy.room
             if found >= wanted and len(picked) >= at_least:
@@ -152,16 +177,19 @@ class Eviction:
                 break
         return self._catalogue.shed(picked) > 0
 
-    def _allowance(self, books: ArenaBooks) -> tuple[int, int, int]:
-        """Return how many copies, about how many bytes, and how large copies may start to leave by being copied."""
+    def _allowance(self, books: ArenaBooks) -> _Allowance:
+        """Return what may start to leave an arena by being copied."""
         if books.number != HOST:
             host_bytes = self._catalogue.arenas[HOST].capacity
-            return MAX_SPILLS - len(books.leaving), host_bytes, host_bytes
+            leaving = len(books.leaving)
+            small = MAX_SMALL_SPILLS - leaving, SMALL_SPILLS_BYTES - books.leaving_bytes
+            return _Allowance(MAX_SPILLS - leaving, host_bytes, host_bytes, *small)
         disk = self._catalogue.disk
         if disk.bad:
-            return 0, 0, 0
+            return _Allowance(0, 0, 0)
         writes = MAX_WRITES - self._copying.writes
-        return _SCAN * writes, MAX_FILE_BYTES * writes, books.capacity if disk.limit is None else disk.limit
+        largest = books.capacity if disk.limit is None else disk.limit
+        return _Allowance(_SCAN * writes, MAX_FILE_BYTES * writes, largest)
 
     def _let_go(self, books: ArenaBooks, picked: list[Copy], wanted: int, key: Key, may_wait: bool) -> bool:
         """Free those of the primaries that are not pinned and have another copy; start to copy the others."""

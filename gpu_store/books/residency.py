@@ -305,9 +305,14 @@ class Residency:
 
     def finished(self, job: int, error: str = "") -> list[Effect]:
         """A Move, WriteFile or ReadFile is done, or failed and `error` says how."""
-        if self._copying.finished(job, error):
-            for books in self._arenas.values():
-                books.blocked = books.blocked and bool(error)
+        return self.finished_all([(job, error)])
+
+    def finished_all(self, done: Sequence[tuple[int, str]]) -> list[Effect]:
+        """As `finished`, for several jobs at once: what follows from all of them is done together."""
+        for job, error in done:
+            if self._copying.finished(job, error) and not error:
+                self._unblock()
+        self._copying.drop_what_left()
         return self._conclude()
 
     # -- time -----------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ import msgspec
 from afield.gpu_store import tiers
 from afield.gpu_store.backends.base import SlabExport
 from afield.gpu_store.books.residency import Residency
+from afield.gpu_store.mover import Completion
 from afield.gpu_store.pins import PinBoard
 from afield.gpu_store.rings import Rings
 from afield.gpu_store.tiers import DISK, HOST, PartCopy
@@ -230,8 +231,8 @@ class Tiers:
 
         return _WHO.sub(named, reason)
 
-    def _on_done(self, job: int, kind: str, text: str) -> None:
-        self.run(self.books.finished(job, f"{kind}: {text}" if kind else ""))
+    def _on_done(self, done: Sequence[Completion]) -> None:
+        self.run(self.books.finished_all([(job, f"{kind}: {text}" if kind else "") for job, kind, text in done]))
 
     # -- devices ---------------------------------------------------------------------------------------------------
 
