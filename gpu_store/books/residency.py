@@ -273,6 +273,10 @@ class Residency:
                 sizes[DISK] = on_disk
             yield object_id, stored.owner, sizes
 
+    def counts(self) -> list[tuple[bytes, int]]:
+        """Return (owner, number of its objects) of all owners."""
+        return [(owner, len(ids)) for owner, ids in self._catalogue.owners.items()]
+
     # -- reading --------------------------------------------------------------------------------------------------
 
     def need(

@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from afield.runtime.wire.session_messages import WORKING as WORKING
 from afield.runtime.wire.session_messages import Answer as Answer
 from afield.runtime.wire.session_messages import Log as Log
 from afield.runtime.wire.session_messages import Printed as Printed
