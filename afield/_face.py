@@ -32,7 +32,7 @@ from afield.runtime.face.runtime_context import get_gpu_ids, get_runtime_context
 from afield.runtime.face.strategies import NodeAffinitySchedulingStrategy
 from afield.runtime.face.torch_device import torch_device
 from afield.runtime.process.refs import ObjectRef
-from afield.runtime.tools.memory import MemoryEntry
+from afield.runtime.tools.memory import MemoryEntry, MemoryListing
 
 __all__ = [
     "NodeAffinitySchedulingStrategy",
@@ -40,6 +40,7 @@ __all__ = [
     "ActorHandle",
     "ClusterInfo",
     "MemoryEntry",
+    "MemoryListing",
     "ObjectRef",
     "ObjectRefGenerator",
     "RemoteFunction",

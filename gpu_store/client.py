@@ -16,6 +16,7 @@ import bisect
 import ctypes
 import math
 import mmap
+import os
 import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -72,10 +73,24 @@ class ViewPin:
         self.on_death(self)
 
 
+class SlabFile:
+    """A descriptor of the slab, for those who map pieces of it again; it is closed when nobody can."""
+
+    __slots__ = ("fd",)
+
+    def __init__(self, fd: int) -> None:
+        self.fd = os.dup(fd)
+
+    def __del__(self) -> None:
+        os.close(self.fd)
+
+
 class View(np.ndarray[Any, np.dtype[np.uint8]]):
     """Exports the memory of one part; its pin ends with the last view."""
 
     view_pin: Any = None
+    #: The slab's file, and where in it the part begins; None for memory that may be written to.
+    source: tuple[SlabFile, int] | None = None
 
 
 class BornExtent:
@@ -109,6 +124,7 @@ class HostStoreClient:
         give_back: Callable[[int, int], None],
     ) -> None:
         self.capacity = capacity
+        self._file = SlabFile(fd)
         self._mapping = mapped(fd, capacity)
         self._writable = memoryview(self._mapping)
         self._touched = bytearray(capacity // _BLOCK_BYTES + 1)
@@ -126,7 +142,7 @@ class HostStoreClient:
     def close(self) -> None:
         """Let go of the memory; it goes back to the system when the last view of it is gone."""
         self._writable = memoryview(b"")
-        del self._mapping, self._readable
+        del self._mapping, self._readable, self._file
 
     # -- writing -------------------------------------------------------------------------------------------------
 
@@ -305,6 +321,7 @@ class HostStoreClient:
         """Map `size` bytes read-only; `view_pin` lives as long as any view of them."""
         view = np.frombuffer(self._readable, np.uint8, size, offset).view(View)
         view.view_pin = view_pin
+        view.source = self._file, offset
         self.bytes_shared += size
         return view.data
 

@@ -24,6 +24,8 @@ one size the block freed last is taken first: its pages are the likeliest to be 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 _WORD_BITS = 10
 _WORD_MASK = (1 << _WORD_BITS) - 1
 _BITS = tuple(1 << i for i in range(1 << _WORD_BITS))
@@ -143,6 +145,13 @@ class ExtentAllocator:
     def high_water(self) -> int:
         """One past the highest byte that was ever handed out: pages from here on were never touched."""
         return self._high << self._shift
+
+    def free_blocks(self) -> Iterator[tuple[int, int]]:
+        """Yield (offset, size) of all that is free, in no order; what was never handed out comes last."""
+        for start, units in self._size_at.items():
+            yield start << self._shift, units << self._shift
+        if self._high < self._units:
+            yield self._high << self._shift, (self._units - self._high) << self._shift
 
     def rounded(self, size: int) -> int:
         """Return the bytes that an allocation of `size` bytes takes."""

@@ -7,7 +7,8 @@ can be read while there are any, so that an event loop picks them up.
 
 *A device's mover* owns the device's slab, all of it, for one life of the device. It has a thread and a stream for each
 direction, so that a spill and a restore run beside each other: "out" (to the host), "in" (from the host), "peer" (from
-another device's slab, which it imports once). Within a direction jobs run in the order in which they came. A job is cut into
+another device's slab, which it imports once). Within a direction jobs run in the order in which they came; those that wait
+when one ends are begun together and waited for together, as that costs more than a small copy. A job is cut into
 chunks at fixed places of the host memory, and each such granule is page-locked when it is first used, so that copies run at
 the link's full speed; where that is refused, they are slower. What is page-locked must stay part of the memory file: nobody
 may punch it out. A job is done when its stream is synchronised.
@@ -20,6 +21,8 @@ the device that executes is lost if it says so when it is asked by itself; other
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import queue
 import sys
@@ -47,8 +50,13 @@ CHUNK_BYTES = 16 << 20
 #: The disk's mover has so many threads: one waits for the disk while the other computes checksums.
 DISK_THREADS = 2
 
+#: So many jobs of a device are begun at most before they are waited for.
+MAX_TOGETHER = 256
+
 #: (job, kind, text)
 Completion = tuple[int, str, str]
+#: (job, or None if nobody is to be told; what it does)
+_Item = tuple[int | None, Callable[[], None]]
 
 
 class Completions:
@@ -62,9 +70,9 @@ class Completions:
         """Return the descriptor to wait for."""
         return self._fd
 
-    def add(self, job: int, kind: str = "", text: str = "") -> None:
-        """A job is done; called from any thread."""
-        self._done.append((job, kind, text))
+    def add(self, *done: Completion) -> None:
+        """Jobs are done; called from any thread."""
+        self._done.extend(done)
         os.eventfd_write(self._fd, 1)
 
     def take(self) -> list[Completion]:
@@ -96,12 +104,21 @@ def describe(error: BaseException) -> tuple[str, str]:
 
 
 class JobQueue:
-    """A queue of jobs and the threads that run them, which start with the first."""
+    """A queue of jobs and the threads that run them, which start with the first.
 
-    def __init__(self, name: str, completions: Completions, threads: int = 1) -> None:
+    Args:
+        completions: where to tell of jobs that are done.
+        threads: how many.
+        finish: waits for what the jobs have begun; they are done after it. Several jobs may be begun before it is called.
+    """
+
+    def __init__(
+        self, name: str, completions: Completions, threads: int = 1, finish: Callable[[], None] | None = None
+    ) -> None:
         self._name = name
         self._completions = completions
-        self._jobs: queue.SimpleQueue[tuple[int | None, Callable[[], None]] | None] = queue.SimpleQueue()
+        self._finish = finish
+        self._jobs: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
         self._count = threads
         self._threads: list[threading.Thread] = []
 
@@ -126,18 +143,51 @@ class JobQueue:
 
     def _run(self) -> None:
         while (item := self._jobs.get()) is not None:
-            job, work = item
-            kind, text = "", ""
+            batch = [item]
+            if self._finish is not None:
+                batch += self._more()
+            if len(batch) > 1 and self._succeed(batch):
+                self._completions.add(*((job, "", "") for job, _ in batch if job is not None))
+                continue
+            for job, work in batch:  # one by one, also to find out which of them it was that failed
+                kind, text = "", ""
+                try:
+                    work()
+                    if self._finish is not None:
+                        self._finish()
+                except BaseException as error:
+                    kind, text = describe(error)
+                    if not isinstance(error, AfieldError):
+                        traceback.print_exc()
+                    elif job is None:
+                        print(text, file=sys.stderr)
+                if job is not None:
+                    self._completions.add((job, kind, text))
+
+    def _more(self) -> list[_Item]:
+        """Return what waits behind the first job, as far as it is to be begun together with that."""
+        found: list[_Item] = []
+        while len(found) < MAX_TOGETHER - 1:
             try:
+                item = self._jobs.get_nowait()
+            except queue.Empty:
+                break
+            if item is None:  # `close`
+                self._jobs.put(None)
+                break
+            found.append(item)
+        return found
+
+    def _succeed(self, batch: list[_Item]) -> bool:
+        """Run several jobs and wait for them together; tell whether all went well. What failed can be done again."""
+        assert self._finish is not None
+        try:
+            for _, work in batch:
                 work()
-            except BaseException as error:
-                kind, text = describe(error)
-                if not isinstance(error, AfieldError):
-                    traceback.print_exc()
-                elif job is None:
-                    print(text, file=sys.stderr)
-            if job is not None:
-                self._completions.add(job, kind, text)
+            self._finish()
+        except Exception:
+            return False
+        return True
 
 
 class DeviceMover:
@@ -163,7 +213,10 @@ class DeviceMover:
         self.export: SlabExport = self.device.export_slab(self.slab)
         self._host = host
         self._chunk_bytes = chunk_bytes
-        self._queues = {name: JobQueue(f"{name} {uuid}", completions) for name in ("in", "out", "peer")}
+        self._queues = {
+            way: JobQueue(f"{way} {uuid}", completions, finish=functools.partial(self._finish, way))
+            for way in ("in", "out", "peer")
+        }
         self._streams: dict[str, Stream] = {}
         self._peers: dict[str, tuple[SlabExport, Slab]] = {}
         self._page_locking = threading.Lock()
@@ -219,19 +272,28 @@ class DeviceMover:
 
     def _put(self, way: str, job: int, work: Callable[[Stream], None]) -> None:
         def run() -> None:
-            try:
-                stream = self._streams.get(way)
-                if stream is None:
-                    stream = self._streams[way] = self.device.new_stream()
+            with self._stream(way) as stream:
                 work(stream)
-                stream.synchronize()
-            except BaseException:
-                broken = self._streams.pop(way, None)
-                if broken is not None:
-                    broken.close()
-                raise
 
         self._queues[way].put(job, run)
+
+    def _finish(self, way: str) -> None:
+        with self._stream(way) as stream:
+            stream.synchronize()
+
+    @contextlib.contextmanager
+    def _stream(self, way: str) -> Iterator[Stream]:
+        """Give the stream of a direction; after an error it is another one."""
+        try:
+            stream = self._streams.get(way)
+            if stream is None:
+                stream = self._streams[way] = self.device.new_stream()
+            yield stream
+        except BaseException:
+            broken = self._streams.pop(way, None)
+            if broken is not None:
+                broken.close()
+            raise
 
     def _chunks(self, host_offset: int, size: int) -> Iterator[tuple[int, int]]:
         """Cut a range of the host store where page-locked granules end."""

@@ -19,6 +19,9 @@ NOWHERE: Final = -2
 #: An arena's life has a number: the slab of a device that was lost, or whose store process ended, is followed by another one.
 FIRST_LIFE: Final = 1
 
+#: A kind of loss: see `Lost`.
+SPARE: Final = "spare"
+
 #: Who is served first: who needs a little more to finish, and be of use to all others; a `get`; a task's argument or output;
 #: what is only expected to be needed.
 FINISH, GET, ARGUMENT, PREFETCH = -1, 0, 1, 2
@@ -56,6 +59,9 @@ class Pins(Protocol):
 
     def close(self, copies: Sequence[tuple[int, int]], /) -> list[bool]:
         """For each (slot, serial): True, nobody has it pinned nor can pin it; or False, it is pinned and stays open."""
+
+    def holders(self, slots: Sequence[int], /) -> dict[int, list[bool]]:
+        """Return, by the row of each process that has pinned any of these slots, which of them: as seen now, by a glance."""
 
     def release(self, slot: int) -> None:
         """The slot is free again, and what was in it can be pinned no more."""
@@ -150,11 +156,12 @@ class DeleteFile:
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """Of these objects of `owner` a part is gone for good."""
+    """Of these objects of `owner` a part is gone for good; `kind` SPARE: they were let go, as only lineage needed them."""
 
     owner: bytes
     object_ids: list[bytes]
     cause: str
+    kind: str = ""
 
 
 @dataclass(frozen=True, slots=True)

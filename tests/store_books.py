@@ -48,6 +48,11 @@ class FakePins:
                 del self.open[slot]
         return [slot not in self.open for slot, _ in copies]
 
+    def holders(self, slots: Sequence[int], /) -> dict[int, list[bool]]:
+        """All pins are those of process 1."""
+        held = [bool(self.pinned.get(slot)) for slot in slots]
+        return {1: held} if any(held) else {}
+
     def release(self, slot: int) -> None:
         if slot:
             self.taken.remove(slot)

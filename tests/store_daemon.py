@@ -48,7 +48,7 @@ class FakeDaemon:
             self,
             devices,
             on_ready=lambda *facts: self.told.append(("ready", *facts)),
-            on_done=lambda *facts: self.told.append(("done", *facts)),
+            on_done=lambda done: self.told.extend(("done", *facts) for facts in done),
             on_lost=self._on_lost,
             link=link,
             clock=self.now,

@@ -11,7 +11,8 @@ from afield.errors import InternalError
 from afield.machines import REMEMBERED
 from afield.runtime.cores import entries
 from afield.runtime.cores.dispatch import Task
-from afield.runtime.cores.lineage import Lineage, Loss, Record
+from afield.runtime.cores.lineage import Lineage
+from afield.runtime.cores.lineage_records import Loss, Record
 from afield.runtime.cores.objects import (
     FAILED,
     INLINE,

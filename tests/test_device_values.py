@@ -513,6 +513,23 @@ def test_host_and_device_arrays_do_not_mix() -> None:
         assert words in raised_by(lambda task=task: get(task.remote(np.ones(3))), TypeError)  # type: ignore[misc]
 
 
+def test_cupyx_and_arrays_of_two_devices_in_a_task() -> None:
+    @remote_with(num_gpus=2)
+    def compute() -> Any:
+        import cupy as cp
+        from cupyx import scatter_add  # before cupy
+
+        x = cp.zeros(3)
+        scatter_add(x, cp.array([1, 1]), 1)
+        with cp.cuda.Device(1):
+            y = cp.ones(3)
+        with pytest.warns(cp._util.PerformanceWarning, match="device 1"):
+            z = x + y
+        return x.tolist(), z.tolist(), z.device.id
+
+    assert get(compute.remote()) == ([0, 2, 0], [1, 3, 1], 0)
+
+
 def test_an_array_of_a_device_that_is_not_the_tasks_own() -> None:
     @on_device
     def stray() -> Any:

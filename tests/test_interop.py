@@ -26,7 +26,7 @@ from afield.gpu_store.backends.emulated import EmulatedBackend
 from afield.gpu_store.blocks import ALIGNMENT
 from afield.gpu_store.client import View
 from afield.gpu_store.emulated_arrays import EmulatedArray, inner_array, make_module, set_process_devices
-from afield.gpu_store.interop import DevicePacker, DevicePlace, HostPlace, adapter_of, resolving
+from afield.gpu_store.interop import DevicePacker, DevicePlace, HostPlace, adapter_of, packing, resolving
 from afield.gpu_store.interop.emulated import emulated_module
 from afield.gpu_store.interop.interop_cupy import (
     CupyAdapter,
@@ -229,6 +229,41 @@ def test_far_apart_views_become_parts_of_their_own(world: World, xp: Any) -> Non
     low, high, middle = stored.load()
     assert middle.data.ptr == low.data.ptr + 50
     assert (high.get() == np.arange(100_000, dtype="u1")[99_900:]).all()
+
+
+def test_many_small_views_are_copied_side_by_side(world: World, xp: Any) -> None:
+    array = xp.arange(400_000, dtype="u4").reshape(4000, 100)
+    rows = [array[at] for at in range(0, 4000, 4)]
+    strided = [array[at, ::3] for at in range(1, 4000, 4)]
+    alone = [xp.full(5, at, "u1") for at in range(100)]
+    stored = world.store([(rows, strided, alone)])
+    assert len(stored.parts) == 2 and stored.copied == 1000 * 400 + 1000 * 136 + 500
+    got = stored.load()
+    assert all((row.get() == np.arange(100) + 400 * at).all() for at, row in enumerate(got[0]))
+    assert all((row.get() == np.arange(100, 200, 3) + 400 * at).all() for at, row in enumerate(got[1]))
+    assert [int(each[4]) for each in got[2]] == list(range(100))
+    assert array[0, 0] == 0 and len(alone) == 100
+
+
+def test_many_large_copies_are_parts_of_their_own(world: World, xp: Any) -> None:
+    arrays = [xp.full(700_000, at, "u1") for at in range(20)]
+    stored = world.store([list(arrays)])
+    assert len(stored.parts) == 20
+    assert [int(each[-1]) for each in stored.load()] == list(range(20)) and len(arrays) == 20
+
+
+def test_an_island_is_found_without_looking_at_all() -> None:
+    class Counted(list[tuple[int, int]]):
+        looks = 0
+
+        def __getitem__(self, at: Any) -> Any:
+            Counted.looks += 1
+            return super().__getitem__(at)
+
+    islands = Counted([(at * 10, at * 10 + 5) for at in range(4096)])
+    assert packing._island_of(islands, (40_001, 40_005)) == 4000
+    assert packing._island_of(islands, (40_001, 40_006)) == packing._island_of(islands, (-1, 3)) == -1
+    assert Counted.looks < 64
 
 
 def test_a_scattered_view_is_gathered(world: World, xp: Any) -> None:

@@ -6,76 +6,34 @@ from typing import Any
 
 import pytest
 
-from afield.runtime.cores.lineage import CONTAINS_OTHERS, DROPPED, NO_TASK, RECORD_BYTES, USED_UP, Lineage, Loss, Record
-from afield.runtime.cores.objects import FAILED, FREED, INLINE, LOCATED, PENDING, Entry, FreeStored, Recompute, Send
-from afield.runtime.cores.ownership import OwnershipTable
+from afield.runtime.cores.lineage import Lineage
+from afield.runtime.cores.lineage_records import CONTAINS_OTHERS, DROPPED, NO_TASK, RECORD_BYTES, USED_UP, Loss, Record
+from afield.runtime.cores.objects import (
+    FAILED,
+    FREED,
+    INLINE,
+    LOCATED,
+    PENDING,
+    Entry,
+    FreeStored,
+    Recompute,
+    Send,
+    Spare,
+)
 from afield.runtime.wire import messages
-from afield.runtime.wire.messages import Lost, Subscribe, Value
+from afield.runtime.wire.messages import Subscribe, Value
+from tests.lineage_helpers import (
+    PLACE,
+    again,
+    assert_empty,
+    effects_of,
+    end,
+    lineage_of,
+    lose,
+    made,
+)
 from tests.sim.simulate import Simulation
 from tests.sim.values import InvariantError, place_of
-
-PLACE = place_of(b"somewhere", 1)
-ON_DEVICE = messages.Location([messages.Part(1, 0, 64, home=1)], b"frame")
-
-
-def explain(object_id: bytes, record: Record | None, why: str, loss: Loss) -> bytes:
-    """Return what would be said."""
-    return f"{object_id.decode()} {why}: {loss.cause}".encode()
-
-
-def lineage_of(limit_bytes: int = 1 << 30, value_bytes: int | None = None) -> tuple[OwnershipTable, Lineage]:
-    """Return an empty table and its lineage."""
-    table = OwnershipTable(b"me", lambda owner: b"owner died: " + owner)
-    return table, Lineage(table, limit_bytes, explain, value_bytes)
-
-
-def effects_of(table: OwnershipTable) -> list[Any]:
-    """Take the effects."""
-    effects, table.effects = table.effects, []
-    return effects
-
-
-def made(table: OwnershipTable, lineage: Lineage, output: bytes, *holds: bytes, left: int = 3, **options: Any) -> None:
-    """A task that takes `holds` makes a stored output, which has one handle."""
-    table.own(output, output + b"'s task")
-    for held in holds:
-        table.pin(held)
-    table.fulfil(output, LOCATED, PLACE)
-    lineage.keep(output + b"'s task", [output], holds, left=left, **options)
-    for held in holds:
-        table.unpin(held)
-
-
-def lose(table: OwnershipTable, *object_ids: bytes) -> None:
-    """The daemon says that they are lost."""
-    table.on_lost(Lost(list(object_ids), "gone"))
-
-
-def again(table: OwnershipTable) -> list[Record]:
-    """Take the effects; return the records of the tasks that are to run again, which begin."""
-    records = [effect.record for effect in effects_of(table) if isinstance(effect, Recompute)]
-    for record in records:
-        assert table.lineage is not None
-        table.lineage.started(record)
-    return records
-
-
-def end(table: OwnershipTable, record: Record, output: bytes, kind: int = LOCATED, value: Any = PLACE) -> None:
-    """A task that ran again ends."""
-    holds = list(record.inputs)
-    table.fulfil(output, kind, value)
-    assert table.lineage is not None
-    table.lineage.ended(record, [output])
-    for held in holds:
-        table.unpin(held)
-
-
-def assert_empty(table: OwnershipTable, lineage: Lineage) -> None:
-    """Nothing is left."""
-    assert not table.entries and not table.lineage_knows
-    assert not lineage._records and not lineage._by_age and not lineage.inputs
-    assert not lineage._kept and not lineage._remains and not lineage._early
-    assert lineage.bytes == 0
 
 
 def test_a_lost_value_is_made_again() -> None:
@@ -166,7 +124,7 @@ def test_a_dependency_that_cannot_be_made_again_is_kept() -> None:
     table.put(b"a", LOCATED, PLACE)
     made(table, lineage, b"x", b"a")
     table.drop(b"a")
-    assert not effects_of(table) and lineage.bytes == RECORD_BYTES + PLACE.size
+    assert effects_of(table) == [Spare(b"a", True)] and lineage.bytes == RECORD_BYTES + PLACE.size
     table.drop(b"x")
     assert effects_of(table) == [FreeStored(b"x"), FreeStored(b"a")]
     assert_empty(table, lineage)
@@ -199,7 +157,8 @@ def test_what_was_made_is_given_back_only_when_it_can_be_made_once_more() -> Non
     [a] = again(table)
     end(table, a, b"a")
     end(table, x, b"x")
-    assert not effects_of(table) and table.entries[b"a"].state == LOCATED  # it was its last execution
+    assert effects_of(table) == [Spare(b"a", True)]  # it was its last execution
+    assert table.entries[b"a"].state == LOCATED
     table.drop(b"x")
     assert effects_of(table) == [FreeStored(b"x"), FreeStored(b"a")]
     assert_empty(table, lineage)
@@ -300,77 +259,6 @@ def test_what_was_freed_and_is_asked_for_fails_when_its_lineage_is_dropped() -> 
     for output in (b"b", b"c", b"d"):
         table.drop(output)
     assert_empty(table, lineage)
-
-
-def test_memory_of_a_device_is_not_kept_for_lineage() -> None:
-    table, lineage = lineage_of()
-    table.put(b"gradient", LOCATED, ON_DEVICE)
-    made(table, lineage, b"x", b"gradient")
-    table.drop(b"gradient")
-    assert effects_of(table) == [FreeStored(b"gradient")] and lineage.bytes == 0
-    lose(table, b"x")
-    assert table.entries[b"x"].value == f"x {DROPPED}: gone".encode()
-    table.drop(b"x")
-    assert_empty(table, lineage)
-
-
-def test_results_of_actors_that_pass_through_a_device_do_not_pile_up() -> None:
-    table, lineage = lineage_of()
-    made(table, lineage, b"0")
-    for index in range(1, 100):
-        table.put(b"gradient", LOCATED, ON_DEVICE)
-        made(table, lineage, b"%d" % index, b"%d" % (index - 1), b"gradient")
-        table.drop(b"gradient")
-        table.drop(b"%d" % (index - 1))
-        assert len(table.entries) == 1 and lineage.bytes == 0 and not lineage.validate()
-    table.drop(b"99")
-    assert_empty(table, lineage)
-
-
-def test_a_value_on_a_device_that_can_be_made_again_is_freed_though_its_actor_may_be_gone() -> None:
-    table, lineage = lineage_of()
-    table.own(b"a", b"a's task")
-    table.fulfil(b"a", LOCATED, ON_DEVICE)
-    lineage.keep(b"a's task", [b"a"], left=3, freeable=False)
-    made(table, lineage, b"x", b"a")
-    table.drop(b"a")
-    assert table.entries[b"a"].state == FREED and lineage.kept_bytes == 0
-    lose(table, b"x")
-    assert [record.task for record in again(table)] == [b"x's task"]
-
-
-def test_of_the_values_kept_the_largest_go_first_and_then_the_oldest() -> None:
-    table, lineage = lineage_of(value_bytes=250)
-    for name, size in ((b"a", 100), (b"b", 101), (b"c", 100), (b"d", 20), (b"e", 100)):
-        table.put(name, LOCATED, messages.Location([messages.Part(0, 0, size)]))
-        made(table, lineage, b"of " + name, name)
-        table.drop(name)
-    assert sorted(lineage._kept) == [b"c", b"d", b"e"] and lineage.kept_bytes == 220
-    assert lineage.bytes == 3 * RECORD_BYTES + 220 and not lineage.validate()
-
-
-def test_what_needs_what_was_freed_goes_with_it_and_keeps_nothing() -> None:
-    table, lineage = lineage_of(value_bytes=64)
-    table.put(b"root", LOCATED, PLACE)
-    made(table, lineage, b"0", b"root")
-    table.drop(b"root")
-    for index in range(1, 3000):
-        made(table, lineage, b"%d" % index, b"%d" % (index - 1))
-        table.drop(b"%d" % (index - 1))
-    assert b"root" in lineage._kept
-    table.put(b"large", LOCATED, messages.Location([messages.Part(0, 0, 60)]))
-    made(table, lineage, b"other", b"large")
-    made(table, lineage, b"from root", b"0", b"large")
-    table.drop(b"large")
-    assert sorted(lineage._kept) == [b"root"], "the dearest"
-    table.drop(b"other")
-    lineage.value_bytes = 0
-    table.put(b"more", LOCATED, messages.Location([messages.Part(0, 0, 60)]))
-    made(table, lineage, b"last", b"more")
-    lineage._keep_to_limit()
-    assert lineage.bytes == RECORD_BYTES and not lineage._kept and len(table.entries) == 4
-    lose(table, b"2999")
-    assert table.entries[b"2999"].value == f"2999 {DROPPED}: gone".encode()
 
 
 def test_a_large_kept_value_empties_the_record_that_keeps_it() -> None:

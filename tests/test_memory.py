@@ -8,6 +8,7 @@ import os
 import pickle
 import threading
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,10 @@ import afield
 from afield import MemoryEntry
 from afield.runtime.cores.ownership import OwnershipTable
 from afield.runtime.face import api, lifecycle
+from afield.runtime.node.census import LONG_PATIENCE_S, Census
+from afield.runtime.tools import memory as memory_tool
 from afield.runtime.tools.memory import assemble
+from afield.runtime.wire import messages
 from tests.helpers import poll
 
 PATIENCE_S = 30.0
@@ -139,15 +143,60 @@ def test_what_nobody_knows_is_an_orphan_and_the_silent_are_named() -> None:
     owner, reader, lost, unknown = b"o" * 8, b"r" * 8, b"l" * 20, b"u" * 20
     answer = {
         "processes": [(owner, 1, "driver", "driver"), (reader, 2, "worker", "worker")],
-        "tables": [(reader, [(lost, owner, 1, 10, False, ["local handle x1"], [], "")])],
+        "tables": [(reader, (0, False, [(lost, owner, 1, 10, False, ["local handle x1"], [], "")]))],
         "silent": [owner],
         "store": [(lost, owner, {0: 64}), (unknown, b"gone" * 2, {0: 128})],
+        "stored": [(owner, 1), (b"gone" * 2, 1)],
     }
-    first, second = assemble(answer)
+    listing = assemble(answer)
+    first, second = listing
+    assert (listing.total, listing.left_out, listing.silent) == (2, 0, ("driver pid 1",))
     assert (first.size, first.tier, first.owner) == (128, "host", f"process {(b'gone' * 2).hex()} (gone)")
     assert first.why == ("orphan: in the store, but no process knows it",)
     assert (second.size, second.owner) == (64, "driver pid 1")
     assert second.why == ("borrowed by worker pid 2 (local handle x1)", "its owner did not answer in time")
+
+
+def test_a_cut_listing_says_how_many_there_are(no_runtime: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    afield.init(num_cpus=1)
+    monkeypatch.setattr(memory_tool, "MAX_ROWS", 7)
+    monkeypatch.setattr(memory_tool, "MANY", 0)  # so that the daemon is told that it takes long
+    refs = [afield.put(b"x" * (100 + number)) for number in range(20)]
+    large = afield.put(b"x" * MIB)
+    listing = afield.memory()
+    assert len(listing) == 7 and listing[0].object_id == large.hex() and listing.silent == ()
+    assert [entry.object_id for entry in listing[1:]] == [ref.hex() for ref in refs[:-7:-1]]
+    assert listing.total >= 21 and listing.left_out == listing.total - 7
+    del refs
+    assert poll(lambda: afield.memory().left_out == 0, PATIENCE_S)
+
+
+def test_who_works_on_a_long_answer_is_waited_for() -> None:
+    told: list[Any] = []
+
+    def channel(name: bytes) -> Any:
+        return SimpleNamespace(peer_id=name, closed=False, send=told.append)
+
+    channels = {name: channel(name) for name in (b"works", b"silent")}
+    books = SimpleNamespace(moved_bytes={})
+    daemon = SimpleNamespace(channels=channels, tiers=SimpleNamespace(books=books))
+    census = Census(daemon)  # type: ignore[arg-type]
+    census.ask(channel(b"asker"), messages.Query(9, "stats"))
+    began = census.next_deadline()
+    assert began is not None
+    census.on_answer(channels[b"works"], messages.Answer(1, None, messages.WORKING))
+    told.clear()
+    census.expire(began)
+    assert not told and census.next_deadline() == began + LONG_PATIENCE_S
+    census.on_answer(channels[b"works"], messages.Answer(1, {"tasks_submitted": 3}))
+    census.expire(began + LONG_PATIENCE_S)
+    assert told == [messages.Answer(9, {"tasks_submitted": 3})]
+    census.ask(channel(b"asker"), messages.Query(10, "stats"))
+    told.clear()
+    due = census.next_deadline()
+    assert due is not None
+    census.expire(due)
+    assert len(told) == 1 and census.next_deadline() is None
 
 
 def test_nothing_is_recorded_unless_asked_for(monkeypatch: pytest.MonkeyPatch, no_runtime: None) -> None:

@@ -9,10 +9,12 @@ import random
 import select
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -123,6 +125,47 @@ def test_jobs_of_one_direction_keep_their_order(host: memoryview, done: Completi
         mover.to_host(50, 0, 0, 1000)
         wait(done)
         assert host[:1000] == host[49000:50000]
+        mover.close()
+
+
+def test_jobs_that_wait_are_waited_for_together_and_fail_alone(host: memoryview, done: Completions) -> None:
+    with machine() as backend:
+        mover = DeviceMover(backend, A, host, done)
+        begun, gate = threading.Event(), threading.Event()
+        waits: list[str] = []
+        finish = mover._finish
+
+        def first(stream: Any) -> None:
+            begun.set()
+            assert gate.wait(PATIENCE_S)
+
+        def counted(way: str) -> None:
+            waits.append(way)
+            finish(way)
+
+        mover._queues["in"]._finish = lambda: counted("in")
+        mover._put("in", 0, first)
+        assert begun.wait(PATIENCE_S)
+        for job in range(1, 40):
+            mover.from_host(job, job * 1000, job * 1000, 1000)
+        gate.set()
+        assert [job for job, _, _ in wait(done, 40)] == list(range(40)) and len(waits) == 2
+        begun.clear()
+        gate.clear()
+        mover._put("in", 40, first)
+        assert begun.wait(PATIENCE_S)
+        for job in range(41, 44):
+            mover.from_host(job, job * 1000, job * 1000 if job != 42 else 1 << 40, 1000)
+        gate.set()
+        assert [(job, bool(kind)) for job, kind, _ in wait(done, 4)] == [
+            (40, False),
+            (41, False),
+            (42, True),
+            (43, False),
+        ]
+        mover.to_host(50, 43_000, 0, 1000)
+        wait(done)
+        assert host[:1000] == host[43_000:44_000]
         mover.close()
 
 

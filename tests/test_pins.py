@@ -366,3 +366,20 @@ def test_without_membarrier_the_closer_waits(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.undo()
     monkeypatch.setattr("platform.machine", lambda: "pdp11")
     assert not pins._membarrier(0)
+
+
+def test_holders_names_who_has_pinned_what(fd: int, board: PinBoard) -> None:
+    first, second = Pinner(fd, 1), Pinner(fd, 2)
+    board.add_process(1)
+    board.add_process(2)
+    places = [board.take() for _ in range(3)]
+    for slot, serial in places:
+        board.publish(slot, serial)
+    slots = [slot for slot, _ in places]
+    assert board.holders(slots) == {} and board.holders([]) == {}
+    assert first.pin(*places[0]) and first.pin(*places[2]) and second.pin(*places[2])
+    assert board.holders(slots) == {1: [True, False, True], 2: [False, False, True]}
+    first.unpin(slots[2])
+    first.drain()
+    assert board.holders(slots) == {1: [True, False, False], 2: [False, False, True]}
+    assert board.close(places) == [False, True, False]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from typing import Any
@@ -92,3 +93,33 @@ def test_a_stream_ends_when_the_node_dies(no_runtime: None) -> None:
     with pytest.raises(afield.RuntimeDiedError):
         slow.remote()
     afield.shutdown()
+
+
+def test_what_only_lineage_needs_goes_before_live_values_move(
+    no_runtime: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AFIELD_LINEAGE_MEMORY", "64MiB")
+    monkeypatch.setenv("AFIELD_STORE_WAIT_S", "0.3")
+    afield.init(num_cpus=1, host_memory="64MiB")
+
+    @afield.remote
+    def double(x: Any) -> Any:
+        return x * 2
+
+    doubled = []
+    for number in range(3):
+        ref = afield.put(np.full(5 << 17, number, dtype="float64"))  # 5 MiB that cannot be made again
+        doubled.append(double.remote(ref))
+        del ref
+    afield.wait(doubled, num_returns=3)
+    kept = [entry for entry in afield.memory() if entry.why and entry.why[0].startswith("held by lineage")]
+    assert [entry.tier for entry in kept] == ["host", "host", "host"]
+    more = [afield.put(np.full(5 << 17, number, dtype="float64")) for number in range(5)]
+    assert afield.get(doubled[1])[0] == 2 and afield.get(more[3])[0] == 3
+    assert afield.stats()["disk_write"] == 0
+    assert not [entry for entry in afield.memory() if entry.why and entry.why[0].startswith("held by lineage")]
+
+    held = afield.get(more)
+    with pytest.raises(afield.ObjectStoreFullError, match=rf"in use.*driver pid {os.getpid()}: 25.0 MiB in 5 parts"):
+        afield.put(np.zeros(6 << 20))
+    assert len(held) == 5

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from afield.gpu_store.books import arena_books, catalogue, eviction
+from afield.gpu_store.books import catalogue, eviction, refusals
 from afield.gpu_store.books.disk_books import DiskBooks
 from afield.gpu_store.tiers import DISK, GET, HOST, PREFETCH, Granted, PartCopy, Refused, StoreUsageError, Trim
 from tests.store_books import GPU, KIB, OTHER, OWNER, A, B, Books, C, granted, host_part, refused, sealed_store
@@ -112,7 +112,7 @@ def test_top_holders_are_bounded() -> None:
     for i in range(40):
         store.store(b"%d" % i, (HOST, 64 * (i + 1)), owner=b"owner%02d" % i)
     text = store.describe_full(HOST, 10**9)
-    assert text.count("parts;") == arena_books.TOP_HOLDERS - 1
+    assert text.count("parts;") == refusals.TOP_HOLDERS - 1
     assert b"owner39".hex() in text
 
 

@@ -21,6 +21,7 @@ from afield.gpu_store.tiers import (
     GET,
     HOST,
     NOWHERE,
+    SPARE,
     Collect,
     DeleteFile,
     Effect,
@@ -71,6 +72,7 @@ class ManyTiers(RuleBasedStateMachine):
         self.lives = {HOST: 1}
         self.late: dict[bytes, list[tuple[int, int, int]]] = {}  # client -> (arena, unit, life) that it had leased
         self.may_lose = False
+        self.spares: set[bytes] = set()
         self.request = 0
         self.now = 0.0
 
@@ -163,7 +165,7 @@ class ManyTiers(RuleBasedStateMachine):
         self.files.pop(effect.file, None)
 
     def on_lost(self, effect: Lost) -> None:
-        assert self.may_lose
+        assert self.may_lose or (effect.kind == SPARE and self.spares.issuperset(effect.object_ids))
         assert set(effect.object_ids) <= self.objects
 
     def on_trim(self, effect: Trim) -> None:
@@ -302,6 +304,13 @@ class ManyTiers(RuleBasedStateMachine):
     def drop_reader(self, at: int) -> None:
         _, part, _ = self.readers.pop(at)
         self.pins.pinned[part.slot] -= 1
+
+    @rule(object_id=IDS, spare=st.booleans())
+    def only_lineage_needs_it(self, object_id: bytes, spare: bool) -> None:
+        stored = self.books._catalogue.objects.get(object_id)
+        if stored is not None:
+            (self.spares.add if spare else self.spares.discard)(object_id)
+            self.apply(self.books.set_spare(stored.owner, [object_id], spare))
 
     @rule(object_id=IDS, index=st.integers(0, 3), arena=ARENAS)
     def prefetch(self, object_id: bytes, index: int, arena: int) -> None:

@@ -580,3 +580,16 @@ def test_a_waiting_task_gets_the_room_of_another(no_runtime: None) -> None:
         seen.append(int(afield.get(ready)[0]))
         del ready
     assert sorted(seen) == [0, 1, 2, 3, 4]
+
+
+def test_arrays_of_small_values_are_aligned(shared_runtime: None) -> None:
+    def where(value: Any) -> list[int]:
+        return [array.__array_interface__["data"][0] % 64 for array in value.values()]
+
+    remote_where = afield.remote(where)
+    for size in (1, 5, 100, 1000, 9000):
+        value = {"a": np.arange(size), "b": np.ones((3, 5)), "c": np.arange(7, dtype="i2")}
+        ref = afield.put(value)
+        back = afield.get(ref)
+        assert where(back) == [0, 0, 0] and not back["a"].flags.writeable and (back["a"] == value["a"]).all()
+        assert afield.get([remote_where.remote(ref), remote_where.remote(value)]) == [[0, 0, 0]] * 2

@@ -21,7 +21,8 @@ to finish before anybody's turn can come.
 
 The copies stand on *shelves*, each in the order of their last use, as far as the books are told of it:
 
-- **secondaries**, away from home while another copy is in memory: they go first, at no cost;
+- **spares**, of objects that are kept for lineage alone: they go first, with their objects;
+- **secondaries**, away from home while another copy is in memory: they go next, at no cost;
 - **primaries**: all others that can go;
 - **leaving**: a copy of them is being made below, so that they can go when it is there;
 - **fixed**: without a slot on the pin board, or of a second execution;
@@ -32,7 +33,6 @@ Over the *high mark* the arena is *draining* until it is below the low mark.
 
 from __future__ import annotations
 
-import heapq
 from bisect import bisect_left, bisect_right, insort_right
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -40,12 +40,8 @@ from collections.abc import Sequence
 from afield.gpu_store.books.lives import COPY
 from afield.gpu_store.books.records import Copy, Key, Making, Request
 from afield.gpu_store.extents import ExtentAllocator
-from afield.gpu_store.tiers import FINISH, FIRST_LIFE, HOST, PREFETCH, ArenaUsage, StoreUsageError
+from afield.gpu_store.tiers import FINISH, FIRST_LIFE, PREFETCH, ArenaUsage, StoreUsageError
 from afield.machines import FlightRecorder
-from afield.units import format_bytes
-
-#: An error message names the few holders that matter.
-TOP_HOLDERS = 5
 
 Shelf = OrderedDict[Copy, None]
 #: So small a part of an arena, and so many bytes, are little: no client's chunk of a device is larger.
@@ -174,6 +170,7 @@ class ArenaBooks:
         self.reserved = 0
         self.primaries: Shelf = OrderedDict()
         self.secondaries: Shelf = OrderedDict()
+        self.spares: Shelf = OrderedDict()
         self.leaving: Shelf = OrderedDict()
         self.fixed: Shelf = OrderedDict()
         self.dying: Shelf = OrderedDict()
@@ -301,6 +298,8 @@ class ArenaBooks:
             shelf = self.fixed
         elif state == "leaving":
             shelf = self.leaving
+        elif copy.part.object.spare:
+            shelf = self.spares
         elif copy.arena != copy.part.home and len(copy.part.copies) > 1:
             shelf = self.secondaries
         else:
@@ -331,7 +330,7 @@ class ArenaBooks:
 
     def copies(self) -> list[Copy]:
         """Return all copies in the arena, the dead ones included."""
-        return [*self.primaries, *self.secondaries, *self.leaving, *self.fixed, *self.dying]
+        return [*self.primaries, *self.secondaries, *self.spares, *self.leaving, *self.fixed, *self.dying]
 
     def credit(self, owner: bytes, size: int) -> None:
         holding = self.owners.get(owner)
@@ -395,7 +394,7 @@ class ArenaBooks:
     @property
     def may_find_more(self) -> bool:
         """True if somebody waits, and looking again may turn up something, although no event tells of it."""
-        return bool(self.queue and (self.primaries or self.secondaries or self.leased_bytes))
+        return bool(self.queue and (self.primaries or self.secondaries or self.spares or self.leased_bytes))
 
     def admits_prefetch(self, room: int) -> bool:
         """Tell whether a copy that nobody waits for may come: it drives nothing else out."""
@@ -416,35 +415,6 @@ class ArenaBooks:
             largest_free=self.extents.largest_free,
             high_water=self.extents.high_water,
             waiting=len(self.queue),
-        )
-
-    def describe_full(self, asked: int) -> str:
-        """Return the sentences that tell a user why `asked` bytes were not granted here, and what to do."""
-        extents, where = self.extents, self.label
-        raise_it = "raise host_memory= in afield.init()" if self.number == HOST else "use a device with more memory"
-        if extents.rounded(asked) > extents.capacity:
-            verdict = (
-                f"is larger than all of {where} and can never fit; {raise_it}, or make the value in smaller pieces"
-            )
-        elif extents.rounded(asked) <= extents.largest_free:
-            verdict = f"would fit in {where}, but larger requests wait before it and may not be overtaken"
-        else:
-            verdict = f"does not fit in {where} now; hold fewer large arrays at a time, or {raise_it}"
-        holders = [(held.size, f"owner {o.hex()[:16]}", held.count) for o, held in self.owners.items()]
-        holders += [(r.size, f"process {c.hex()[:16]} (being written)", 0) for c, r in self.leased.items()]
-        top = [
-            f"{who}: {format_bytes(size)}" + (f" in {count} parts" if count else "")
-            for size, who, count in heapq.nlargest(TOP_HOLDERS, holders, key=lambda holder: holder[:2])
-        ]
-        moving = f", {format_bytes(self.moving_bytes)} in moves under way" if self.moving_bytes else ""
-        reserved = f", {format_bytes(self.reserved)} reserved by gpu_memory=" if self.reserved else ""
-        parts = sum(held.count for held in self.owners.values())
-        return (
-            f"{format_bytes(asked)} ({asked} bytes) {verdict}. Capacity {format_bytes(extents.capacity)}, "
-            f"used {format_bytes(extents.used)} ({format_bytes(self.sealed_bytes)} in {parts} parts of objects, "
-            f"{format_bytes(self.leased_bytes)} leased to processes that write{moving}){reserved}, "
-            f"largest free piece {format_bytes(extents.largest_free)}, {len(self.queue)} requests waiting. "
-            f"Top holders: {'; '.join(top) or 'none'}."
         )
 
     # -- inside ---------------------------------------------------------------------------------------------------

@@ -20,11 +20,12 @@ from collections.abc import Sequence
 
 from afield.gpu_store.books.arena_books import ArenaBooks
 from afield.gpu_store.books.disk_books import DiskBooks
-from afield.gpu_store.books.records import Copy, Need, Part, StoredObject
+from afield.gpu_store.books.records import LAST, Copy, Need, Part, StoredObject
 from afield.gpu_store.tiers import (
     DISK,
     HOST,
     NOWHERE,
+    SPARE,
     DeleteFile,
     Effect,
     Lost,
@@ -54,7 +55,7 @@ class Catalogue:
         self.ready: list[Need] = []
         self.rewanted: list[tuple[Need, tuple[int, int]]] = []
         self.failed: list[tuple[Need, str, str]] = []
-        self._lost: dict[tuple[bytes, str], dict[bytes, None]] = {}
+        self._lost: dict[tuple[bytes, str, str], dict[bytes, None]] = {}
         self._early_frees: dict[bytes, bytes | None] = {}  # object id -> the client whose seal is expected, if known
 
     # -- objects --------------------------------------------------------------------------------------------------
@@ -110,6 +111,7 @@ class Catalogue:
             books.enter(extra, stored.owner)
             return
         part.size, part.home, part.lost = sealed.size, sealed.home, ""
+        stored.spare = False  # it was made again: somebody needs it
         copy = part.copies[arena] = Copy(part, books, sealed.offset, room, sealed.slot, sealed.serial)
         books.enter(copy, stored.owner)
 
@@ -218,6 +220,52 @@ class Catalogue:
                 self.arenas[copy.arena].touch(copy)
         return freed
 
+    def shed(self, copies: Sequence[Copy]) -> int:
+        """Give up the objects of these copies, which only lineage needs, unless a process has pinned them; return the bytes."""
+        objects = list(dict.fromkeys(copy.part.object for copy in copies))
+        all_copies = [self.copies_of(stored) for stored in objects]
+        closable = [
+            []
+            if stored.needs
+            or any(part.makings for part in stored.parts)
+            or any(not c.slot or not c.may_leave(LAST) for c in theirs)
+            else theirs
+            for stored, theirs in zip(objects, all_copies, strict=True)
+        ]
+        flat = [(copy.slot, copy.serial) for theirs in closable for copy in theirs]
+        closed = iter(self.pins.close(flat) if flat else [])
+        freed = 0
+        for stored, kept, theirs in zip(objects, all_copies, closable, strict=True):
+            are_closed = [next(closed) for _ in theirs]
+            if theirs and all(are_closed):
+                freed += sum(copy.room for copy in theirs)
+                self._shed(stored)
+                continue
+            for copy, is_closed in zip(theirs, are_closed, strict=True):
+                if is_closed:
+                    self.pins.publish(copy.slot, copy.serial)
+            for copy in kept:
+                self.arenas[copy.arena].touch(copy)
+        return freed
+
+    def _shed(self, stored: StoredObject) -> None:
+        """All copies of the object are closed: free them. It stays in the books until its owner frees it."""
+        for copy in self.copies_of(stored):
+            self._discard(copy)
+        stored.extras.clear()
+        for part in stored.parts:
+            part.copies.clear()
+            self.disk.remove(part)
+            self.note_lost(part, "memory was short, and nothing but lineage needed it", SPARE)
+
+    def set_spare(self, object_id: bytes, owner: bytes, spare: bool) -> None:
+        """The owner says whether nothing but lineage needs the object."""
+        stored = self.objects.get(object_id)
+        if stored is not None and stored.owner == owner and stored.spare != spare:
+            stored.spare = spare
+            for part in stored.parts:
+                self._reshelve(part)
+
     def lose_copy(self, copy: Copy, books: ArenaBooks) -> None:
         """A copy went with its arena, whose books are closed; its part may be lost by that."""
         books.go(copy, "lose")
@@ -259,16 +307,16 @@ class Catalogue:
                 copy.held.pop(need, None)
         return copies
 
-    def note_lost(self, part: Part, cause: str) -> None:
+    def note_lost(self, part: Part, cause: str, kind: str = "") -> None:
         """No copy of the part is left: its owner is to be told."""
         part.lost = cause
-        self._lost.setdefault((part.object.owner, cause), {})[part.object.id] = None
+        self._lost.setdefault((part.object.owner, cause, kind), {})[part.object.id] = None
 
     def flush(self) -> list[Effect]:
         """Return what is to be done, once."""
         if self._lost:
-            for (owner, cause), ids in self._lost.items():
-                self.effects.append(Lost(owner, list(ids), cause))
+            for (owner, cause, kind), ids in self._lost.items():
+                self.effects.append(Lost(owner, list(ids), cause, kind))
             self._lost = {}
         effects, self.effects = self.effects, []
         deleted: list[Effect] = [DeleteFile(number) for number in self.disk.deleted()]

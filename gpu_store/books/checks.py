@@ -72,6 +72,8 @@ def _of_copy(books: ArenaBooks, copy: Copy) -> Iterator[str]:
         copy.state == "dying",
     ):
         yield f"{what}, and on another shelf"
+    elif copy.shelf is books.spares and not copy.part.object.spare:
+        yield f"{what}, and is thought to be needed by lineage alone"
     elif copy.dead and not copy.in_use:
         yield f"{what}, and nobody needs it"
 

@@ -39,6 +39,7 @@ class Copying:
         self.prefetches: dict[Making, None] = {}
         self.moved_bytes = dict.fromkeys(("device_to_host", "host_to_device", "peer", "disk_write", "disk_read"), 0)
         self._next_job = 1
+        self._left: list[Copy] = []  # copied below by jobs that have just finished
 
     # -- what is wanted -------------------------------------------------------------------------------------------
 
@@ -301,7 +302,7 @@ class Copying:
         return True
 
     def _written(self, job: Job, error: str) -> None:
-        catalogue, host, disk = self._catalogue, self._arenas[HOST], self._catalogue.disk
+        host, disk = self._arenas[HOST], self._catalogue.disk
         self.writes -= 1
         for copy in job.sources:
             host.stop_leaving(copy)
@@ -316,7 +317,7 @@ class Copying:
                 disk.add(copy.part, job.file, offset)
                 live.append(copy)
         disk.rest(job.file)
-        catalogue.drop([copy for copy in live if copy.may_leave(LAST)])
+        self._left += live
 
     def _made(self, job: Job, making: Making, error: str) -> None:
         catalogue, part = self._catalogue, making.part
@@ -343,8 +344,14 @@ class Copying:
             self._start(child)
         if leaving is not None:
             self._arenas[leaving.arena].stop_leaving(leaving)
-            if leaving.may_leave(LAST):
-                catalogue.drop([leaving])
+            self._left.append(leaving)
+
+    def drop_what_left(self) -> None:
+        """Free the copies of which one was made below, unless they are in use by now: all at once, as closing has its price."""
+        left, self._left = self._left, []
+        gone = [copy for copy in left if copy.may_leave(LAST)]
+        if gone:
+            self._catalogue.drop(gone)
 
     def _made_nothing(self, job: Job, making: Making, error: str) -> None:
         part, disk = making.part, self._catalogue.disk

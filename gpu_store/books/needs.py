@@ -19,6 +19,7 @@ from afield.gpu_store.books.catalogue import Catalogue
 from afield.gpu_store.books.copying import Copying
 from afield.gpu_store.books.lives import NEED
 from afield.gpu_store.books.records import Key, Need, StoredObject
+from afield.gpu_store.books.refusals import describe_full
 from afield.gpu_store.tiers import DISK, HOST, Found, NotFound, StoreUsageError
 from afield.units import format_bytes
 
@@ -164,20 +165,7 @@ class Needs:
 
     def describe_full(self, arena: int, asked: int) -> str:
         """Return what tells a user why `asked` bytes were not to be had in an arena; names each tier below it."""
-        catalogue = self._catalogue
-        books = catalogue.arenas.get(arena)
-        if books is None:
-            return f"there is no arena {arena}: {catalogue.gone.get(arena, 'its device is not in use')}"
-        text = books.describe_full(asked)
-        below = [catalogue.disk.describe()]
-        if arena != HOST:
-            host = catalogue.arenas[HOST].usage()
-            below.insert(
-                0,
-                f"{format_bytes(host.used)} of the {format_bytes(host.capacity)} of {host.label} are used "
-                f"({format_bytes(host.leased)} leased to processes)",
-            )
-        return f"{text} What no process holds an array of can go to a lower tier: {'; '.join(below)}."
+        return describe_full(self._catalogue, arena, asked)
 
     # -- inside ---------------------------------------------------------------------------------------------------
 

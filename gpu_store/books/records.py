@@ -124,7 +124,7 @@ class Part:
 class StoredObject:
     """One sealed object and who answers for it."""
 
-    __slots__ = ("extras", "id", "needs", "owner", "parts", "sealer")
+    __slots__ = ("extras", "id", "needs", "owner", "parts", "sealer", "spare")
 
     def __init__(self, object_id: bytes, owner: bytes) -> None:
         self.id = object_id
@@ -133,6 +133,7 @@ class StoredObject:
         self.parts: list[Part] = []
         self.extras: list[Copy] = []
         self.needs: dict[Need, None] | None = None  # those that wait
+        self.spare = False  # its owner keeps it for lineage alone: it goes before anything else has to move
 
 
 class Request:

@@ -242,6 +242,12 @@ class Residency:
         self._catalogue.free(object_id, sealer)
         return self._conclude()
 
+    def set_spare(self, owner: bytes, object_ids: Sequence[bytes], spare: bool) -> list[Effect]:
+        """Nothing but lineage of their owner needs these objects (or not any more): they go before others have to move."""
+        for object_id in object_ids:
+            self._catalogue.set_spare(object_id, owner, spare)
+        return self._conclude()
+
     def owner_died(self, owner: bytes) -> list[bytes]:
         """Return the ids of the objects of `owner`, oldest first; what becomes of them the caller decides."""
         return list(self._catalogue.owners.get(owner, ()))
@@ -266,6 +272,10 @@ class Residency:
             if on_disk:
                 sizes[DISK] = on_disk
             yield object_id, stored.owner, sizes
+
+    def counts(self) -> list[tuple[bytes, int]]:
+        """Return (owner, number of its objects) of all owners."""
+        return [(owner, len(ids)) for owner, ids in self._catalogue.owners.items()]
 
     # -- reading --------------------------------------------------------------------------------------------------
 
@@ -299,9 +309,14 @@ class Residency:
 
     def finished(self, job: int, error: str = "") -> list[Effect]:
         """A Move, WriteFile or ReadFile is done, or failed and `error` says how."""
-        if self._copying.finished(job, error):
-            for books in self._arenas.values():
-                books.blocked = books.blocked and bool(error)
+        return self.finished_all([(job, error)])
+
+    def finished_all(self, done: Sequence[tuple[int, str]]) -> list[Effect]:
+        """As `finished`, for several jobs at once: what follows from all of them is done together."""
+        for job, error in done:
+            if self._copying.finished(job, error) and not error:
+                self._unblock()
+        self._copying.drop_what_left()
         return self._conclude()
 
     # -- time -----------------------------------------------------------------------------------------------------

@@ -295,6 +295,9 @@ class EmulatedArray(NDArrayOperatorsMixin, Held):
             target = self._home.current.empty_like(self._array, wanted)
         else:
             target = self._empty(order, wanted)
+        call = Call("astype", type(self))
+        call._see(self)
+        call.warn()
         with np.errstate(all="ignore"):
             np.copyto(target, self._array, casting=casting)
         return self._like(target)
@@ -345,6 +348,7 @@ class EmulatedArray(NDArrayOperatorsMixin, Held):
             raise mixing_refused("__setitem__", value)
         with np.errstate(all="ignore"):
             self._array[key] = call.lower(value)
+        call.warn()
 
     def scatter_add(self, slices: Any, value: Any) -> None:
         """Add to each place as often as it is named."""
@@ -366,6 +370,7 @@ class EmulatedArray(NDArrayOperatorsMixin, Held):
             raise ValueError("output array is read-only")
         with np.errstate(all="ignore"):
             ufunc.at(self._array, key, np.asarray(call.lower(value)).astype(self.dtype))
+        call.warn()
 
     def __getattr__(self, name: str) -> Any:
         # For names that nothing else here answers to; NumPy looks for its protocols in this way.
@@ -396,7 +401,9 @@ class EmulatedArray(NDArrayOperatorsMixin, Held):
             raise mixing_refused(name, value)
         call = Call(name, type(self))
         call._see(self)
-        return call.lower(value)
+        lowered = call.lower(value)
+        call.warn()
+        return lowered
 
     def _like(self, array: Array) -> EmulatedArray:
         lifted: EmulatedArray = Call("view", type(self), self._home).lift(array)

@@ -1,7 +1,8 @@
 """One NumPy call on device arrays: operands are checked and unwrapped, results are put into device memory.
 
 Theory of operation. A `Call` lowers arguments (device arrays become their inner NumPy arrays) and lifts results. Lowering
-is where mixing is refused: a host array anywhere among the arguments, or operands of two devices. Lifting tells three
+is where mixing is refused: a host array anywhere among the arguments. Operands may lie on any devices, which are peers: as
+with CuPy the current device computes, and where one lies elsewhere there is a `PerformanceWarning`. Lifting tells three
 kinds of result apart: the inner array of an argument (`out=`) is that argument again; a view of device memory becomes an
 array that shares it; anything else was made on the host by NumPy, and is copied into device memory. Scalars that a
 reduction returns become 0-d device arrays, as in CuPy, because on a real device nobody has waited for their value.
@@ -16,6 +17,8 @@ NumPy's own dispatchers, and they tell: lists are replaced by a type that takes 
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Self
 
@@ -25,6 +28,7 @@ from afield.gpu_store.emulated_arrays import indexing
 from afield.gpu_store.emulated_arrays.devices import Array, DeviceMemory, dtype_in_place, holder_of
 from afield.gpu_store.emulated_arrays.names import OF_MODULE, UFUNCS, words
 
+_PACKAGE = __name__.rpartition(".")[0]
 #: Values that may be mixed with device arrays: they are passed to a kernel by value.
 SCALARS = (bool, int, float, complex, np.bool_, np.number)
 
@@ -108,6 +112,20 @@ def find(value: Any, kind: type | tuple[type, ...]) -> Any:
     return next((found for item in value if (found := find(item, kind)) is not None), None)
 
 
+class PerformanceWarning(RuntimeWarning):
+    """Something works, and slowly: CuPy has the same under the same name."""
+
+    __module__ = "cupy._util"
+
+
+def _depth_here() -> int:
+    """Return how many frames above the caller's caller are of this package, to show a warning where the user's code is."""
+    depth, frame = 0, sys._getframe(2)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith((_PACKAGE, "numpy.")):
+        depth, frame = depth + 1, frame.f_back
+    return depth
+
+
 class Call:
     """The operands of one call on their way in, and its results on their way out."""
 
@@ -116,11 +134,12 @@ class Call:
         self.kind = kind
         #: Where results go: the current device of whoever makes the call. Views stay where they are.
         self.home = home
+        self._elsewhere: Held | None = None  # an operand on another device
         self._operand: Held | None = None
         self._lowered: dict[int, Held] = {}
 
     def lower(self, value: Any) -> Any:
-        """Return `value` with inner arrays in place of device arrays; TypeError or ValueError where arrays mix."""
+        """Return `value` with inner arrays in place of device arrays; TypeError where it has host arrays."""
         if isinstance(value, Held):
             self._see(value)
             return value._array
@@ -136,18 +155,32 @@ class Call:
             return self._called_back(value)
         return value
 
+    def warn(self) -> None:
+        """Elements are read by the current device: those of another one come over the link, which is slow."""
+        there, self._elsewhere = self._elsewhere, None
+        if there is not None and self.home is not None:
+            warnings.warn(
+                f"{self.name}: an operand resides on device {there._home.id}, and the current device is {self.home.id}, "
+                f"which reads it by peer access; compute within `with cuda.Device({there._home.id})`, or copy it first",
+                PerformanceWarning,
+                stacklevel=2 + _depth_here(),
+            )
+
     def lift(self, result: Any) -> Any:
         """Return `result` with device arrays in place of NumPy's arrays and scalars."""
         if isinstance(result, np.ndarray):
             known = self._lowered.get(id(result))
             if known is not None:
+                self.warn()
                 return known
             holder = holder_of(result)
             if holder is not None:
                 dtype_in_place(result.dtype)  # NumPy makes views of any dtype
                 return self.kind._hold(result, holder.device)
+            self.warn()
             return self.kind._hold(self._target().copy_in(result), self._target())
         if isinstance(result, np.generic):
+            self.warn()
             return self.kind._hold(self._target().copy_in(np.asarray(result)), self._target())
         if isinstance(result, bool | int) and self.name in _COUNTED_ON_DEVICE:
             return self.lift(np.asarray(result))
@@ -172,15 +205,11 @@ class Call:
 
     def _see(self, operand: Held) -> None:
         operand._home.touch()
-        first = self._operand
-        if first is None:
+        if self._operand is None:
             self._operand = operand
             self.home = operand._home.current
-        elif first._home.uuid != operand._home.uuid:
-            raise ValueError(
-                f"{self.name}: operands lie on different devices, {first._home.id} ({first._home.uuid}) and "
-                f"{operand._home.id} ({operand._home.uuid}): copy one with `with cuda.Device(n): x.copy()`"
-            )
+        if self.home is not None and operand._home.uuid != self.home.uuid:
+            self._elsewhere = operand
         self._lowered[id(operand._array)] = operand
 
     def _called_back(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -225,6 +254,7 @@ def _run_elementwise(call: Call, ufunc: np.ufunc, inputs: tuple[Any, ...], kwarg
     named = {key: call.lower(value) for key, value in kwargs.items()}
     if call.home is None:
         raise TypeError(f"{ufunc.__name__} has no device array among its operands")
+    call.warn()
     arrays = [operand for operand in operands if isinstance(operand, np.ndarray)]
     arrays += [named["where"]] if isinstance(named.get("where"), np.ndarray) else []
     shape = arrays[0].shape if len(arrays) == 1 else np.broadcast_shapes(*[array.shape for array in arrays])

@@ -1,9 +1,9 @@
 """The emulated array module under the name that programs import.
 
-Theory of operation. In a process that is bound to emulated devices, `import cupy` is to give the stand-in. The tree of
-modules is put into `sys.modules`; a finder at the end of `sys.meta_path`, asked only for what nobody else could find, says
-why `cupyx` and the rest of CuPy are missing. It raises ModuleNotFoundError, so that a program which can do without them
-still can. What was imported under these names before comes back at the end.
+Theory of operation. In a process that is bound to emulated devices, `import cupy` is to give the stand-in, and `import
+cupyx` what there is of that. The tree of modules is put into `sys.modules`; a finder at the end of `sys.meta_path`, asked
+only for what nobody else could find, says why the rest of CuPy is missing. It raises ModuleNotFoundError, so that a program
+which can do without them still can. What was imported under these names before comes back at the end.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class MissingParts(MetaPathFinder):
             return None
         raise ModuleNotFoundError(
             f"{fullname!r} is not there: {self._name!r} is emulated by afield on devices without CUDA, as far as NumPy's "
-            f"API goes; {self._name}x, raw kernels and CUDA libraries need a real device",
+            "API goes; raw kernels, sparse arrays and CUDA libraries need a real device",
             name=fullname,
         )
 

@@ -23,7 +23,7 @@ import numpy as np
 from afield.errors import OutOfDeviceMemoryError
 from afield.gpu_store.emulated_arrays import creation, cuda_namespace, names
 from afield.gpu_store.emulated_arrays.array import EmulatedArray
-from afield.gpu_store.emulated_arrays.delegation import Call, Held, find, mixing_refused
+from afield.gpu_store.emulated_arrays.delegation import Call, Held, PerformanceWarning, find, mixing_refused
 from afield.gpu_store.emulated_arrays.devices import (
     Allocator,
     CappedAllocator,
@@ -33,6 +33,7 @@ from afield.gpu_store.emulated_arrays.devices import (
     DeviceSet,
     process_devices,
 )
+from afield.gpu_store.emulated_arrays.extras import extra_names, scipy_names
 from afield.gpu_store.emulated_arrays.names import words
 from afield.gpu_store.emulated_arrays.random_numbers import XORWOW, BitGenerator, MRG32k3a, Philox4x3210, RandomNumbers
 from afield.gpu_store.emulated_arrays.runtime_calls import RuntimeCalls
@@ -211,6 +212,8 @@ def module_of(devices: DeviceSet, name: str = "cupy") -> EmulatedModule:
     submodules = _submodules(name, devices)
     for full_name, module in submodules.items():
         parent, _, last = full_name.rpartition(".")
+        if not parent:
+            continue  # `cupyx` stands beside `cupy`
         (root if parent == name else submodules[parent]).__dict__[last] = module
     root.__dict__["_modules"] = {name: root, **submodules}
     return root
@@ -225,7 +228,7 @@ def _submodules(name: str, devices: DeviceSet) -> dict[str, EmulatedModule]:
                 return Lacking(f"{module.__name__}.{attribute}", lacking[attribute])
             raise _no_such_name(module, attribute)
 
-        module = EmulatedModule(f"{name}.{last}", doc, resolve, values)
+        module = EmulatedModule(last if last.startswith(f"{name}x") else f"{name}.{last}", doc, resolve, values)
         module.__dict__.update(values)
         return module
 
@@ -257,6 +260,7 @@ def _submodules(name: str, devices: DeviceSet) -> dict[str, EmulatedModule]:
         "fft": delegated("fft", names.FFT, names.FFT_CREATION),
         "random": plain("random", "Random numbers in device memory.", random),
         "exceptions": plain("exceptions", "NumPy's.", exceptions),
+        "_util": plain("_util", "A kind of warning.", {"PerformanceWarning": PerformanceWarning}),
         "lib": plain("lib", "Views.", {}),
         "lib.stride_tricks": tricks,
         "testing": plain("testing", "Assertions about device and host arrays.", _assertions()),
@@ -267,7 +271,12 @@ def _submodules(name: str, devices: DeviceSet) -> dict[str, EmulatedModule]:
         "cuda.memory": plain("cuda.memory", "Memory pools.", memory, names.LACKING_IN_CUDA_MEMORY),
         "cuda.stream": plain("cuda.stream", "Streams.", streams),
     }
-    return {f"{name}.{last}": module for last, module in tree.items()}
+    tree = {f"{name}.{last}": module for last, module in tree.items()}
+    extras = f"{name}x"
+    tree[extras] = plain(extras, "More of CuPy's.", extra_names(), names.LACKING_IN_EXTRAS)
+    more = scipy_names(lambda: tree[f"{extras}.scipy"])
+    tree[f"{extras}.scipy"] = plain(f"{extras}.scipy", "SciPy's API.", more, names.LACKING_IN_SCIPY)
+    return tree
 
 
 def _resolve(module: EmulatedModule, attribute: str, devices: DeviceSet) -> Any:
@@ -323,9 +332,7 @@ def _module_named(name: str) -> ModuleType:
     except ImportError:
         devices = process_devices()
         if devices.module is None:
-            devices.module = module_of(devices, root)
-        found: Any = devices.module
-        for part in name.split(".")[1:]:
-            found = getattr(found, part)
-        module = found
+            devices.module = module_of(devices, "cupy" if root == "cupyx" else root)
+        made: dict[str, ModuleType] = devices.module._modules
+        module = made[name]
     return module

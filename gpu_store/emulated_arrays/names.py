@@ -190,6 +190,14 @@ LACKING_IN_RUNTIME = dict.fromkeys(
     _NOT_YET,
 )
 
+LACKING_IN_EXTRAS = {
+    **dict.fromkeys(words("GeneralizedUFunc optimizing profiler time"), _CUDA_CODE),
+    **dict.fromkeys(
+        words("DeviceSynchronized allow_synchronize errstate get_runtime_info geterr linalg seterr"), _NOT_YET
+    ),
+}
+LACKING_IN_SCIPY = {"sparse": _NOT_YET}
+
 #: What `creation` makes itself.
 CREATED = words(
     "array asarray asanyarray ascontiguousarray asfortranarray asnumpy copy empty zeros ones full "

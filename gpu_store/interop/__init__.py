@@ -10,11 +10,13 @@ array over it: of the type that went in, or NumPy's where the part is in host me
 - `emulated`, `interop_cupy`, `interop_torch`, `interop_numba`: the adapters, and the hooks that make a library allocate from
   a `DeviceArena`. CUDA's libraries are imported inside their functions only.
 - `packing`, `unpacking`: the two directions.
+- `host_tensors`: torch tensors in host memory, whose bytes go beside the pickle as NumPy's do.
 """
 
+from afield.gpu_store.interop.host_tensors import HostTensors
 from afield.gpu_store.interop.packing import DevicePacker
 from afield.gpu_store.interop.places import DevicePlace, HostPlace, Place
 from afield.gpu_store.interop.registry import adapter_of
 from afield.gpu_store.interop.unpacking import resolving
 
-__all__ = ["DevicePacker", "DevicePlace", "HostPlace", "Place", "adapter_of", "resolving"]
+__all__ = ["DevicePacker", "DevicePlace", "HostPlace", "HostTensors", "Place", "adapter_of", "resolving"]

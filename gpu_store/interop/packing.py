@@ -12,7 +12,8 @@ any other array the packer keeps the array, because its memory has to live until
 - the others' spans are merged where they overlap. If nothing else has the block, and they make up half of it, it becomes a
   part of the object as it is (*born* there); what lies before and after them is free again;
 - otherwise they are copied on the device: as one part if they make up half of what lies between the first and the last,
-  else as a part each. Memory that is not our arena's is copied as well.
+  else as a part each. Memory that is not our arena's is copied as well. Where there are many copies, small ones lie side by
+  side in one part.
 
 So two views of one block share a part. A copy keeps the bytes' position relative to the arena's alignment.
 """
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import pickle
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any
@@ -35,6 +37,10 @@ from afield.gpu_store.interop.unpacking import NOWHERE, UNCOMMITTED, rebuild, re
 
 #: Less than one byte in this many wanted: the bytes are copied out instead of kept or copied whole.
 _DENSE = 2
+
+#: From so many copies on, small ones are parts together, of so many bytes: a part has its price, here and in the books.
+_MANY = 16
+_JOINT_BYTES = 1 << 20
 
 _Span = tuple[int, int]
 
@@ -142,9 +148,11 @@ class DevicePacker:
             for arena in used:
                 arena.check()
                 arena.synchronize()
+            copies: dict[int, list[_Copy]] = {id(arena): [] for arena in used}
             for arena, pieces in groups.values():
-                self._place(arena, pieces)
+                self._place(arena, pieces, copies[id(arena)])
             for arena in used:
+                self._copy_all(arena, copies[id(arena)])
                 arena.finish()
         except BaseException:
             self.revert()
@@ -171,14 +179,15 @@ class DevicePacker:
 
     # ---- one block's arrays, or all those in other memory of one device -------------------------------------------
 
-    def _place(self, arena: DeviceArena, pieces: list[_Piece]) -> None:
+    def _place(self, arena: DeviceArena, pieces: list[_Piece], copies: list[_Copy]) -> None:
+        """Take the block as it is, or note what of it is to be copied."""
         islands = _merged(piece.span for piece in pieces if piece.is_dense)
         rest = []
         for piece in pieces:
-            if piece.is_dense or any(lo <= piece.span[0] and piece.span[1] <= hi for lo, hi in islands):
+            if piece.is_dense or _island_of(islands, piece.span) >= 0:
                 rest.append(piece)
             else:
-                self._gather(arena, piece)
+                copies.append(_Copy(None, [piece]))
         if not islands:
             return
         first, end = islands[0][0], islands[-1][1]
@@ -189,41 +198,68 @@ class DevicePacker:
             size = end - arena.slab.address - start
             if arena.take(claim, start, size):
                 arena.bytes_born += size
-                self._record(arena, start, size, arena.slab.address + start, rest)
+                for piece in rest:
+                    piece.write(len(self._parts), piece.description.address - arena.slab.address - start)
+                self._parts.append((arena, start, size))
                 return
         if claim is not None and _DENSE * touched >= end - first:
             islands = [(first, end)]  # other memory may be several allocations, which no copy may cross
-        for lo, hi in islands:
-            self._copy(arena, lo, hi, [piece for piece in rest if lo <= piece.span[0] and piece.span[1] <= hi])
+        found = [_Copy(island, []) for island in islands]
+        for piece in rest:
+            found[_island_of(islands, piece.span)].pieces.append(piece)
+        copies += found
 
-    def _copy(self, arena: DeviceArena, lo: int, hi: int, pieces: list[_Piece]) -> None:
-        size = hi - lo
-        lead = lo % ALIGNMENT
-        block = arena.allocate(lead + size, COPIES)
-        position = lo - arena.slab.address
-        if 0 <= position <= arena.slab.size_bytes - size:
-            arena.copy(arena.slab, position, block.offset + lead, size)
-        else:
-            arena.copy(pieces[0].adapter.foreign(arena, lo, size), 0, block.offset + lead, size)
-        arena.bytes_copied += size
-        offset = block.offset
+    def _copy_all(self, arena: DeviceArena, copies: list[_Copy]) -> None:
+        """Make the copies, each as a part of its own; of many small ones several are one part."""
+        joint_bytes = _JOINT_BYTES if len(copies) >= _MANY else 0
+        batch: list[tuple[_Copy, int]] = []
+        end = 0
+        for copy in copies:
+            start = end + (-end) % ALIGNMENT
+            if batch and start + copy.room > joint_bytes:
+                self._copy(arena, batch, end)
+                batch, start = [], 0
+            batch.append((copy, start))
+            end = start + copy.room
+        if batch:
+            self._copy(arena, batch, end)
+
+    def _copy(self, arena: DeviceArena, batch: list[tuple[_Copy, int]], size: int) -> None:
+        """Make one part of `size` bytes of copies, each at a place in it."""
+        block = arena.allocate(size, COPIES)
+        part = len(self._parts)
+        for copy, start in batch:
+            if copy.island is None:
+                (piece,) = copy.pieces
+                description = piece.description
+                piece.adapter.gather(description, arena, block.offset + start)
+                arena.bytes_copied += description.nbytes
+                piece.write(part, start, c_strides(description.shape, description.itemsize))
+                continue
+            lo, hi = copy.island
+            lead, length = lo % ALIGNMENT, hi - lo
+            position = lo - arena.slab.address
+            if 0 <= position <= arena.slab.size_bytes - length:
+                arena.copy(arena.slab, position, block.offset + start + lead, length)
+            else:
+                foreign = copy.pieces[0].adapter.foreign(arena, lo, length)
+                arena.copy(foreign, 0, block.offset + start + lead, length)
+            arena.bytes_copied += length
+            for piece in copy.pieces:
+                piece.write(part, start + lead + piece.description.address - lo)
+        self._parts.append((arena, block.offset, size))
         arena.detach(block)
-        self._record(arena, offset, lead + size, lo - lead, pieces)
 
-    def _gather(self, arena: DeviceArena, piece: _Piece) -> None:
-        description = piece.description
-        block = arena.allocate(description.nbytes, COPIES)
-        piece.adapter.gather(description, arena, block.offset)
-        arena.bytes_copied += description.nbytes
-        piece.write(len(self._parts), 0, c_strides(description.shape, description.itemsize))
-        self._parts.append((arena, block.offset, description.nbytes))
-        arena.detach(block)
 
-    def _record(self, arena: DeviceArena, offset: int, size: int, origin: int, pieces: list[_Piece]) -> None:
-        """A part is there; `origin` is the address that its first byte had."""
-        for piece in pieces:
-            piece.write(len(self._parts), piece.description.address - origin)
-        self._parts.append((arena, offset, size))
+class _Copy:
+    """Bytes that are to be copied: the pieces in an island, or one piece that is gathered from where its elements lie."""
+
+    __slots__ = ("island", "pieces", "room")
+
+    def __init__(self, island: _Span | None, pieces: list[_Piece]) -> None:
+        self.island = island
+        self.pieces = pieces
+        self.room = pieces[0].description.nbytes if island is None else island[1] - island[0] + island[0] % ALIGNMENT
 
 
 def _arena_of(piece: _Piece, arenas: Mapping[str, DeviceArena]) -> DeviceArena:
@@ -256,3 +292,13 @@ def _merged(spans: Iterable[_Span]) -> list[_Span]:
         else:
             merged.append((lo, hi))
     return merged
+
+
+def _island_of(islands: list[_Span], span: _Span) -> int:
+    """Return the number of the island, of those in order, that has all of a span in it; -1 if none has."""
+    at = bisect_right(islands, span[0], key=_first) - 1
+    return at if at >= 0 and span[1] <= islands[at][1] else -1
+
+
+def _first(span: _Span) -> int:
+    return span[0]

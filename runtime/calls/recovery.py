@@ -22,7 +22,8 @@ import msgspec
 from afield.errors import AfieldError, DeviceLostError, ObjectLostError
 from afield.ids import ARGUMENTS_INDEX, PUT_INDEX, TASK_ID_BYTES, object_id
 from afield.runtime.cores.dispatch import Task
-from afield.runtime.cores.lineage import CONTAINS_OTHERS, DROPPED, NO_TASK, USED_UP, Lineage, Loss, Record
+from afield.runtime.cores.lineage import Lineage
+from afield.runtime.cores.lineage_records import CONTAINS_OTHERS, DROPPED, NO_TASK, USED_UP, Loss, Record
 from afield.runtime.cores.objects import LOCATED
 from afield.runtime.process.events import RECOMPUTE
 from afield.runtime.process.process import Process

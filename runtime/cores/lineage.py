@@ -18,7 +18,9 @@ What can be made again costs nothing, as it is freed. Another value that nothing
 
 - in memory of a device it is let go at once: it would go with the device in most cases anyway, and sooner or later live data
   would be moved out of the device for it;
-- of those on the host at most `value_bytes` are kept, and the largest go first, among equals the oldest.
+- of those on the host at most `value_bytes` are kept, and the largest go first, among equals the oldest;
+- the store is told of them (effect `Spare`): where memory is short they go before anything that lives has to move, and are
+  reported lost with kind SPARE.
 
 The records that would need such a value are emptied with it, and so are those that need what those had made and freed: nothing
 is held for a task that cannot run. Above `limit_bytes` in all, the oldest records are emptied in the same way. A loss then is
@@ -35,50 +37,28 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-import msgspec
-
+from afield.gpu_store.tiers import SPARE
 from afield.machines import FlightRecorder
 from afield.runtime.cores.entries import MOST_VALIDATED
-from afield.runtime.cores.objects import FAILED, FREED, INLINE, LOCATED, PENDING, Entry, Recompute
+from afield.runtime.cores.lineage_records import (
+    ASKED,
+    CONTAINS_OTHERS,
+    DROPPED,
+    NO_TASK,
+    NOT,
+    RECORD_BYTES,
+    STARTED,
+    USED_UP,
+    Explain,
+    Loss,
+    Record,
+)
+from afield.runtime.cores.objects import FAILED, FREED, INLINE, LOCATED, PENDING, Entry, Recompute, Spare
 from afield.runtime.cores.ownership import OwnershipTable
-
-#: Why an object is not made again, where the record does not say it.
-NO_TASK = "no task"
-DROPPED = "dropped for its size"
-USED_UP = "used up"
-CONTAINS_OTHERS = "contains others"
-_NOT, _ASKED, _STARTED = 0, 1, 2
-#: What a record takes by itself, in bytes, with its task and the entries of its outputs.
-RECORD_BYTES = 1024
-
-
-class Loss(msgspec.Struct, frozen=True):
-    """What happened to a value: the `cause` in words, and `kind` "device" if it went with a device."""
-
-    cause: str
-    kind: str = ""
-
-
-class Record(msgspec.Struct, eq=False):
-    """A task that can run again, or why it cannot (`refused`)."""
-
-    task: Any
-    outputs: set[bytes]  # those that are stored, or would be if they were made again
-    inputs: list[bytes]
-    number: int  # grows with time
-    size: int  # bytes
-    left: int  # how often it may run again; -1: any number of times
-    freeable: bool  # whether its outputs may be freed in the trust that it can run again
-    refused: str = ""
-    running: int = 0  # _NOT, _ASKED (the effect waits) or _STARTED
-
-
-#: Serialises the error of an object that is lost: (object, its record if there is one, why it is not made again, the loss).
-Explain = Callable[[bytes, Record | None, str, Loss], bytes]
 
 
 class Lineage:
@@ -166,12 +146,12 @@ class Lineage:
 
     def started(self, record: Record) -> None:
         """An execution that lineage asked for begins."""
-        record.running = _STARTED
+        record.running = STARTED
         self.recorder.note(("record", record.number, "starts"))
 
     def ended(self, record: Record, outputs: Iterable[bytes]) -> None:
         """An execution that lineage asked for has ended, and its outcome is in the table."""
-        record.running = _NOT
+        record.running = NOT
         self.recorder.note(("record", record.number, "has ended"))
         for output in sorted(record.outputs):
             if self.table.entries[output].state in (INLINE, FAILED):
@@ -205,6 +185,10 @@ class Lineage:
 
     def lost(self, object_id: bytes, entry: Entry, cause: str, kind: str) -> None:
         """The stored value of an object of ours is gone."""
+        if kind == SPARE and object_id in self._kept:
+            self.recorder.note((object_id, "was let go by the store"))
+            self._empty(self._users_of(object_id))
+            return
         self._lost(object_id, entry, Loss(cause, kind))
 
     def _lost(self, object_id: bytes, entry: Entry, loss: Loss) -> None:
@@ -250,16 +234,29 @@ class Lineage:
             self.table.free(object_id, entry, lost=True)  # only lineage holds it: perhaps nobody will need it
         else:
             self.table.make_again(object_id, entry, record.task)
-            if record.running == _STARTED:
+            if record.running == STARTED:
                 # What is under way may have stored it already, and that may be what is lost.
                 self._early[object_id] = loss
-            elif record.running == _NOT:
-                record.running = _ASKED
+            elif record.running == NOT:
+                record.running = ASKED
                 record.left -= 1 if record.left > 0 else 0
                 for each in record.inputs:
+                    self._needed(each)
                     self.table.pin(each)
                 self.recorder.note((object_id, "makes record", record.number, "run again, left", record.left))
                 self.table.effects.append(Recompute(record))
+
+    def _needed(self, object_id: bytes) -> None:
+        """More than lineage is about to hold an input."""
+        if object_id in self._kept:
+            self._keep_no_longer(object_id)
+            self._tell(object_id, False)
+
+    def _tell(self, object_id: bytes, spare: bool) -> None:
+        """Let the store know of a value that lineage alone holds, or holds no longer alone."""
+        entry = self.table.entries[object_id]
+        if entry.state == LOCATED and not entry.owner:
+            self.table.effects.append(Spare(object_id, spare))
 
     def _why_not(self, record: Record | None, entry: Entry) -> str:
         if record is None:
@@ -302,6 +299,8 @@ class Lineage:
             self._count += 1
             heapq.heappush(self._dearest, (-size, self._count, object_id))
             self._keep_to_limit()
+            if object_id in self._kept:
+                self._tell(object_id, True)
         return True
 
     def _is_dear(self, value: Any) -> bool:
@@ -460,7 +459,7 @@ class Lineage:
 
     def _complaints(self, record: Record) -> Iterator[str]:
         """Say what is wrong with a record that can run again."""
-        if record.left < -1 or record.running not in (_NOT, _ASKED, _STARTED) or record.refused:
+        if record.left < -1 or record.running not in (NOT, ASKED, STARTED) or record.refused:
             yield f"may run {record.left} times, state {record.running}, refused {record.refused!r}"
         if not record.outputs and not record.running:
             yield "is kept for no output"

@@ -67,6 +67,7 @@ __all__ = [
     "Recompute",
     "Send",
     "Settled",
+    "Spare",
 ]
 
 
@@ -82,6 +83,13 @@ class FreeStored(msgspec.Struct, frozen=True, gc=False):
 
     object_id: bytes
     soon: bool = False
+
+
+class Spare(msgspec.Struct, frozen=True, gc=False):
+    """Effect: tell the store that nothing but lineage needs the value of an object of ours, or (not `spare`) that more does."""
+
+    object_id: bytes
+    spare: bool
 
 
 class LifeEnded(msgspec.Struct, frozen=True, gc=False):

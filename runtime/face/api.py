@@ -21,7 +21,7 @@ from afield.runtime.face.options import seconds
 from afield.runtime.process import current, facts
 from afield.runtime.process.context import ActorExit
 from afield.runtime.process.refs import ObjectRef
-from afield.runtime.tools.memory import MemoryEntry, assemble
+from afield.runtime.tools.memory import MemoryListing, assemble
 from afield.runtime.wire import messages
 from afield.tracebacks import trim
 
@@ -328,9 +328,11 @@ def stats(*, local: bool = False) -> dict[str, float]:
     return total
 
 
-def memory() -> list[MemoryEntry]:
+def memory() -> MemoryListing:
     """Return the live objects of the cluster, the largest first: size, where they lie, and why they are alive.
 
+    At most 100,000 are listed; the list's `total` says how many there are, `left_out` how many of them it lacks, and `silent`
+    which processes did not answer in time.
     With AFIELD_RECORD_CALL_SITES=1 in the environment of `init`, also where they were created.
     """
     _require()

@@ -2,7 +2,8 @@
 
 Theory of operation. A client asks the daemon (`Query`); the daemon asks each driver and worker the same question, collects
 what they say (`Answer`), and answers with everything together. A process that dies meanwhile is not waited for, and one that
-does not answer within `PATIENCE_S`, because its code holds the interpreter, is left out and named. Rounds are bounded.
+does not answer within `PATIENCE_S`, because its code holds the interpreter, is left out and named; one that says that it is
+`WORKING` on a long answer is given `LONG_PATIENCE_S`. Rounds are bounded.
 
 What processes do ("stack") is asked of the store processes as well; the daemon adds what itself does, and what the kernel knows
 of those that do not answer.
@@ -18,6 +19,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from afield.runtime.process.stacks import describe_activity, state_of
+from afield.runtime.tools.memory import MAX_ROWS, largest
 from afield.runtime.tools.stack import ProcessStack
 from afield.runtime.wire import messages
 from afield.transport.channel import Channel
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from afield.runtime.node.daemon import NodeDaemon
 
 PATIENCE_S = 1.0
+LONG_PATIENCE_S = 60.0
 #: Questions under way at the same time; more are refused.
 MAX_ROUNDS = 64
 
@@ -33,7 +36,7 @@ MAX_ROUNDS = 64
 class _Round:
     """One question on its way."""
 
-    __slots__ = ("answers", "argument", "asked", "asker", "deadline", "request", "what")
+    __slots__ = ("answers", "argument", "asked", "asker", "deadline", "request", "what", "working")
 
     def __init__(self, asker: Channel, message: messages.Query, asked: set[bytes], deadline: float) -> None:
         self.asker = asker
@@ -43,6 +46,7 @@ class _Round:
         self.asked = asked
         self.answers: dict[bytes, Any] = {}
         self.deadline = deadline
+        self.working: set[bytes] = set()  # those that make a long answer
 
 
 class Census:
@@ -79,6 +83,9 @@ class Census:
         current = self._rounds.get(message.request)
         if current is None or channel.peer_id not in current.asked:
             return  # too late
+        if message.error == messages.WORKING:
+            current.working.add(channel.peer_id)
+            return
         current.asked.discard(channel.peer_id)
         if not message.error:
             current.answers[channel.peer_id] = message.value
@@ -95,8 +102,14 @@ class Census:
 
     def expire(self, now: float) -> None:
         """End the rounds whose time is over."""
-        for number in [number for number, current in self._rounds.items() if current.deadline <= now]:
-            self._finish(number)
+        for number, current in list(self._rounds.items()):
+            if current.deadline > now:
+                continue
+            if current.asked & current.working:
+                current.deadline = now + LONG_PATIENCE_S
+                current.working.clear()
+            else:
+                self._finish(number)
 
     def next_deadline(self) -> float | None:
         """Return when the first round ends at the latest."""
@@ -124,7 +137,8 @@ class Census:
             "processes": self.processes(),
             "tables": list(current.answers.items()),
             "silent": sorted(current.asked),
-            "store": list(self._daemon.tiers.books.objects()),
+            "store": largest(self._daemon.tiers.books.objects(), MAX_ROWS, lambda stored: sum(stored[2].values())),
+            "stored": self._daemon.tiers.books.counts(),
         }
 
     def _stack(self, current: _Round) -> list[ProcessStack]:

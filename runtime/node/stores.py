@@ -30,15 +30,16 @@ import signal
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from enum import Enum
-from typing import Any, Protocol
+from typing import Any
 
 from afield.clock import Clock, monotonic
 from afield.errors import DeviceLostError
 from afield.gpu_store.backends.base import DeviceBackend, DeviceInfo, SlabExport
 from afield.gpu_store.backends.select import create_emulated, cuda_spec
+from afield.gpu_store.mover import Completion
 from afield.gpu_store.tiers import DISK, HOST, DeleteFile, Move, ReadFile, WriteFile
 from afield.ids import new_process_id
+from afield.runtime.node.store_lives import Daemon, State, Store
 from afield.runtime.process.configuration import StoreConfig
 from afield.runtime.wire import messages, store_messages
 from afield.scheduler.devices import Device
@@ -57,67 +58,6 @@ RETRY_S, MAX_RETRY_S = 10.0, 320.0
 LOOK_S = 0.1
 
 
-class State(Enum):
-    """Where a store is in its life; see above."""
-
-    IDLE = "idle"
-    STARTING = "starting"
-    READY = "ready"
-    ENDING = "ending"
-    PAUSED = "paused"
-    LOST = "lost"
-    FAILED = "failed"
-
-
-class Forks(Protocol):
-    """What is needed of the worker pool, which talks to the fork server."""
-
-    def fork_store(
-        self,
-        store_id: bytes,
-        variables: dict[str, str],
-        on_forked: Callable[[int], None],
-        on_exit: Callable[[str], None],
-    ) -> None: ...
-
-
-class Daemon(Protocol):
-    """What is needed of the node daemon."""
-
-    @property
-    def workers(self) -> Forks: ...
-
-
-class _Store:
-    """One arena's store over all its lives."""
-
-    def __init__(self, arena: int, uuid: str) -> None:
-        self.arena = arena
-        self.uuid = uuid  # empty for the disk
-        self.state = State.IDLE
-        self.life = 0
-        self.process_id = b""
-        self.pid = 0
-        self.reaped = True
-        self.channel: Channel | None = None
-        self.export: SlabExport | None = None
-        self.epoch = 0  # of the device, in the life that was ready last
-        self.served = False  # this life was ready
-        self.device_lost = False
-        self.down = False  # LOST or FAILED, and not ready again since
-        self.cause = ""
-        self.ready_at = 0.0
-        self.due = 0.0
-        self.short_lives = 0
-        self.failed_starts = 0
-        self.retries = 0
-        self.waiting: list[tuple[int, Any]] = []  # (job, message) until it is ready
-
-    @property
-    def name(self) -> str:
-        return f"device {self.uuid}" if self.uuid else "the disk"
-
-
 class StoreProcesses:
     """All stores of a node.
 
@@ -125,7 +65,8 @@ class StoreProcesses:
         daemon: forks processes (`daemon.workers`).
         devices: the node's; arena 1 + i is the device with index i.
         on_ready: called with (arena, capacity in bytes) when a device's slab is there.
-        on_done: called with (job, kind, text) when a job of `execute` is done; kind is empty, or as in `gpu_store.mover`.
+        on_done: called with a list of (job, kind, text) when jobs of `execute` are done; kind is empty, or as in
+            `gpu_store.mover`.
         on_lost: called with (arena, UUID, epoch, cause) when a device's life is over, or does not begin.
         link: the speed of emulated devices' links, as for `create_emulated`.
         clock: monotonic seconds.
@@ -137,7 +78,7 @@ class StoreProcesses:
         devices: Sequence[Device],
         *,
         on_ready: Callable[[int, int], None],
-        on_done: Callable[[int, str, str], None],
+        on_done: Callable[[Sequence[Completion]], None],
         on_lost: Callable[[int, str, int, str], None],
         link: str = "",
         clock: Clock = monotonic,
@@ -147,10 +88,10 @@ class StoreProcesses:
         self._on_ready_callback, self._on_done_callback, self._on_lost_callback = on_ready, on_done, on_lost
         self._link = link
         self._clock = clock
-        self._stores = {1 + device.index: _Store(1 + device.index, device.uuid) for device in devices}
-        self._stores[DISK] = _Store(DISK, "")
-        self._by_process: dict[bytes, _Store] = {}
-        self._jobs: dict[int, tuple[_Store, _Store | None]] = {}  # job -> who does it, whose slab it reads
+        self._stores = {1 + device.index: Store(1 + device.index, device.uuid) for device in devices}
+        self._stores[DISK] = Store(DISK, "")
+        self._by_process: dict[bytes, Store] = {}
+        self._jobs: dict[int, tuple[Store, Store | None]] = {}  # job -> who does it, whose slab it reads
         self._later: deque[tuple[int, str, str]] = deque()
         self._epochs = {device.uuid: 1 for device in devices}  # of CUDA devices: their driver counts no lives
         self._machine: DeviceBackend | None = None  # the emulated devices, which live in this process
@@ -160,6 +101,7 @@ class StoreProcesses:
             store_messages.StoreReady: self._on_ready,
             store_messages.StoreFailed: self._on_failed,
             store_messages.MoveDone: self._on_done,
+            store_messages.MovesDone: self._on_all_done,
             store_messages.DeviceNews: self._on_news,
         }
 
@@ -245,7 +187,7 @@ class StoreProcesses:
         message = store_messages.Move(effect.job, source, source_offset, target, target_offset, effect.size, export)
         self._give(store, effect.job, message, peer)
 
-    def _give(self, store: _Store, job: int, message: Any, peer: _Store | None = None) -> None:
+    def _give(self, store: Store, job: int, message: Any, peer: Store | None = None) -> None:
         problem = self.ensure(store.arena)
         if problem:
             self._later.append((job, "device_lost" if store.uuid else "failed", problem))
@@ -260,7 +202,7 @@ class StoreProcesses:
 
     # -- a life begins ---------------------------------------------------------------------------------------------
 
-    def _start(self, store: _Store) -> None:
+    def _start(self, store: Store) -> None:
         store.life += 1
         life = store.life
         store.state = State.STARTING
@@ -279,7 +221,7 @@ class StoreProcesses:
             lambda words: self._on_exit(store, life, words),
         )
 
-    def _on_forked(self, store: _Store, life: int, pid: int) -> None:
+    def _on_forked(self, store: Store, life: int, pid: int) -> None:
         if store.life == life:
             store.pid = pid
             if store.state is State.ENDING:
@@ -329,8 +271,15 @@ class StoreProcesses:
             # `on_lost` ends the job, and has what was to be copied made elsewhere.
             self._end(peer, message.text, device_lost=bool(self._gone(peer)))
         else:
-            self._on_done_callback(message.job, message.kind, message.text)
+            self._on_done_callback([(message.job, message.kind, message.text)])
         if peer is not None:
+            self._end_if_unused(peer)
+
+    def _on_all_done(self, channel: Channel, message: store_messages.MovesDone) -> None:
+        known = [job for job in message.jobs if job in self._jobs]
+        peers = {peer for _, peer in [self._jobs.pop(job) for job in known] if peer is not None}
+        self._on_done_callback([(job, "", "") for job in known])
+        for peer in peers:
             self._end_if_unused(peer)
 
     def _on_news(self, channel: Channel, news: store_messages.DeviceNews) -> None:
@@ -344,7 +293,7 @@ class StoreProcesses:
 
     # -- a life ends -----------------------------------------------------------------------------------------------
 
-    def _on_exit(self, store: _Store, life: int, words: str) -> None:
+    def _on_exit(self, store: Store, life: int, words: str) -> None:
         """The fork server has reaped a store's process."""
         if store.life != life:
             return
@@ -355,7 +304,7 @@ class StoreProcesses:
         self._end(store, gone or f"its store process ended: {words}", device_lost=bool(gone))
         self._end_if_unused(store)
 
-    def _end(self, store: _Store, cause: str, *, device_lost: bool = False) -> None:
+    def _end(self, store: Store, cause: str, *, device_lost: bool = False) -> None:
         """A life is over, if it was not before."""
         if store.state not in (State.STARTING, State.READY):
             return
@@ -365,12 +314,12 @@ class StoreProcesses:
         self._kill(store)
         self._end_if_unused(store)
 
-    def _kill(self, store: _Store) -> None:
+    def _kill(self, store: Store) -> None:
         if store.pid and not store.reaped:
             with suppress(ProcessLookupError):
                 os.kill(store.pid, signal.SIGKILL)
 
-    def _end_if_unused(self, store: _Store, *, patient: bool = True) -> None:
+    def _end_if_unused(self, store: Store, *, patient: bool = True) -> None:
         """Tell the end of a life and prepare the next, once nothing of it touches memory any more."""
         if store.state is not State.ENDING:
             return
@@ -395,7 +344,7 @@ class StoreProcesses:
         for peer in peers:
             self._end_if_unused(peer)
 
-    def _forget_jobs(self, store: _Store) -> list[_Store]:
+    def _forget_jobs(self, store: Store) -> list[Store]:
         """Drop the jobs of a life that is over; those of the disk fail, but for what it was never given.
 
         Returns the stores whose slabs are read no longer.
@@ -412,7 +361,7 @@ class StoreProcesses:
             store.waiting.clear()
         return peers
 
-    def _plan(self, store: _Store) -> State:
+    def _plan(self, store: Store) -> State:
         """Decide what follows a life that is over, and when."""
         now = self._clock()
         if store.device_lost:
@@ -438,7 +387,7 @@ class StoreProcesses:
     def expire(self, now: float) -> None:
         """Do what is due."""
         for _ in range(len(self._later)):
-            self._on_done_callback(*self._later.popleft())
+            self._on_done_callback([self._later.popleft()])
         for store in self._stores.values():
             if store.state is State.ENDING and now >= store.due:
                 self._end_if_unused(store, patient=False)
@@ -460,7 +409,7 @@ class StoreProcesses:
                 dues.append(store.due if self._machine is None else min(store.due, self._clock() + LOOK_S))
         return min(dues, default=None)
 
-    def _gone(self, store: _Store) -> str:
+    def _gone(self, store: Store) -> str:
         """Return why an emulated device is lost, or "": of other devices nothing is known without starting them."""
         if self._machine is not None and store.uuid:
             try:
@@ -469,7 +418,7 @@ class StoreProcesses:
                 return str(error)
         return ""
 
-    def _is_over(self, store: _Store) -> bool:
+    def _is_over(self, store: Store) -> bool:
         """Tell whether a store's slab is of a life that its emulated device has behind it."""
         return self._machine is not None and bool(store.uuid) and self._machine.epoch(store.uuid) != store.epoch
 

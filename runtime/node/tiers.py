@@ -10,6 +10,7 @@ it until it has a new life.
 
 from __future__ import annotations
 
+import re
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ import msgspec
 from afield.gpu_store import tiers
 from afield.gpu_store.backends.base import SlabExport
 from afield.gpu_store.books.residency import Residency
+from afield.gpu_store.mover import Completion
 from afield.gpu_store.pins import PinBoard
 from afield.gpu_store.rings import Rings
 from afield.gpu_store.tiers import DISK, HOST, PartCopy
@@ -37,6 +39,9 @@ if TYPE_CHECKING:
 MAX_SLOTS = 4096
 #: While a dead owner's objects are still mapped somewhere, ask again this often.
 ORPHAN_CHECK_S = 1.0
+
+#: How the books name processes: an owner or client by its id, who has pinned something by its row of the board.
+_WHO = re.compile(r"\b(owner|process) ([0-9a-f]{16}|#\d+)")
 
 _decode_seal = msgspec.msgpack.Decoder(messages.Seal).decode
 
@@ -75,6 +80,7 @@ class Tiers:
             ),
             messages.Seal: self._on_seal,
             messages.Free: self._on_free,
+            messages.Spare: lambda c, x: self.run(self.books.set_spare(c.peer_id, x.object_ids, x.spare)),
             messages.Need: self._on_need,
             messages.Mapped: lambda c, x: self.run(self.books.mapped(c.peer_id, x.request)),
             messages.Held: self._on_held,
@@ -201,7 +207,9 @@ class Tiers:
                 reason = self._with_names(effect.reason)
                 self._daemon.send(effect.client, messages.Found(effect.request_id, [], effect.kind, reason))
             elif kind is tiers.Lost:
-                self._daemon.send(effect.owner, messages.Lost(list(effect.object_ids), effect.cause, kind_of_loss))
+                self._daemon.send(
+                    effect.owner, messages.Lost(list(effect.object_ids), effect.cause, effect.kind or kind_of_loss)
+                )
             elif kind is tiers.Trim:
                 for channel in self._daemon.channels.values():
                     channel.send(messages.Trim(effect.arena))
@@ -213,14 +221,22 @@ class Tiers:
 
     def _with_names(self, reason: str) -> str:
         """Return what the books say with processes named as `afield.memory()` names them: the books know their ids only."""
-        for process_id, pid in self._daemon.pids.items():
-            name = f"{'worker' if process_id in self._daemon.workers.by_id else 'driver'} pid {pid}"
-            short = process_id.hex()[:16]
-            reason = reason.replace(f"owner {short}", f"values of {name}").replace(f"process {short}", name)
-        return reason
+        pids, workers = self._daemon.pids, self._daemon.workers.by_id
+        names = {
+            process_id: f"{'worker' if process_id in workers else 'driver'} pid {pid}"
+            for process_id, pid in pids.items()
+        }
+        by_word = {process_id.hex()[:16]: name for process_id, name in names.items()}
+        by_word |= {f"#{index}": names[each] for index, each in self._processes.items() if each in names}
 
-    def _on_done(self, job: int, kind: str, text: str) -> None:
-        self.run(self.books.finished(job, f"{kind}: {text}" if kind else ""))
+        def named(match: re.Match[str]) -> str:
+            name = by_word.get(match[2])
+            return match[0] if name is None else f"values of {name}" if match[1] == "owner" else name
+
+        return _WHO.sub(named, reason)
+
+    def _on_done(self, done: Sequence[Completion]) -> None:
+        self.run(self.books.finished_all([(job, f"{kind}: {text}" if kind else "") for job, kind, text in done]))
 
     # -- devices ---------------------------------------------------------------------------------------------------
 

@@ -27,7 +27,7 @@ from afield.errors import (
     RuntimeDiedError,
 )
 from afield.machines import Core, account
-from afield.runtime.cores.objects import FreeStored, LifeEnded, Recompute, Send, Settled
+from afield.runtime.cores.objects import FreeStored, LifeEnded, Recompute, Send, Settled, Spare
 from afield.runtime.cores.ownership import OwnershipTable
 from afield.runtime.process import events
 from afield.runtime.process.call_sites import RecordingTable
@@ -247,6 +247,8 @@ class Process:
                         channel.send(effect.message)
                 elif kind is FreeStored:
                     self._frees.add(effect.object_id, soon=effect.soon)
+                elif kind is Spare:
+                    self.daemon.send(messages.Spare([effect.object_id], effect.spare))
                 elif kind is Settled:
                     for tell in self._subscribers.of(events.OBLIGATION_MET):
                         tell(effect.token)

@@ -56,6 +56,7 @@ class Requests:
         self._slots: dict[int, list[Any]] = {}  # number -> [who waits, the answer]
         self._number = 0
         self._answers: dict[str, Callable[[Any], Any]] = {}
+        self._takes_long: dict[str, Callable[[], bool]] = {}
 
     # -- ours ----------------------------------------------------------------------------------------------------
 
@@ -132,8 +133,10 @@ class Requests:
 
     # -- the daemon's --------------------------------------------------------------------------------------------
 
-    def answer(self, what: str, how: Callable[[Any], Any]) -> None:
+    def answer(self, what: str, how: Callable[[Any], Any], takes_long: Callable[[], bool] = lambda: False) -> None:
         """Have questions called `what` answered by `how(argument)`, which is called under the lock.
+
+        Where it `takes_long`, the daemon is told beforehand that the answer is being made.
 
         Raises:
             InternalError: they are answered already.
@@ -144,6 +147,7 @@ class Requests:
                 f"the question {what!r} is answered by {first} already; {second} cannot be a second one"
             )
         self._answers[what] = how
+        self._takes_long[what] = takes_long
 
     def on_query(self, channel: Channel, message: messages.Query) -> None:
         """The daemon asks."""
@@ -151,4 +155,7 @@ class Requests:
         if how is None:
             channel.send(messages.Answer(message.request, None, f"this process does not know {message.what!r}"))
         else:
+            if self._takes_long[message.what]():
+                channel.send(messages.Answer(message.request, None, messages.WORKING))
+                channel.flush()
             channel.send(messages.Answer(message.request, how(message.argument)))

@@ -37,7 +37,8 @@ import numpy as np
 from afield.causes import NOTHING_CARRIED, Cause, carried, load_unopened
 from afield.code_names import reduce_code, remember_source
 from afield.errors import CapacityError, DeserializationError, LossError, SerializationError
-from afield.gpu_store.interop import DevicePacker, adapter_of
+from afield.gpu_store.interop import DevicePacker, HostTensors, adapter_of
+from afield.gpu_store.private_views import aligned_empty
 from afield.runtime.process import current
 from afield.tracebacks import trim
 from afield.transport.interrupts import interruptible
@@ -218,6 +219,7 @@ class _Pickler(cloudpickle.CloudPickler):  # type: ignore[misc]
     """Cloudpickle's pickler, with device arrays left to a packer, and code that keeps the name of its file."""
 
     packer: DevicePacker | None
+    tensors: HostTensors | None = None
 
     def reducer_override(self, obj: Any) -> Any:
         kind = type(obj)
@@ -236,6 +238,12 @@ class _Pickler(cloudpickle.CloudPickler):  # type: ignore[misc]
                     return reduced
             elif adapter.kind in _COPIED:
                 return array_here, (obj.get(),)
+            if adapter.kind == "torch":
+                if self.tensors is None:
+                    self.tensors = HostTensors()
+                reduced = self.tensors.reduce(obj)
+                if reduced is not None:
+                    return reduced
         return super().reducer_override(obj)
 
 
@@ -365,7 +373,7 @@ def deserialize(
     try:
         if data[0] != PACKED:
             return load(data)
-        view = memoryview(data)
+        view = memoryview(data) if type(data) is not bytes else _aligned_copy(data)
         _, count, length = _HEADER.unpack_from(view, 0)
         start = _HEADER.size + _PLACE.size * count
         buffers = []
@@ -388,6 +396,13 @@ def deserialize(
         ) from error
     finally:
         collector.on_ref = outer
+
+
+def _aligned_copy(data: bytes) -> memoryview:
+    """Return an inline value where its buffers, which are aligned within it, are aligned in memory too."""
+    room = aligned_empty(len(data))
+    room.data[:] = data
+    return room.data.toreadonly()
 
 
 def unpicklable(value: Any, what: str, error: BaseException) -> SerializationError:

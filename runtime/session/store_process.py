@@ -126,8 +126,12 @@ class StoreProcess:
         completions = self._done.take()
         if any(kind == "device_lost" for _, kind, _ in completions):
             self._poll_health()  # whether it was a reset is told first
+        well = [job for job, kind, _ in completions if not kind]
+        if well:
+            self._daemon.send(store_messages.MovesDone(well))
         for completion in completions:
-            self._daemon.send(store_messages.MoveDone(*completion))
+            if completion[1]:
+                self._daemon.send(store_messages.MoveDone(*completion))
 
     def _on_closed(self, channel: Channel) -> None:
         self._ended = True

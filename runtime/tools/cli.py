@@ -193,9 +193,9 @@ def _memory(options: argparse.Namespace) -> int:
         answer = client.ask("memory")
     entries = assemble(answer)
     entries.sort(key=_ORDERS[options.sort])
-    if answer["silent"]:
-        silent = len(answer["silent"])
-        print(f"afield: {silent} busy process(es) did not answer in time; what they hold is missing", file=sys.stderr)
+    if entries.silent:
+        silent = ", ".join(entries.silent)
+        print(f"afield: busy, and did not answer in time: {silent}; what they hold is missing", file=sys.stderr)
     shown = entries if options.limit is None else entries[: options.limit]
     if options.json:
         print(json.dumps([asdict(entry) for entry in shown], indent=2))
@@ -214,7 +214,8 @@ def _memory(options: argparse.Namespace) -> int:
     _table(("object", "size", "tier", "owner", "why it is alive", "created at"), rows, right=(1,))
     total = sum(entry.size for entry in entries)
     left_out = f", {len(entries) - len(shown)} of them not shown" if len(shown) < len(entries) else ""
-    print(f"{len(entries)} objects, {format_bytes(total)}{left_out}")
+    more = f"; and {entries.left_out} smaller ones, which are not listed" if entries.left_out else ""
+    print(f"{len(entries)} objects, {format_bytes(total)}{left_out}{more}")
     return 0
 
 

@@ -6,16 +6,17 @@ tasks, the values that contain refs, and the refs that were pinned for ever. Wha
 ref on its way). A borrower's table tells why it borrows. The daemon adds what lies in the store: an object there that no table
 explains is an orphan.
 
-A process describes at most `MAX_ROWS` objects, the largest first come first: a question must not stop a process for long.
+A process describes at most `MAX_ROWS` objects, the largest, and counts all: a question must not stop it for long, and its
+answer has to fit into a message. What is put together says how many objects there are, listed or not (`MemoryListing.total`).
 """
 
 from __future__ import annotations
 
 import heapq
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
@@ -26,10 +27,15 @@ from afield.runtime.wire.messages import Location
 if TYPE_CHECKING:
     from afield.runtime.calls.participant import Participant
 
+_T = TypeVar("_T")
+
 MAX_ROWS = 100_000
+#: To describe so many objects takes about a second.
+MANY = 50_000
 #: Names that one row lists of its containers or tasks.
 MAX_NAMES = 3
 _LINEAGE = "held by lineage of"
+_LONG_TABLE = "its owner has more objects than it lists"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +54,23 @@ class MemoryEntry:
     call_site: str | None
 
 
+class MemoryListing(list[MemoryEntry]):
+    """The largest objects, and what is to be known of the others.
+
+    Attributes:
+        total: how many objects there are, listed or not.
+        silent: processes that did not answer in time; what they hold is missing.
+    """
+
+    total: int = 0
+    silent: tuple[str, ...] = ()
+
+    @property
+    def left_out(self) -> int:
+        """How many objects are not listed."""
+        return self.total - len(self)
+
+
 class Row(msgspec.Struct, array_like=True):
     """One object as one process sees it. `owner` is empty if that is the process itself; `size` is 0 if not known."""
 
@@ -61,15 +84,26 @@ class Row(msgspec.Struct, array_like=True):
     call_site: str
 
 
+class Described(msgspec.Struct, array_like=True):
+    """A process's answer: how many objects it owns, and its largest rows, which are all unless it is `cut`."""
+
+    owned: int
+    cut: bool
+    rows: list[Row]
+
+
 # -- one process --------------------------------------------------------------------------------------------------
 
 
 def answer_questions(participant: Participant) -> None:
     """Have this process describe its objects whenever the daemon asks."""
-    participant.process.requests.answer("memory", lambda _: describe(participant))
+    entries = participant.process.table.entries
+    participant.process.requests.answer(
+        "memory", lambda _: describe(participant), takes_long=lambda: len(entries) > MANY
+    )
 
 
-def describe(participant: Participant) -> list[Row]:
+def describe(participant: Participant) -> Described:
     """Describe the objects in this process's table; the caller holds the lock."""
     process = participant.process
     entries = process.table.entries
@@ -77,8 +111,20 @@ def describe(participant: Participant) -> list[Row]:
     views = Counter(participant.values.parts.viewed())
     for object_id, reasons in _lineage(participant).items():
         pins[object_id].update(reasons)
-    rows = (_row(object_id, entry, pins.get(object_id), views) for object_id, entry in entries.items())
-    return heapq.nlargest(MAX_ROWS, rows, key=lambda row: row.size) if len(entries) > MAX_ROWS else list(rows)
+    shown = largest(entries.items(), MAX_ROWS, lambda item: _size_of(item[1]))
+    rows = [_row(object_id, entry, pins.get(object_id), views) for object_id, entry in shown]
+    owned = sum(1 for entry in entries.values() if not entry.owner)
+    return Described(owned, len(rows) < len(entries), rows)
+
+
+def largest(items: Iterable[_T], most: int, size_of: Callable[[_T], int]) -> list[_T]:
+    """Return all items if there are at most so many, else the largest; among equals the first."""
+    items = list(items)
+    return items if len(items) <= most else heapq.nlargest(most, items, key=size_of)
+
+
+def _size_of(entry: Entry) -> int:
+    return entry.value.size if isinstance(entry.value, Location) else len(entry.value or b"")
 
 
 def _reasons_for_pins(
@@ -124,9 +170,8 @@ def _row(object_id: bytes, entry: Entry, pins: Counter[str] | None, views: Count
         explained = sum(count for reason, count in pins.items() if not reason.startswith(_LINEAGE))
     if entry.pins > explained:
         why.append(f"pinned x{entry.pins - explained}")
-    size = entry.value.size if isinstance(entry.value, Location) else len(entry.value or b"")
     borrowers = list(entry.borrowers or ())
-    return Row(object_id, entry.owner, entry.state, size, entry.life, why, borrowers, entry.created_at)
+    return Row(object_id, entry.owner, entry.state, _size_of(entry), entry.life, why, borrowers, entry.created_at)
 
 
 def _named(task: Any) -> bool:
@@ -136,21 +181,22 @@ def _named(task: Any) -> bool:
 # -- all together -------------------------------------------------------------------------------------------------
 
 
-def assemble(answer: dict[str, Any]) -> list[MemoryEntry]:
+def assemble(answer: dict[str, Any]) -> MemoryListing:
     """Make one list, the largest first, of what the daemon collected (`node.census`)."""
     names = {process_id: f"{kind} pid {pid}" for process_id, pid, kind, _ in answer["processes"]}
-    tables = {process_id: msgspec.convert(rows, list[Row]) for process_id, rows in answer["tables"]}
+    tables = {process_id: msgspec.convert(table, Described) for process_id, table in answer["tables"]}
+    cut = {process_id for process_id, table in tables.items() if table.cut}
     stored = {object_id: (owner, sizes) for object_id, owner, sizes in answer["store"]}
     silent = set(answer["silent"])
     owned: dict[bytes, tuple[bytes, Row]] = {}
     borrowed: dict[bytes, list[tuple[bytes, Row]]] = defaultdict(list)
-    for process_id, rows in tables.items():
-        for seen in rows:
+    for process_id, table in tables.items():
+        for seen in table.rows:
             if seen.owner:
                 borrowed[seen.object_id].append((process_id, seen))
             else:
                 owned[seen.object_id] = process_id, seen
-    entries = []
+    entries = MemoryListing()
     for object_id in {**owned, **borrowed, **stored}:
         owner_id = b""
         row: Row | None = None
@@ -160,12 +206,17 @@ def assemble(answer: dict[str, Any]) -> list[MemoryEntry]:
         why += _borrowers(row, borrowed.get(object_id, ()), names)
         if row is None:
             owner_id = stored[object_id][0] if object_id in stored else borrowed[object_id][0][1].owner
-            why.append(_without_owner(owner_id, silent, object_id in stored and object_id not in borrowed))
+            orphan = object_id in stored and object_id not in borrowed
+            why.append(_LONG_TABLE if owner_id in cut else _without_owner(owner_id, silent, orphan))
         tier, size = _place(object_id, row, borrowed.get(object_id, ()), stored)
         site = row.call_site if row is not None else ""
         owner = names.get(owner_id, f"process {owner_id.hex()} (gone)")
         entries.append(MemoryEntry(object_id.hex(), size, tier, owner, tuple(why), site or None))
     entries.sort(key=lambda entry: (-entry.size, entry.object_id))
+    unowned = sum(count for owner_id, count in answer["stored"] if owner_id not in tables)
+    entries.total = max(len(entries), sum(table.owned for table in tables.values()) + unowned)
+    del entries[MAX_ROWS:]
+    entries.silent = tuple(names.get(process_id, f"process {process_id.hex()}") for process_id in sorted(silent))
     return entries
 
 

@@ -341,16 +341,16 @@ def _let_go(view_pin: ViewPin) -> None:
 
 
 class _StandIn(MetaPathFinder, Loader):
-    """Makes the emulated array module when somebody imports `cupy`, and not before: it starts the devices."""
+    """Makes the emulated array module when somebody imports `cupy` or `cupyx`, and not before: it starts the devices."""
 
     def __init__(self, make: Callable[[], Any]) -> None:
         self._make = make
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
-        return ModuleSpec(fullname, self, is_package=True) if fullname == "cupy" else None
+        return ModuleSpec(fullname, self, is_package=True) if fullname in ("cupy", "cupyx") else None
 
     def create_module(self, spec: ModuleSpec) -> Any:
-        return self._make()
+        return self._make()._modules[spec.name]
 
     def exec_module(self, module: Any) -> None:
         """It is complete."""

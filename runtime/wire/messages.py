@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from afield.runtime.wire.session_messages import WORKING as WORKING
 from afield.runtime.wire.session_messages import Answer as Answer
 from afield.runtime.wire.session_messages import Log as Log
 from afield.runtime.wire.session_messages import Printed as Printed
@@ -27,6 +28,7 @@ from afield.runtime.wire.tier_messages import Mapped as Mapped
 from afield.runtime.wire.tier_messages import Need as Need
 from afield.runtime.wire.tier_messages import Part as Part
 from afield.runtime.wire.tier_messages import Seal as Seal
+from afield.runtime.wire.tier_messages import Spare as Spare
 from afield.runtime.wire.tier_messages import StoreGrant as StoreGrant
 from afield.runtime.wire.tier_messages import StoreLease as StoreLease
 from afield.runtime.wire.tier_messages import TierMessage
@@ -319,7 +321,10 @@ class Retire(msgspec.Struct, array_like=True, tag=29):
 
 
 class Lost(msgspec.Struct, array_like=True, tag=36):
-    """Daemon to owner: these stored values are gone. `cause` in words; `kind` is "device" if they went with a device."""
+    """Daemon to owner: these stored values are gone. `cause` in words;
+
+    `kind` is "device" if they went with a device, "spare" if they were let go since only lineage needed them.
+    """
 
     object_ids: list[bytes]
     cause: str

@@ -23,6 +23,10 @@ class Answer(msgspec.Struct, array_like=True, tag=51):
     error: str = ""
 
 
+#: The `error` of an answer that is still being made: the process is at it, and is to be waited for.
+WORKING = "working"
+
+
 class Log(msgspec.Struct, array_like=True, tag=52):
     """Lines that a worker wrote to `stream` ("out" or "err"); `size` comes back in a `Printed`."""
 

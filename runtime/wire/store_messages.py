@@ -1,7 +1,7 @@
 """The messages between the node daemon and its store processes; tags 60 to 69 of `messages`.
 
-A job is a number that the daemon chose; each job has one `MoveDone`. Arenas: 0 is the host store, 1 + i is device i of the
-node, -1 is the disk. All offsets and sizes are in bytes.
+A job is a number that the daemon chose; each job has one `MoveDone`, or is in one `MovesDone`. Arenas: 0 is the host store,
+1 + i is device i of the node, -1 is the disk. All offsets and sizes are in bytes.
 """
 
 from __future__ import annotations
@@ -73,6 +73,12 @@ class MoveDone(msgspec.Struct, array_like=True, tag=66):
     text: str = ""
 
 
+class MovesDone(msgspec.Struct, array_like=True, tag=68):
+    """These jobs are done, and all went well."""
+
+    jobs: list[int]
+
+
 class DeviceNews(msgspec.Struct, array_like=True, tag=67):
     """Something happened to the store's device; `fatal`: the life with this epoch is over."""
 
@@ -84,4 +90,4 @@ class DeviceNews(msgspec.Struct, array_like=True, tag=67):
     text: str
 
 
-StoreMessage = StoreReady | StoreFailed | Move | WriteFile | ReadFile | DeleteFile | MoveDone | DeviceNews
+StoreMessage = StoreReady | StoreFailed | Move | WriteFile | ReadFile | DeleteFile | MoveDone | MovesDone | DeviceNews

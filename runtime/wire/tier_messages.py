@@ -1,6 +1,6 @@
 """The messages about stored values: where they are, and what processes and their node daemon say about room for them.
 
-Part of `messages`, whose tags these share: 30 to 35 and 55 to 58. All offsets and sizes are in bytes.
+Part of `messages`, whose tags these share: 30 to 35, 49 and 55 to 59. All offsets and sizes are in bytes.
 """
 
 from __future__ import annotations
@@ -96,6 +96,13 @@ class Free(msgspec.Struct, array_like=True, tag=34):
     sealer: bytes = b""
 
 
+class Spare(msgspec.Struct, array_like=True, tag=49):
+    """The owner says that nothing but lineage needs these objects: they go first when memory is short. Or that more does."""
+
+    object_ids: list[bytes]
+    spare: bool
+
+
 class Held(msgspec.Struct, array_like=True, tag=35):
     """Question from the daemon (owner died): which of these are mapped by live values? The answer has the same form."""
 
@@ -143,4 +150,4 @@ class Collect(msgspec.Struct, array_like=True, tag=59):
     arena: int
 
 
-TierMessage = StoreLease | StoreGrant | GiveBack | Seal | Free | Held | Need | Found | Mapped | Trim | Collect
+TierMessage = StoreLease | StoreGrant | GiveBack | Seal | Free | Spare | Held | Need | Found | Mapped | Trim | Collect

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from afield.runtime.cores.lineage import Loss, Record
+from afield.runtime.cores.lineage_records import Loss, Record
 from afield.runtime.cores.objects import (
     FAILED,
     FREED,
@@ -31,6 +31,7 @@ from afield.runtime.cores.objects import (
     Recompute,
     Send,
     Settled,
+    Spare,
 )
 from afield.runtime.wire import messages
 from tests.sim.values import (
@@ -162,6 +163,8 @@ class Participant:
                     self.world.send(self.name, effect.to, effect.message)
                 elif isinstance(effect, FreeStored):
                     self._free(effect.object_id)
+                elif isinstance(effect, Spare):
+                    self.world.set_spare(effect.object_id, effect.spare)
                 elif isinstance(effect, Recompute):
                     self._recompute(effect.record)
                 elif isinstance(effect, Settled):

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from afield.errors import InternalError
-from afield.runtime.cores.lineage import RECORD_BYTES, Lineage
+from afield.runtime.cores.lineage import Lineage
+from afield.runtime.cores.lineage_records import RECORD_BYTES
 from afield.runtime.cores.objects import FAILED, INLINE, LOCATED
 from afield.runtime.cores.ownership import OwnershipTable
 from afield.runtime.wire import messages

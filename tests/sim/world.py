@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from afield.gpu_store.tiers import SPARE
 from afield.runtime.cores.lineage import Lineage
 from afield.runtime.cores.objects import FAILED, LOCATED
 from afield.runtime.cores.ownership import OwnershipTable
@@ -79,6 +80,7 @@ class World:
         self.processes: dict[bytes, Participant] = {}
         self.dead: list[bytes] = []
         self.store: dict[bytes, list[Stored]] = {}  # each time that the object was stored
+        self.spares: set[bytes] = set()  # whose owners have said that only lineage needs them
         self.early_frees: set[bytes] = set()  # freed while not there: the store undoes what is stored next
         self.contents: dict[bytes, list[bytes]] = {}  # finished object -> what is inside
         self.failed: set[bytes] = set()  # objects that are the error of a task
@@ -144,7 +146,12 @@ class World:
             stored.lost = True
         if self.log is not None:
             self.note(NODE, f"loses {show_id(object_id)}")
-        self.send(NODE, owner_of(object_id), messages.Lost([object_id], "lost"))
+        kind = SPARE if object_id in self.spares else ""
+        self.send(NODE, owner_of(object_id), messages.Lost([object_id], "lost", kind))
+
+    def set_spare(self, object_id: bytes, spare: bool) -> None:
+        """Execute `Spare`: what the store loses of these it has let go on purpose."""
+        (self.spares.add if spare else self.spares.discard)(object_id)
 
     def free(self, object_id: bytes) -> None:
         """Execute `FreeStored`."""
