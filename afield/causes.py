@@ -72,6 +72,12 @@ def members_of(error: BaseException) -> tuple[BaseException, ...]:
     return members
 
 
+def group_of(error: BaseException) -> tuple[Any, ...]:
+    """Return what a group is made of, its text and the errors in it; of any other error nothing."""
+    members = members_of(error)
+    return (vars(BaseExceptionGroup)["message"].__get__(error), members) if members else ()
+
+
 def notes_of(error: BaseException) -> list[str]:
     """Return the notes of an error."""
     notes = state_of(error).get(_NOTES)

@@ -12,6 +12,8 @@ raised                             when
                                    `except ValueError` works; `.cause` is the original, `.remote_traceback` its traceback. A
                                    task whose argument failed fails with the argument's error.
 `TaskCancelledError`               `get` of a task that `cancel` ended.
+`TaskInterruptedError`             a task raised KeyboardInterrupt by itself, or its process got SIGINT; a `TaskError` and a
+                                   `TaskCancelledError`.
 **The call was wrong** (`UsageError`)
 `InvalidOptionError`               an option of `init`, `remote` or `.options` is unknown or not valid; also a ValueError and a
                                    TypeError.

@@ -257,7 +257,7 @@ class NodeDaemon:
     def _on_create_actor(self, channel: Channel, spec: messages.CreateActor) -> None:
         reason = self._misplaced(spec.placement) if spec.placement is not None else ""
         if reason:
-            error = pickle.dumps(ActorUnschedulableError(f"{spec.class_name}: {reason}"), 5)
+            error = pickle.dumps(ActorUnschedulableError(f"{spec.class_name}: {reason}", actor_id=spec.actor_id), 5)
             self.actors.on_gone(channel, messages.ActorGone(spec.actor_id, error))
             channel.send(messages.ActorState(spec.actor_id, "dead", b"", error))
         else:

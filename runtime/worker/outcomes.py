@@ -13,7 +13,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from afield.causes import is_a, name_of
-from afield.errors import ActorConstructionError, AfieldError, CapacityError, MessageTooLargeError, TaskError
+from afield.errors import (
+    ActorConstructionError,
+    AfieldError,
+    CapacityError,
+    MessageTooLargeError,
+    TaskError,
+    of_actor,
+    pass_on,
+)
 from afield.ids import ARGUMENTS_INDEX, object_id
 from afield.runtime.calls.participant import Participant
 from afield.runtime.cores.objects import FAILED, INLINE, LOCATED, Obligation
@@ -279,6 +287,8 @@ class Outcomes:
         if is_a(error, PartsLostError) and not in_user_code:
             return messages.Reply(sequence, messages.ARGUMENT_LOST, b"")
         of_user = in_user_code or not is_a(error, AfieldError)
+        if is_a(error, TaskError) and not in_user_code:  # of an argument that is so large that it came here to be read
+            pass_on(error, callee.name)  # type: ignore[arg-type]
         again = of_user and callee.retry_on is not False and _is_to_be_retried(error, callee.retry_on)
         serialized = _encoded(TaskError, callee.name, error) if of_user else serialize(error, "the error", stored=False)
         if serialized.size > MAX_REPLY_BYTES:
@@ -315,13 +325,13 @@ class Outcomes:
         only = results[0]
         return messages.Reply(sequence, only.kind, only.data, only.location, only.contained)
 
-    def constructor_failure(self, class_name: str, error: BaseException) -> bytes:
+    def constructor_failure(self, spec: messages.CreateActor, error: BaseException) -> bytes:
         """Serialise what an actor's constructor raised; what is too large for the daemon to keep is described."""
-        name = f"{class_name}.__init__"
-        data = _encoded(ActorConstructionError, name, error).pack()
+        name = f"{spec.class_name}.__init__"
+        data = _encoded(ActorConstructionError, name, error, spec.actor_id).pack()
         if len(data) > MAX_REPLY_BYTES:
             too_large = MessageTooLargeError(f"it has {len(data)} bytes")
-            described = _described(ActorConstructionError, name, error, too_large)
+            described = of_actor(_described(ActorConstructionError, name, error, too_large), spec.actor_id)
             data = serialize(described, "the error", stored=False).pack()
         return data
 
@@ -334,12 +344,12 @@ def _described(kind: type[TaskError], name: str, error: BaseException, why: Base
     return kind(name, None, summary, describe(error))
 
 
-def _encoded(kind: type[TaskError], name: str, error: BaseException) -> Serialized:
+def _encoded(kind: type[TaskError], name: str, error: BaseException, actor_id: bytes = b"") -> Serialized:
     """Pickle what the user's code raised, wrapped. Code of the user's runs here, and nothing that it raises leaves."""
     try:
-        return serialize(kind.from_exception(name, error), "the error", stored=False)
+        return serialize(of_actor(kind.from_exception(name, error), actor_id), "the error", stored=False)
     except BaseException:
-        return serialize(kind.described(name, error), "the error", stored=False)
+        return serialize(of_actor(kind.described(name, error), actor_id), "the error", stored=False)
 
 
 def _is_to_be_retried(error: BaseException, retry_on: bool | bytes) -> bool:
