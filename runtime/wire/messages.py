@@ -83,6 +83,7 @@ class Define(msgspec.Struct, array_like=True, tag=1):
     group: str  # the actor's concurrency group to run in; empty for the default
     once: bool  # never to be run again: the owner must know exactly whether it has started
     retry_on: bool | bytes = False  # which errors of the user's are to be retried: all, or serialised types
+    method: str = ""  # of an actor, which is looked up there; `name` is what the call is called
 
 
 class Push(msgspec.Struct, array_like=True, tag=2, gc=False):

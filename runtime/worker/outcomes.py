@@ -54,7 +54,18 @@ AGAIN = b"again"
 class LoadedCallee:
     """A function as its owner defined it; unpickled on first use."""
 
-    __slots__ = ("backpressure", "blob", "function", "group", "name", "num_returns", "once", "plain", "retry_on")
+    __slots__ = (
+        "backpressure",
+        "blob",
+        "function",
+        "group",
+        "method",
+        "name",
+        "num_returns",
+        "once",
+        "plain",
+        "retry_on",
+    )
 
     def __init__(self, message: messages.Define) -> None:
         self.name = message.name
@@ -64,6 +75,7 @@ class LoadedCallee:
         self.group = message.group
         self.once = message.once
         self.retry_on = message.retry_on
+        self.method = message.method
         #: As nearly all are: one result, and it may run again.
         self.plain = message.num_returns == 1 and not message.once
         #: The function, once it was rebuilt; an actor's methods are looked up each time.
