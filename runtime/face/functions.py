@@ -100,7 +100,8 @@ class RemoteFunction(Generic[P, R]):
             retry_on=retry_on(self._options),
             once=not self._retries,
         )
-        lane = participant.submitter.lane(self._shape, placement_of(self._options, inherited_environment()))
+        placement = placement_of(self._options, inherited_environment())
+        lane = participant.submitter.lane(self._shape, placement, self._options.get("max_calls") or 0)
         self._bound = participant.key, pushed, lane
         return self._bound
 

@@ -84,6 +84,7 @@ _COMMON: dict[str, Check] = {
 TASK_OPTIONS: dict[str, Check] = _COMMON | {
     "num_returns": _num_returns,
     "max_retries": _whole(-1),
+    "max_calls": _whole(0),
     "retry_exceptions": _retry_exceptions,
     "_generator_backpressure_num_objects": _backpressure,
 }

@@ -291,7 +291,7 @@ class NodeDaemon:
 
     def _on_return_lease(self, channel: Channel, message: messages.ReturnLease) -> None:
         self.leases.release(message.lease_id)
-        self.workers.on_lease_returned(message.lease_id)
+        self.workers.on_lease_returned(message.lease_id, message.wears_out)
 
     def _on_blocked(self, channel: Channel, message: messages.Blocked) -> None:
         worker = self.workers.by_id.get(channel.peer_id)

@@ -260,9 +260,10 @@ class Infeasible(msgspec.Struct, array_like=True, tag=23):
 
 
 class ReturnLease(msgspec.Struct, array_like=True, tag=24):
-    """The owner is done with the lease."""
+    """The owner is done with the lease. `wears_out`: and its worker is to serve nobody else, as `max_calls` says."""
 
     lease_id: int
+    wears_out: bool = False
 
 
 class Reclaim(msgspec.Struct, array_like=True, tag=25):
@@ -316,7 +317,12 @@ class Unreachable(msgspec.Struct, array_like=True, tag=38):
 
 
 class Retire(msgspec.Struct, array_like=True, tag=29):
-    """Daemon to an idle worker: end, unless somebody depends on you. The worker sends it back if somebody does."""
+    """Daemon to an idle worker: end, unless somebody depends on you. The worker sends it back if somebody does.
+
+    `later`: if somebody does, end as soon as nobody does any more.
+    """
+
+    later: bool = False
 
 
 class Lost(msgspec.Struct, array_like=True, tag=36):
