@@ -275,3 +275,44 @@ def test_what_a_constructor_did_not_catch_ends_the_actor(shared_runtime: None) -
     with pytest.raises(RayActorError, match=r"passed on by .*Reads\.__init__") as caught:
         get(Reads.remote([first.remote()]).ping.remote())
     assert isinstance(caught.value, ZeroDivisionError)
+
+
+# ---- errors of ours that come of what a task does --------------------------------------------------------------------
+
+
+class Unreadable:
+    """Cannot be rebuilt anywhere."""
+
+    def __reduce__(self) -> Any:
+        return int, ("no number",)
+
+
+def test_what_a_task_cannot_return_or_read_is_an_error_of_the_task(no_runtime: None) -> None:
+    ray.init(num_cpus=1, host_memory=64 << 20)
+
+    @ray.remote
+    class Returns:
+        def too_much(self) -> Any:
+            return np.zeros(100 << 20, np.uint8)
+
+        def unpicklable(self) -> Any:
+            return (i for i in ())
+
+        def items(self) -> Any:
+            yield 1
+            yield (i for i in ())
+
+        def take(self, value: Any) -> None: ...
+
+    actor = Returns.remote()
+    items = actor.items.remote()
+    assert get(next(items)) == 1
+    for ref, kind, text in (
+        (actor.too_much.remote(), ray.ObjectStoreFullError, r"^too_much\(\) raised ObjectStoreFullError"),
+        (actor.unpicklable.remote(), ray.SerializationError, r"^unpicklable\(\) raised SerializationError"),
+        (next(items), ray.SerializationError, r"^items\(\) raised SerializationError"),
+        (actor.take.remote(ray.put(Unreadable())), ray.DeserializationError, r"^take\(\) raised DeserializationError"),
+    ):
+        with pytest.raises(RayTaskError, match=text) as caught:
+            get(ref)
+        assert isinstance(caught.value, kind)

@@ -17,8 +17,10 @@ from afield.errors import (
     ActorConstructionError,
     AfieldError,
     CapacityError,
+    DeserializationError,
     MessageTooLargeError,
     TaskError,
+    UsageError,
     of_actor,
     pass_on,
 )
@@ -47,6 +49,8 @@ from afield.transport.interrupts import interruptible, uninterruptible
 MAX_REPLY_BYTES = 1 << 20
 #: A result beyond that which is no larger is not stored: its location takes as much.
 SMALL_BYTES = 256
+#: Errors of the runtime's own that come of what a task does: of arguments or results that cannot be pickled, or find no room.
+_OF_THE_TASK = (UsageError, CapacityError, DeserializationError)
 #: In the data of a stored error: it is to be retried.
 AGAIN = b"again"
 
@@ -292,7 +296,7 @@ class Outcomes:
         in_user_code: bool,
         receiver: bytes,
     ) -> Any:
-        """Make the reply of a task that raised; an error of the runtime's own goes on as it is.
+        """Make the reply of a task that raised; an error of the runtime's own that says nothing of the task goes on as it is.
 
         A large error is stored like a result: reading it raises it. Where that cannot be it is described instead.
         """
@@ -302,12 +306,13 @@ class Outcomes:
         if is_a(error, TaskError) and not in_user_code:  # of an argument that is so large that it came here to be read
             pass_on(error, callee.name)  # type: ignore[arg-type]
         again = of_user and callee.retry_on is not False and _is_to_be_retried(error, callee.retry_on)
-        serialized = _encoded(TaskError, callee.name, error) if of_user else serialize(error, "the error", stored=False)
+        wraps = of_user or is_a(error, _OF_THE_TASK)
+        serialized = _encoded(TaskError, callee.name, error) if wraps else serialize(error, "the error", stored=False)
         if serialized.size > MAX_REPLY_BYTES:
             why: BaseException = MessageTooLargeError(f"it has {serialized.size} bytes")
             if callee.num_returns != messages.STREAMING:
                 try:
-                    wrapped = TaskError.from_exception(callee.name, error) if of_user else error
+                    wrapped = TaskError.from_exception(callee.name, error) if wraps else error
                     return self._store_failure(sequence, task_id, callee, wrapped, receiver, again)
                 except BaseException as failure:  # code of the user's has run
                     why = failure
