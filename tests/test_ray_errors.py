@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -316,3 +318,68 @@ def test_what_a_task_cannot_return_or_read_is_an_error_of_the_task(no_runtime: N
         with pytest.raises(RayTaskError, match=text) as caught:
             get(ref)
         assert isinstance(caught.value, kind)
+
+
+class Code(Exception):  # noqa: N818 - as a user may call it
+    """Its constructor takes something else than it passes on."""
+
+    def __init__(self, *, code: int) -> None:
+        super().__init__(f"code {code}")
+        self.code = code
+
+
+class Holds(Exception):  # noqa: N818 - as a user may call it
+    """Cannot be pickled, and travels without what it holds."""
+
+    def __init__(self) -> None:
+        super().__init__("holds")
+        self.held = threading.Lock()
+
+
+class Never(Exception):  # noqa: N818 - as a user may call it
+    """Cannot travel at all."""
+
+    def __init__(self, held: Any) -> None:
+        super().__init__(held)
+
+
+def test_a_group_comes_with_members_that_pickle_cannot_rebuild(shared_runtime: None) -> None:
+    @ray.remote
+    def several() -> None:
+        inner = Several("inner", [Holds(), ValueError("v")])
+        inner.number = 5  # type: ignore[attr-defined]
+        raise ExceptionGroup("outer", [Code(code=3), inner])
+
+    with pytest.raises(ExceptionGroup) as caught:
+        get(several.remote())
+    code, inner = caught.value.exceptions
+    assert isinstance(code, Code) and code.code == 3
+    assert isinstance(inner, Several) and inner.number == 5  # type: ignore[attr-defined]
+    assert isinstance(inner.exceptions[0], Holds) and str(inner.exceptions[1]) == "v"
+    assert "several" in "".join(traceback.format_exception(caught.value))
+
+
+def test_a_member_that_cannot_travel_is_described(shared_runtime: None) -> None:
+    @ray.remote
+    def several() -> None:
+        raise ExceptionGroup("outer", [Never(threading.Lock()), ValueError("v")])
+
+    with pytest.raises(ExceptionGroup) as caught:
+        get(several.remote())
+    lost, other = caught.value.exceptions
+    assert (
+        type(lost) is Exception and str(lost).startswith("Never: ") and str(lost).endswith("(it could not be pickled)")
+    )
+    assert isinstance(other, ValueError)
+
+
+def test_refs_in_members_of_a_group_are_kept(shared_runtime: None) -> None:
+    @ray.remote
+    def several() -> None:
+        code = Code(code=1)
+        code.ref = ray.put("kept")  # type: ignore[attr-defined]
+        raise ExceptionGroup("outer", [code])
+
+    with pytest.raises(ExceptionGroup) as caught:
+        get(several.remote())
+    assert get(caught.value.exceptions[0].ref) == "kept"  # type: ignore[union-attr]
