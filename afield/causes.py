@@ -6,7 +6,8 @@ Theory of operation. A class of the user's may have properties that raise or nev
 the text and the pickle, which are the user's code by nature: they are asked for under a guard that nothing leaves.
 
 An exception travels inside a `TaskError` as a pickle of its own (`carried`), which was made and rebuilt on trial where the
-exception was raised: as it says it is pickled, or else in parts, put together again without its constructor. Where it arrives
+exception was raised: as it says it is pickled, or else in parts, put together again without its constructor; of a group each
+member so. Where it arrives
 it may still not be rebuilt, mostly since its class cannot be imported there; then `open_cause` returns None, and the
 `TaskError` stands without it. Whoever has to pass an error on and must not run code of the user's, since it holds a lock, reads
 it with `load_unopened`.
@@ -70,6 +71,12 @@ def members_of(error: BaseException) -> tuple[BaseException, ...]:
         return ()
     members: tuple[BaseException, ...] = vars(BaseExceptionGroup)["exceptions"].__get__(error)
     return members
+
+
+def group_of(error: BaseException) -> tuple[Any, ...]:
+    """Return what a group is made of, its text and the errors in it; of any other error nothing."""
+    members = members_of(error)
+    return (vars(BaseExceptionGroup)["message"].__get__(error), members) if members else ()
 
 
 def notes_of(error: BaseException) -> list[str]:
@@ -164,6 +171,31 @@ class _Parts:
         return _from_parts, self._parts
 
 
+class _Members:
+    """Carries a group of exceptions of which one cannot be pickled, or rebuilt, as it is: each of them by itself.
+
+    One that cannot travel at all is an `Exception` with its name and its text where the group arrives.
+    """
+
+    def __init__(self, error: BaseException, dumps: Dumps) -> None:
+        text, members = group_of(error)
+        carried_members = [(Cause(member), f"{name_of(type(member))[1]}: {text_of(member)}") for member in members]
+        state = {name: value for name, value in state_of(error).items() if _survives(value, dumps)}
+        self._parts = type(error), text, carried_members, state
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _from_members, self._parts
+
+
+def _from_members(
+    kind: type, text: str, members: list[tuple[BaseException | None, str]], state: dict[str, Any]
+) -> BaseException:
+    opened = [Exception(f"{said} (it could not be pickled)") if member is None else member for member, said in members]
+    error: BaseException = new(kind, (text, opened))
+    state_of(error).update(state)
+    return error
+
+
 def _from_parts(kind: type, args: tuple[Any, ...], state: dict[str, Any], slots: dict[str, Any]) -> BaseException:
     error: BaseException = new(kind, args)
     put_innate(error, "args", args)
@@ -210,7 +242,8 @@ def _dumps(value: Any) -> bytes:
 
 def carried(error: BaseException, dumps: Dumps) -> tuple[Any, ...]:
     """Return what pickle is to make of an exception: what opens its pickle, or nothing where it has none."""
-    shapes: list[Callable[[], Any]] = [lambda: error, lambda: _Parts(error, dumps)]
+    parts = _Members if is_a(error, BaseExceptionGroup) else _Parts
+    shapes: list[Callable[[], Any]] = [lambda: error, lambda: parts(error, dumps)]
     if _loses_slots(type(error)):
         shapes.reverse()
     for shape in shapes:

@@ -15,23 +15,23 @@ All of them can be pickled, so that they travel as the value of a future.
 from __future__ import annotations
 
 import pickle
-from abc import ABCMeta
-from typing import Any
+from typing import Any, TypeVar
 
 from afield.causes import (
-    INNATE,
     Cause,
     Unopened,
     add_note,
-    class_attribute,
     copy_slots,
+    group_of,
     is_a,
     name_of,
     new,
+    notes_of,
     put_innate,
     state_of,
     text_of,
 )
+from afield.mixing import mixed, own
 from afield.tracebacks import (
     Frame,
     Report,
@@ -77,11 +77,15 @@ __all__ = [
     "SpillError",
     "TaskCancelledError",
     "TaskError",
+    "TaskInterruptedError",
     "TaskUnschedulableError",
     "UsageError",
     "VersionMismatchError",
     "WorkerCrashedError",
 ]
+
+
+_T = TypeVar("_T", bound=BaseException)
 
 
 class AfieldError(Exception):
@@ -164,7 +168,22 @@ class TaskUnschedulableError(SchedulingError):
     """No node can ever satisfy the task's resources; the message compares what was asked for with what there is."""
 
 
-class ActorUnschedulableError(SchedulingError):
+class _OfActor:
+    """An error of one actor.
+
+    Attributes:
+        actor_id: the actor's id, as its own `get_runtime_context().get_actor_id()` gives it; None where that is not known.
+    """
+
+    actor_id: str | None = None
+
+    def __init__(self, *args: Any, actor_id: bytes = b"") -> None:
+        super().__init__(*args)  # of the error that this is mixed into
+        if actor_id:
+            self.actor_id = actor_id.hex()
+
+
+class ActorUnschedulableError(_OfActor, SchedulingError):
     """No node can ever satisfy the actor's resources."""
 
 
@@ -186,7 +205,7 @@ class WorkerCrashedError(LossError):
     """The worker process that ran the task died, and its retries are used up."""
 
 
-class ActorError(LossError):
+class ActorError(_OfActor, LossError):
     """An actor could not take or finish a call: it is dead, or not there at the moment."""
 
 
@@ -240,36 +259,12 @@ class MessageTooLargeError(CapacityError):
     """Something cannot be told to another process, since it makes a message too large; the text says what and why."""
 
 
-class PendingCallsLimitExceededError(CapacityError):
+class PendingCallsLimitExceededError(_OfActor, CapacityError):
     """More calls to an actor are pending than its `max_pending_calls` allows; wait for some of them first."""
 
 
 class OutOfDeviceMemoryError(CapacityError, MemoryError):
     """The device had no room in time; the message carries the arithmetic and the largest holders."""
-
-
-class _Own:
-    """An attribute of `TaskError`'s own, whatever the user's type has under the same name."""
-
-    __slots__ = ("name",)
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
-
-    def __get__(self, error: BaseException | None, owner: type) -> Any:
-        if error is None:
-            return self
-        try:
-            return state_of(error)[self.name]
-        except KeyError:
-            raise AttributeError(self.name) from None
-
-    def __set__(self, error: BaseException, value: Any) -> None:
-        state_of(error)[self.name] = value
-
-
-def _own() -> Any:
-    return _Own()
 
 
 class TaskError(AfieldError):
@@ -285,15 +280,17 @@ class TaskError(AfieldError):
         summary: the type and the text of the exception.
     """
 
-    cause: BaseException | None = _own()
-    function_name: str = _own()
-    summary: str = _own()
+    cause: BaseException | None = own()
+    function_name: str = own()
+    summary: str = own()
     _foreseen = True
     #: What the class was derived from when the user's exception type was mixed in.
     _base: type[TaskError]
     #: What is known of the exception, and where else this error was raised on its way here; or a text, if that is all.
-    _remote: Report | str = _own()
-    _passed: tuple[Frame, ...] = _own()
+    _remote: Report | str = own()
+    _passed: tuple[Frame, ...] = own()
+    #: The tasks that it went through as the error of an argument, or of a `get` of theirs.
+    _through: tuple[str, ...] = own()
 
     def __init__(
         self, function_name: str, cause: BaseException | None, summary: str, remote_traceback: Report | str = ""
@@ -305,7 +302,7 @@ class TaskError(AfieldError):
         self.cause = cause
         self.summary = summary
         self._remote = remote_traceback
-        self._passed = ()
+        self._passed, self._through = (), ()
         if type(remote_traceback) is str and remote_traceback:
             add_note(self, f"Where {function_name}() ran:\n{remote_traceback}")
 
@@ -320,8 +317,13 @@ class TaskError(AfieldError):
         text = formatted(self._remote)
         return continued(text, self, self._passed) if self._passed else text
 
+    def as_instanceof_cause(self) -> TaskError:
+        """Return the error itself, which is an instance of what was raised already; other programs ask for it."""
+        return self
+
     def __str__(self) -> str:
-        return f"{self.function_name}() raised {self.summary}"
+        through = f" (passed on by {', '.join(f'{name}()' for name in self._through)})" if self._through else ""
+        return f"{self.function_name}() raised {self.summary}{through}"
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}: {self}\n\n{self.remote_traceback}"
@@ -334,7 +336,7 @@ class TaskError(AfieldError):
             cause,
             self.summary,
             self._remote,
-            self._passed,
+            {name: state_of(self)[name] for name in _TRAVELLING if state_of(self).get(name)},
         )
 
     @classmethod
@@ -344,10 +346,15 @@ class TaskError(AfieldError):
         """Wrap what a task raised; an exception that cannot make the round trip through pickle arrives as a description."""
         if is_a(error, TaskError):  # of a task that this one called: it goes on, and tells that it passed here
             passed: Any = error
+            if not is_a(error, cls):  # what a constructor did not catch ends an actor
+                passed = cls(passed.function_name, passed.cause, passed.summary, passed._remote)
+                passed._through = error._through  # type: ignore[attr-defined]
             passed._passed = frames_of(error)
+            pass_on(passed, function_name)
             return passed  # type: ignore[no-any-return]
         remote = describe(error) if remote_traceback is None else remote_traceback
-        return cls(function_name, error, summary_of(error), remote)
+        kind = TaskInterruptedError if cls is TaskError and is_a(error, KeyboardInterrupt) else cls
+        return kind(function_name, error, summary_of(error), remote)
 
     @classmethod
     def described(cls, function_name: str, error: BaseException) -> TaskError:
@@ -357,6 +364,26 @@ class TaskError(AfieldError):
 
 
 TaskError._base = TaskError
+#: What `TaskError`s keep beyond the arguments of their constructor.
+_TRAVELLING = ("_passed", "_through", "actor_id")
+#: So many tasks that an error went through are named; of more, the last ones.
+_MAX_THROUGH = 8
+
+
+def pass_on(error: AfieldError, function_name: str) -> None:
+    """The error becomes that of another task as well, which took it as an argument or did not catch it; it says so."""
+    if is_a(error, TaskError):
+        through: Any = error
+        through._through = (*through._through, function_name)[-_MAX_THROUGH:]
+    elif len(notes_of(error)) < _MAX_THROUGH:
+        add_note(error, f"It is also the error of {function_name}(), which took it as an argument.")
+
+
+class TaskInterruptedError(TaskError, TaskCancelledError):
+    """The task's own code raised KeyboardInterrupt, or somebody sent its process a SIGINT; `cancel` was not called."""
+
+
+TaskInterruptedError._base = TaskInterruptedError
 
 
 class ActorConstructionError(TaskError, ActorDiedError):
@@ -366,8 +393,19 @@ class ActorConstructionError(TaskError, ActorDiedError):
 ActorConstructionError._base = ActorConstructionError
 
 
-def of_constructor(function_name: str, error: BaseException) -> ActorConstructionError:
+def of_actor(error: _T, actor_id: bytes) -> _T:
+    """Note in an error of a constructor which actor is meant; return it."""
+    if actor_id:
+        state_of(error)["actor_id"] = actor_id.hex()
+    return error
+
+
+def of_constructor(function_name: str, error: BaseException, actor_id: bytes = b"") -> ActorConstructionError:
     """Make the error of an actor whose constructor never ran, since `error`, read with `load_unopened`, is an argument's."""
+    return of_actor(_of_constructor(function_name, error), actor_id)
+
+
+def _of_constructor(function_name: str, error: BaseException) -> ActorConstructionError:
     if not is_a(error, TaskError):
         made = ActorConstructionError(function_name, None, summary_of(error), describe(error))
         state_of(made)[_UNOPENED] = Unopened(pickle.dumps(error, 5))
@@ -385,41 +423,22 @@ def summary_of(error: BaseException) -> str:
     return f"{name}: {text}" if text else name
 
 
-#: Raised from `get` these would end more than the task: the reader's coroutine, or, unseen, the iteration it is in.
-_NEVER_MIXED_IN = (BaseExceptionGroup, StopIteration, StopAsyncIteration)
-#: Found before what the user's type has of the same name: an error that has arrived runs none of its code but that of its
-#: own methods and properties.
-_OURS: dict[str, Any] = {
-    **{name: vars(BaseException)[name] for name in INNATE},
-    **{name: vars(BaseException)[name] for name in ("__setattr__", "__delattr__", "__getattribute__")},
-    **{
-        name: vars(object)[name]
-        for name in ("__eq__", "__ne__", "__hash__", "__class__", "__reduce_ex__", "__format__")
-    },
-    "__bool__": lambda self: True,
-    "__notes__": _Own(),
-    "__module__": __name__,
-}
-#: By the base and the number of the user's type, which the derived one keeps alive; no type is hashed.
-_derived: dict[tuple[type, int], tuple[type, type[TaskError]]] = {}
-
-
 def _rebuild_task_error(
     base: type[TaskError],
     function_name: str,
     cause: BaseException | Unopened | None,
     summary: str,
     remote: Report | str,
-    passed: tuple[Frame, ...],
+    state: dict[str, Any],
 ) -> TaskError:
     """Make the error that has arrived, with the traceback and the chain of what was raised."""
     if type(cause) is Unopened:
         error = base(function_name, None, summary, remote)
-        error._passed = passed
+        state_of(error).update(state)
         state_of(error)[_UNOPENED] = cause
         return error
     error = _new_task_error(base, function_name, cause, summary, remote)  # type: ignore[arg-type]
-    error._passed = passed
+    state_of(error).update(state)
     if isinstance(remote, str):
         return error
     if cause is None:
@@ -427,7 +446,7 @@ def _rebuild_task_error(
         put_innate(error, "__cause__", shown)
     else:
         lent = put_back(cause, remote)  # type: ignore[arg-type]
-    traceback, more = traceback_of(passed)
+    traceback, more = traceback_of(state.get("_passed", ()))
     put_innate(error, "__traceback__", traceback)
     if (lent or more) and is_shown_by_files():
         add_note(error, f"Where {function_name}() ran, with the lines that it had then:\n{error.remote_traceback}")
@@ -439,7 +458,8 @@ def _new_task_error(
 ) -> TaskError:
     if cause is None:
         return base(function_name, None, summary, remote)
-    error: TaskError = new(_task_error_class(base, type(cause)))
+    kind = mixed(base, type(cause))
+    error: TaskError = new(kind, group_of(cause) if kind is not base else ())
     TaskError.__init__(error, function_name, cause, summary, remote)
     if type(error) is not base:
         copy_slots(cause, error)
@@ -448,34 +468,3 @@ def _new_task_error(
         if name not in taken:
             state_of(error).setdefault(name, value)
     return error
-
-
-def _task_error_class(base: type[TaskError], kind: type[BaseException]) -> type[TaskError]:
-    """Return the subclass of `base` and of the cause's type, where that is mixed in."""
-    if not issubclass(kind, Exception) or issubclass(kind, _NEVER_MIXED_IN):
-        return base
-    known = _derived.get((base, id(kind)))
-    if known is None:
-        known = _derived[base, id(kind)] = kind, _mixed(base, kind)
-    return known[1]
-
-
-def _mixed(base: type[TaskError], kind: type[BaseException]) -> type[TaskError]:
-    # A metaclass of the user's is not asked, as it may want more than other classes do; but that of abstract classes has to be.
-    metaclass: Any = type(kind)
-    maker = metaclass if metaclass is ABCMeta else type
-    name = f"{base.__name__}({name_of(kind)[1].rpartition('.')[2]})"
-    namespace = _OURS | ({"__getattr__": _attribute_of_cause} if class_attribute(kind, "__getattr__") else {})
-    try:
-        derived: type[TaskError] = maker.__new__(metaclass, name, (base, kind), namespace)
-        new(derived)
-    except Exception:  # layout conflict, or a type that refuses to be derived from
-        return base
-    return derived
-
-
-def _attribute_of_cause(error: TaskError, name: str) -> Any:
-    """What the user's type makes up when it is asked for, it is asked for itself; it may rely on what it has only there."""
-    if not (name.startswith("__") and name.endswith("__")):
-        return getattr(error.cause, name)
-    raise AttributeError(name)

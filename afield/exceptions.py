@@ -12,6 +12,8 @@ raised                             when
                                    `except ValueError` works; `.cause` is the original, `.remote_traceback` its traceback. A
                                    task whose argument failed fails with the argument's error.
 `TaskCancelledError`               `get` of a task that `cancel` ended.
+`TaskInterruptedError`             a task raised KeyboardInterrupt by itself, or its process got SIGINT; a `TaskError` and a
+                                   `TaskCancelledError`.
 **The call was wrong** (`UsageError`)
 `InvalidOptionError`               an option of `init`, `remote` or `.options` is unknown or not valid; also a ValueError and a
                                    TypeError.
@@ -57,9 +59,26 @@ from __future__ import annotations
 
 import afield.errors as errors
 from afield.errors import *  # noqa: F403 - the list stands there
-from afield.errors import ActorError, AfieldError, PendingCallsLimitExceededError, TaskError
+from afield.errors import (
+    ActorError,
+    AfieldError,
+    InternalError,
+    ObjectLostError,
+    PendingCallsLimitExceededError,
+    RuntimeDiedError,
+    TaskError,
+)
 
-__all__ = ["PendingCallsLimitExceeded", "RayActorError", "RayError", "RayTaskError"]
+__all__ = [
+    "LocalRayletDiedError",
+    "NodeDiedError",
+    "ObjectReconstructionFailedError",
+    "PendingCallsLimitExceeded",
+    "RayActorError",
+    "RayError",
+    "RaySystemError",
+    "RayTaskError",
+]
 __all__ += errors.__all__  # in the form that type checkers read
 
 # The names of Ray, so that its `except` clauses mean the same here; the other names are the same in both.
@@ -67,3 +86,6 @@ RayError = AfieldError
 RayTaskError = TaskError
 RayActorError = ActorError
 PendingCallsLimitExceeded = PendingCallsLimitExceededError
+RaySystemError = InternalError
+NodeDiedError = LocalRayletDiedError = RuntimeDiedError
+ObjectReconstructionFailedError = ObjectLostError

@@ -44,10 +44,10 @@ class Shell:
         self.recalled.append((lease, count))
 
 
-def make_lane() -> tuple[Lane, Shell]:
+def make_lane(max_calls: int = 0) -> tuple[Lane, Shell]:
     """Return an empty lane and its shell."""
     shell = Shell()
-    return Lane(1, {"CPU": 10_000}, shell), shell
+    return Lane(1, {"CPU": 10_000}, shell, max_calls=max_calls), shell
 
 
 def task(name: str) -> Task:
@@ -260,9 +260,11 @@ def test_a_lease_with_work_or_a_blocked_one_is_kept() -> None:
 class LaneMachine(RuleBasedStateMachine):
     """Workers come, work, block, hand back and die in any order; every task ends exactly once and none is forgotten."""
 
+    max_calls = 0
+
     def __init__(self) -> None:
         super().__init__()
-        self.lane, self.shell = make_lane()
+        self.lane, self.shell = make_lane(self.max_calls)
         self.now = 0.0
         self.submitted: set[str] = set()
         self.done: list[str] = []
@@ -286,7 +288,7 @@ class LaneMachine(RuleBasedStateMachine):
         """A lease; `window`: as if it had been measured before that tasks are short."""
         self.granted += 1
         lease = Lease(self.granted, b"worker %d" % self.granted, self.lane, None)
-        lease.window = window
+        lease.window = 1 if self.max_calls else window
         self.lane.granted(lease, self.now)
 
     @precondition(lambda self: self.lane.leases)
@@ -348,6 +350,14 @@ class LaneMachine(RuleBasedStateMachine):
         assert sorted(places) == sorted(self.submitted)
 
     @invariant()
+    def no_worker_has_more_than_it_may(self) -> None:
+        had: dict[int, int] = {}
+        for lease, tasks in self.shell.pushed if self.max_calls else ():
+            had[lease.lease_id] = had.get(lease.lease_id, 0) + len(tasks)
+        assert max(had.values(), default=0) <= self.max_calls
+        assert all(lease.wears_out == (lease.lease_id in had) for lease in self.shell.returned)
+
+    @invariant()
     def nobody_idles_beside_waiting_tasks(self) -> None:
         if self.lane.ready:
             assert self.lane.demanded > 0
@@ -370,6 +380,47 @@ class LaneMachine(RuleBasedStateMachine):
         assert sorted(self.done) == sorted(self.submitted)
         self.lane.return_idle(self.now + IDLE_LEASE_S, 0.0)
         assert not self.lane.leases
+
+
+class WearingLaneMachine(LaneMachine):
+    """The same where a worker ends after three tasks."""
+
+    max_calls = 3
+
+
+def test_a_lease_with_max_calls_takes_one_task_at_a_time_and_is_spent_after_the_last() -> None:
+    lane, shell = make_lane(max_calls=2)
+    lease = grant(lane)
+    submit(lane, 5)
+    for now in (0.0001, 0.0002):
+        assert len(lease.inflight) == 1 and not shell.returned
+        reply(lane, lease, 1, now)
+    assert lease.state == "over" and shell.returned == [lease] and lease.wears_out
+    assert len(lane.ready) == 3 and lane.demanded
+    again = grant(lane, 2)
+    reply(lane, again, 1, 0.0003)
+    assert len(lane.worker_died(again)) == 1  # the worker went with the second
+    assert shell.returned == [lease] and len(lane.ready) == 1
+
+
+def test_the_last_task_of_a_worker_may_wait_inside() -> None:
+    lane, shell = make_lane(max_calls=1)
+    lease = grant(lane)
+    submit(lane, 2)
+    lane.handed_back(lease, [], True, 0.1)
+    lane.unblocked(lease, 0.2)
+    assert lease.state == "spent" and len(lease.inflight) == 1 and lane.complaints() == []
+    reply(lane, lease, 1, 0.3)
+    assert shell.returned == [lease]
+
+
+def test_a_lease_that_was_not_used_up_wears_its_worker_out_all_the_same() -> None:
+    lane, shell = make_lane(max_calls=3)
+    used, unused = grant(lane, 1), grant(lane, 2)
+    submit(lane, 1)
+    reply(lane, used, 1, 0.1)
+    lane.return_idle(1.0, IDLE_LEASE_S)
+    assert [(lease, lease.wears_out) for lease in shell.returned] == [(used, True), (unused, False)]
 
 
 def test_what_was_on_its_way_to_a_worker_that_blocks_is_recalled() -> None:
@@ -402,6 +453,11 @@ def test_a_lease_whose_story_is_impossible_says_so() -> None:
         (lambda lane, lease: setattr(lease, "blocked", True), "with the flags"),
         (lambda lane, lease: setattr(lease, "window", 0), "in a window of 0"),
         (lambda lane, lease: lane.ready.append(task("x")), "idles while 1 tasks wait"),
+        (
+            lambda lane, lease: (setattr(lease, "state", "spent"), setattr(lease, "blocked", True)),
+            "spent after 0 of 0 tasks",
+        ),
+        (lambda lane, lease: (setattr(lease, "state", "spent"), setattr(lease, "blocked", True)), "was not given back"),
         (lambda lane, lease: lane.ready.append(task("x")), "no lease is demanded"),
         (lambda lane, lease: lease.inflight.update(dict.fromkeys((1, 2), task("x"))), "in two places"),
     ],
@@ -418,6 +474,8 @@ def test_complaints(spoil: Any, complaint: str) -> None:
 
 LaneMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
 TestLane: Any = pytest.mark.slow(LaneMachine.TestCase)
+WearingLaneMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+TestWearingLane: Any = pytest.mark.slow(WearingLaneMachine.TestCase)
 
 
 def test_what_consumes_comes_before_what_produces() -> None:

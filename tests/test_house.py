@@ -31,6 +31,7 @@ LEAVES = (
     "units",
     "clock",
     "machines",
+    "mixing",
     "version",
     "code_names",
     "source_lines",

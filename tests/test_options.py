@@ -300,3 +300,11 @@ def test_what_can_be_no_task_and_no_base() -> None:
 def test_names_of_actors_are_text(shared_runtime: None, arguments: Any) -> None:
     with pytest.raises(TypeError, match="=3 is a int; expected a string"):
         afield.get_actor(*arguments)
+
+
+@pytest.mark.parametrize("option", ["name", "namespace"])
+def test_an_actor_has_no_empty_name(option: str) -> None:
+    with pytest.raises(
+        afield.InvalidOptionError, match=f"{option}='' is not valid; expected a string that is not empty"
+    ):
+        holder().options(**{"name": "x", option: ""})

@@ -32,6 +32,9 @@ def get(refs: Any) -> Any:
 
 def test_the_names_that_except_clauses_use() -> None:
     assert exceptions.RayError is ray.AfieldError and exceptions.RayTaskError is ray.TaskError
+    assert exceptions.RaySystemError is ray.InternalError
+    assert exceptions.NodeDiedError is exceptions.LocalRayletDiedError is ray.RuntimeDiedError
+    assert exceptions.ObjectReconstructionFailedError is ray.ObjectLostError
     assert exceptions.PendingCallsLimitExceeded is ray.PendingCallsLimitExceededError
     for kind in (ray.ActorDiedError, ray.ActorUnavailableError, exceptions.ActorConstructionError):
         assert issubclass(kind, exceptions.RayActorError)

@@ -154,7 +154,7 @@ def test_a_failing_test(tmp_path: Path) -> None:
         *root,
         ">       assert afield.get(actor.method.remote()) == 5",
         ">       return afield.get(task.remote(1))",
-        error,
+        f"{error} (passed on by method())",
     ]
     assert "afield/runtime" not in output and output.count("direct cause") == 2
 

@@ -139,12 +139,13 @@ class ActorCalls:
         """The daemon could not be told of an actor; the caller holds the lock."""
         caller = self.callers.get(actor_id)
         if caller is not None:
-            self._never_lives(caller, serialize_error(ActorDiedError(f"the actor could not be created: {error}")))
+            died = ActorDiedError(f"the actor could not be created: {error}", actor_id=actor_id)
+            self._never_lives(caller, serialize_error(died))
 
     def _argument_failed(self, creation: Task, data: bytes) -> bytes:
         """The constructor never runs: to every caller it is as if it had raised what its argument did."""
         error = deserialize_unopened(data, "the error of an argument")  # we hold the lock
-        return serialize_error(of_constructor(creation.function.name, error))
+        return serialize_error(of_constructor(creation.function.name, error, creation.task_id))
 
     def caller(self, actor_id: bytes) -> Caller:
         """Return the caller of an actor, asking the daemon where it is on first use; the caller holds the lock."""
@@ -169,7 +170,9 @@ class ActorCalls:
             self._expected.discard(actor_id)
             if error is not None:
                 text = f"the actor was never created: its creator failed with {type(error).__name__}"
-                self.process.daemon.send(messages.ActorGone(actor_id, serialize_error(ActorDiedError(text))))
+                self.process.daemon.send(
+                    messages.ActorGone(actor_id, serialize_error(ActorDiedError(text, actor_id=actor_id)))
+                )
 
         self.process.locked(tell)
 
@@ -210,7 +213,8 @@ class ActorCalls:
         pending = caller.pending
         if pending >= limit:
             raise PendingCallsLimitExceededError(
-                f"{pending} calls to the actor are pending and max_pending_calls={limit}; wait for some of them first"
+                f"{pending} calls to the actor are pending and max_pending_calls={limit}; wait for some of them first",
+                actor_id=actor_id,
             )
 
     @uninterruptible
@@ -307,7 +311,8 @@ class ActorCalls:
                 task,
                 ActorUnavailableError(
                     f"{name}() was on its way when the actor died and restarted; it may have run. "
-                    "Set max_task_retries if it is safe to run it twice"
+                    "Set max_task_retries if it is safe to run it twice",
+                    actor_id=caller.actor_id,
                 ),
             )
 

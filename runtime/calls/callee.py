@@ -14,7 +14,18 @@ RetryOn = bool | bytes
 class Callee:
     """What a push names: a remote function, or an actor's method (then its definition is empty)."""
 
-    __slots__ = ("backpressure", "definition", "group", "index", "name", "num_returns", "once", "order", "retry_on")
+    __slots__ = (
+        "backpressure",
+        "definition",
+        "group",
+        "index",
+        "method",
+        "name",
+        "num_returns",
+        "once",
+        "order",
+        "retry_on",
+    )
 
     _indexes = itertools.count(1)
 
@@ -28,6 +39,7 @@ class Callee:
         retry_on: RetryOn = False,
         once: bool = False,
         order: str | None = "",
+        method: str = "",
     ) -> None:
         self.index = next(Callee._indexes)
         self.name = name
@@ -36,6 +48,7 @@ class Callee:
         self.backpressure = backpressure
         self.group = group
         self.retry_on = retry_on
+        self.method = method
         self.once = once
         #: Of an actor's method: its calls leave in order with all that have the same; None: as soon as they can.
         self.order = order
@@ -51,4 +64,5 @@ class Callee:
             self.group,
             self.once,
             self.retry_on,
+            self.method,
         )

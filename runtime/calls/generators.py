@@ -78,6 +78,11 @@ class ObjectRefGenerator:
         stream = self._streams().get(self._task_id)
         return stream is None or stream.next_is_known()
 
+    def is_finished(self) -> bool:
+        """Tell whether `next` would raise StopIteration: the task has ended, and all its items were taken."""
+        stream = self._streams().get(self._task_id)
+        return stream is None or (stream.total is not None and stream.consumed >= stream.produced)
+
     def when_ready(self, notify: Callable[[], None]) -> bool:
         """Call `notify` once the next item is there; return True (and do not call) if it is there. For `wait`."""
         stream = self._streams().get(self._task_id)

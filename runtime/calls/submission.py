@@ -74,18 +74,22 @@ class Submitter:
 
     # -- submitting ----------------------------------------------------------------------------------------------
 
-    def lane(self, shape: tuple[tuple[str, int], ...], placement: messages.Placement | None = None) -> Lane:
-        """Return the lane for tasks of this shape whose workers need this."""
-        return self.lanes.get((shape, placement)) or self._make_lane(shape, placement)
+    def lane(
+        self, shape: tuple[tuple[str, int], ...], placement: messages.Placement | None = None, max_calls: int = 0
+    ) -> Lane:
+        """Return the lane for tasks of this shape whose workers need this, and end after so many of them (0: never)."""
+        return self.lanes.get((shape, placement, max_calls)) or self._make_lane(shape, placement, max_calls)
 
     @uninterruptible
-    def _make_lane(self, shape: tuple[tuple[str, int], ...], placement: messages.Placement | None) -> Lane:
+    def _make_lane(
+        self, shape: tuple[tuple[str, int], ...], placement: messages.Placement | None, max_calls: int
+    ) -> Lane:
         with self.process.pump.lock:  # another thread may want the same, or another one, at this moment
-            lane = self.lanes.get((shape, placement))
+            lane = self.lanes.get((shape, placement, max_calls))
             if lane is None:
                 key = len(self.lanes) + 1
-                lane = Lane(key, dict(shape), self, placement, self.core.recorder)
-                self.lanes[shape, placement] = self._lanes_by_key[key] = lane
+                lane = Lane(key, dict(shape), self, placement, self.core.recorder, max_calls)
+                self.lanes[shape, placement, max_calls] = self._lanes_by_key[key] = lane
             return lane
 
     def call(
@@ -203,7 +207,7 @@ class Submitter:
         """Give a lease back; the connection stays for the next time."""
         self.leases.pop(lease.worker, None)
         lease.channel.context.lease = None
-        self.process.daemon.send(messages.ReturnLease(lease.lease_id))
+        self.process.daemon.send(messages.ReturnLease(lease.lease_id, lease.wears_out))
 
     def recall(self, lease: Lease, count: int) -> None:
         """Ask for tasks that have not started."""

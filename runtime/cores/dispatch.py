@@ -8,6 +8,8 @@ Theory of operation. Tasks of one resource shape wait in a `Lane`. The lane tell
 - *Tasks of uneven length*: when a lease runs dry while another one still has tasks waiting behind a long one, they are
   recalled and pushed to the idle worker. A worker that blocks inside a task hands its waiting tasks back by itself, and what
   was on its way to it meanwhile is recalled, so that no task ever waits behind the one that waits for it.
+- *Tasks that wear their worker out* (`max_calls`): their lane has leases of a few tasks each, pushed one at a time. A lease
+  that has had them is spent, gets no more, and is given back with word that its worker is to end.
 - *Demand* is sent when it has doubled or ended, not for each task.
 
 `LEASE` is the life of one lease; pushes and replies do not change it. Methods are called under the process's lock. `Actions` is
@@ -51,12 +53,16 @@ LEASE = Table(
         ("blocked_recalled", "hand_back"): "blocked",
         ("blocked_recalled", "unblock"): "recalled",
         ("blocked_recalled", "lose"): "over",
+        ("open", "spend"): "spent",
+        ("spent", "give_back"): "over",
+        ("spent", "lose"): "over",
     },
     {
         "open": "the worker takes tasks, as many as the window allows",
         "recalled": "it takes tasks, and was asked to hand back some that have not started",
         "blocked": "its task waits for something: it gets no others",
         "blocked_recalled": "the same, and it was asked to hand back what had been on its way",
+        "spent": "it has had all the tasks that a worker of its lane may have, and gets no others",
         "over": "given back, or its worker is gone",
     },
     late=[
@@ -69,6 +75,9 @@ LEASE = Table(
         ("open", "unblock"),
         ("recalled", "unblock"),
         ("over", "lose"),
+        # The last task of a worker waits for something, and goes on.
+        ("spent", "block"),
+        ("spent", "unblock"),
     ],
 )
 
@@ -94,7 +103,10 @@ class Task(msgspec.Struct, gc=False, eq=False):
 
 
 class Lease:
-    """The right to push to one worker. `blocked` and `recalled` say what `state` does, for those who ask often."""
+    """The right to push to one worker. `blocked` and `recalled` say what `state` does, for those who ask often.
+
+    `blocked` also stands for "spent": either gets no tasks.
+    """
 
     __slots__ = (
         "blocked",
@@ -106,6 +118,7 @@ class Lease:
         "mark",
         "recalled",
         "state",
+        "used",
         "window",
         "worker",
     )
@@ -122,6 +135,12 @@ class Lease:
         self.recalled = False
         self.mark = 0.0  # when the oldest task in flight can have started
         self.idle_since = 0.0
+        self.used = 0  # tasks that it has had, where the lane counts them
+
+    @property
+    def wears_out(self) -> bool:
+        """Whether its worker is to end with it: it has run tasks of a lane that counts them."""
+        return self.used > 0
 
 
 class Actions(Protocol):
@@ -204,6 +223,7 @@ class Lane:
         actions: what is done for it.
         placement: what its workers need besides resources, for whoever sends the demand; None for nothing.
         recorder: where the transitions of its leases are noted; those of all lanes of a process stand together.
+        max_calls: after so many tasks a worker ends; 0 for no limit.
     """
 
     def __init__(
@@ -213,6 +233,7 @@ class Lane:
         actions: Actions,
         placement: Any = None,
         recorder: FlightRecorder | None = None,
+        max_calls: int = 0,
     ) -> None:
         self.key = key
         self.shape = shape
@@ -221,6 +242,7 @@ class Lane:
         self.leases: list[Lease] = []
         self.demanded = 0
         self.recorder = recorder if recorder is not None else FlightRecorder()
+        self.max_calls = max_calls
         self._actions: Any = actions
 
     def close(self) -> None:
@@ -235,6 +257,8 @@ class Lane:
                 if not lease.inflight and not lease.blocked:
                     lease.mark = now
                     self._actions.push(lease, (task,))
+                    if self.max_calls:
+                        self._count(lease, 1)
                     return
         self.ready.append(task)
         self._update_demand()
@@ -267,7 +291,20 @@ class Lane:
             else:
                 batch = [ready.popleft() for _ in range(count)]
             self._actions.push(best, batch)
+            if self.max_calls:
+                self._count(best, len(batch))
         self._update_demand()
+
+    def _count(self, lease: Lease, count: int) -> None:
+        """A lease of a lane with `max_calls` has had tasks; its window stays at one."""
+        lease.used += count
+        if lease.used >= self.max_calls:
+            self._go(lease, "spend")
+
+    def _give_back(self, lease: Lease) -> None:
+        self.leases.remove(lease)
+        self._go(lease, "give_back")
+        self._actions.return_lease(lease)
 
     def _update_demand(self) -> None:
         waiting = len(self.ready)
@@ -301,7 +338,9 @@ class Lane:
         per_task = (now - lease.mark) / count
         lease.mark = now
         work = per_task * lease.window
-        if work <= WINDOW_S / 2:
+        if self.max_calls:
+            pass
+        elif work <= WINDOW_S / 2:
             if lease.window < MAX_WINDOW:
                 lease.window *= 2
         elif work > WINDOW_S * 2:
@@ -310,7 +349,10 @@ class Lane:
             self.fill(now)
         if not lease.inflight:
             lease.idle_since = now
-            if not self.ready and len(self.leases) > 1:
+            if lease.state == "spent":
+                self._give_back(lease)
+                self._update_demand()
+            elif not self.ready and len(self.leases) > 1:
                 self._balance(lease)
 
     def handed_back(self, lease: Lease, tasks: list[Task], blocked: bool, now: float) -> None:
@@ -341,7 +383,7 @@ class Lane:
 
     def _go(self, lease: Lease, event: str) -> None:
         state = lease.state = LEASE.after(lease.state, event, lease.lease_id, self.recorder)
-        lease.blocked = state.startswith("blocked")
+        lease.blocked = state.startswith("blocked") or state == "spent"
         lease.recalled = state.endswith("recalled")
 
     def worker_died(self, lease: Lease) -> list[Task]:
@@ -361,9 +403,7 @@ class Lane:
                 continue
             due = lease.idle_since + max_idle_s
             if due <= now and not self.ready:
-                self.leases.remove(lease)
-                self._go(lease, "give_back")
-                self._actions.return_lease(lease)
+                self._give_back(lease)
             elif soonest is None or due < soonest:
                 soonest = due
         return soonest
@@ -374,8 +414,13 @@ class Lane:
         seen = {id(task) for task in islice(self.ready, CHECKED)}
         for lease in islice(self.leases, CHECKED):
             flags = lease.blocked, lease.recalled
-            if lease.state == "over" or flags != (lease.state.startswith("blocked"), lease.state.endswith("recalled")):
+            idle_hands = lease.state.startswith("blocked") or lease.state == "spent"
+            if lease.state == "over" or flags != (idle_hands, lease.state.endswith("recalled")):
                 found.append(f"lease {lease.lease_id} is {lease.state}, with the flags {flags}")
+            if (lease.state == "spent") != bool(self.max_calls and lease.used >= self.max_calls):
+                found.append(f"lease {lease.lease_id} is {lease.state} after {lease.used} of {self.max_calls} tasks")
+            if lease.state == "spent" and not lease.inflight:
+                found.append(f"lease {lease.lease_id} is spent and idle, and was not given back")
             if not 1 <= lease.window <= MAX_WINDOW or len(lease.inflight) > MAX_WINDOW:
                 found.append(f"lease {lease.lease_id}: {len(lease.inflight)} in flight, in a window of {lease.window}")
             if self.ready and not (lease.inflight or lease.blocked):

@@ -44,11 +44,33 @@ class ActorClass:
         self._definition: Definition | None = None
         self.__doc__ = cls.__doc__
         self.__name__ = cls.__name__
+        self.__qualname__ = cls.__qualname__
+        self.__module__ = cls.__module__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError(
             f"the actor class {self.__name__} cannot be instantiated directly; use {self.__name__}.remote(...)"
         )
+
+    def __getattr__(self, name: str) -> Any:
+        """Look up what the class itself has: its attributes, its class methods and its static methods."""
+        cls = self.__dict__.get("_cls")
+        if cls is None or (name.startswith("__") and name.endswith("__")):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        try:
+            return getattr(cls, name)
+        except AttributeError:
+            raise AttributeError(f"the actor class {self.__name__} has no attribute {name!r}") from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute of the class itself: actors that are made from now on have it."""
+        if name.startswith("_"):
+            object.__setattr__(self, name, value)
+        elif hasattr(ActorClass, name):
+            raise AttributeError(f"{name!r} of the actor class {self.__name__} is afield's own and cannot be set")
+        else:
+            setattr(self._cls, name, value)
+            self._session = None  # it is defined again
 
     def __mro_entries__(self, bases: tuple[Any, ...]) -> tuple[type, ...]:
         raise TypeError(
@@ -60,6 +82,10 @@ class ActorClass:
         """Return the same class with other options; see `afield.remote`."""
         validate(options, ACTOR_OPTIONS, f"{self.__name__}.options()")
         return ActorClass(self._cls, self._options | options)
+
+    def _remote(self, args: Any = (), kwargs: Any = None, **options: Any) -> ActorHandle:
+        """Do what `remote` does, with options: the form that Ray's older programs use."""
+        return (self.options(**options) if options else self).remote(*args, **(kwargs or {}))
 
     def remote(self, /, *args: Any, **kwargs: Any) -> ActorHandle:
         """Create an actor; return its handle without waiting for the constructor.

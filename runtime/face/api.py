@@ -11,6 +11,7 @@ from typing import Any, ParamSpec, Protocol, TypeVar, overload
 import numpy as np
 import numpy.typing as npt
 
+from afield.errors import InvalidOptionError
 from afield.runtime.calls import participation
 from afield.runtime.calls.generators import ObjectRefGenerator
 from afield.runtime.calls.participant import Participant
@@ -109,10 +110,10 @@ def get(
         if isinstance(refs, ObjectRefGenerator):
             return refs  # what num_returns="dynamic" made: the value of its ref was a generator of refs
         if not isinstance(refs, (list, tuple)):
-            raise TypeError(f"get() takes an ObjectRef or a list of them, not {_describe(refs)}")
+            raise InvalidOptionError(f"get() takes an ObjectRef or a list of them, not {_describe(refs)}")
         for ref in refs:
             if type(ref) is not ObjectRef:
-                raise TypeError(f"get() takes an ObjectRef or a list of them; the list has {_describe(ref)}")
+                raise InvalidOptionError(f"get() takes an ObjectRef or a list of them; the list has {_describe(ref)}")
         return values.get_all(refs, deadline, into=into)
     except BaseException as error:
         trim(error)
@@ -137,7 +138,7 @@ def put(value: Any) -> ObjectRef:
         ObjectStoreFullError, OutOfDeviceMemoryError: there was no room in time.
     """
     if type(value) is ObjectRef:
-        raise TypeError(
+        raise InvalidOptionError(
             "put() of an ObjectRef: it is a reference already; pass it on as it is, or put [ref] to nest it"
         )
     try:
@@ -193,13 +194,13 @@ def wait(
 def _distinct(refs: object) -> list[bytes]:
     """Check the argument of `wait`, as cheaply as the usual case allows: it is called in loops over long lists."""
     if isinstance(refs, (ObjectRef, ObjectRefGenerator)):
-        raise TypeError("wait() takes a list of ObjectRefs, not a single one; use wait([ref])")
+        raise InvalidOptionError("wait() takes a list of ObjectRefs, not a single one; use wait([ref])")
     if not isinstance(refs, (list, tuple)):
-        raise TypeError("wait() takes a list of ObjectRefs")
+        raise InvalidOptionError("wait() takes a list of ObjectRefs")
     try:
         ids = [ref.id for ref in refs]
     except (AttributeError, TypeError):
-        raise TypeError("wait() takes a list of ObjectRefs") from None
+        raise InvalidOptionError("wait() takes a list of ObjectRefs") from None
     if len(set(ids)) != len(ids):
         raise ValueError("wait() takes a list of different refs; this one has duplicates")
     return ids
@@ -208,7 +209,7 @@ def _distinct(refs: object) -> list[bytes]:
 def kill(actor: ActorHandle, *, no_restart: bool = True) -> None:
     """End an actor's process at once; its pending calls, and later ones of this process, fail with `ActorDiedError`."""
     if not isinstance(actor, ActorHandle):
-        raise TypeError(f"kill() takes an actor's handle, not a {type(actor).__name__}")
+        raise InvalidOptionError(f"kill() takes an actor's handle, not a {type(actor).__name__}")
     participant = _require()
     participant.process.soon(participant.actors.kill, actor._actor_id, no_restart)
 
@@ -230,7 +231,7 @@ def cancel(ref: ObjectRef | ObjectRefGenerator, *, force: bool = False, recursiv
     if isinstance(ref, ObjectRefGenerator):
         ref = ref.completed()
     if not isinstance(ref, ObjectRef):
-        raise TypeError(f"cancel() takes an ObjectRef, not {_describe(ref)}; to end an actor use kill()")
+        raise InvalidOptionError(f"cancel() takes an ObjectRef, not {_describe(ref)}; to end an actor use kill()")
     participant = _require()
     participant.process.soon(participant.cancellation.cancel, ref.id, force, recursive)
 

@@ -65,6 +65,10 @@ class RemoteFunction(Generic[P, R]):
         validate(options, TASK_OPTIONS, f"{self._name}.options()")
         return RemoteFunction(self._function, self._options | options)
 
+    def _remote(self, args: Any = (), kwargs: Any = None, **options: Any) -> Any:
+        """Do what `remote` does, with options: the form that Ray's older programs use."""
+        return (self.options(**options) if options else self).remote(*args, **(kwargs or {}))
+
     def remote(self, /, *args: Any, **kwargs: Any) -> Any:
         """Submit a call; return its outcome's `ObjectRef` without waiting.
 
@@ -96,7 +100,8 @@ class RemoteFunction(Generic[P, R]):
             retry_on=retry_on(self._options),
             once=not self._retries,
         )
-        lane = participant.submitter.lane(self._shape, placement_of(self._options, inherited_environment()))
+        placement = placement_of(self._options, inherited_environment())
+        lane = participant.submitter.lane(self._shape, placement, self._options.get("max_calls") or 0)
         self._bound = participant.key, pushed, lane
         return self._bound
 

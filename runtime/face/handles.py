@@ -22,14 +22,16 @@ _METHOD_FIELDS = {
     "group": "concurrency_group",
     "backpressure": "_generator_backpressure_num_objects",
     "retries": "max_task_retries",
+    "title": "name",
 }
 #: Options of an actor that each handle to it must know.
 OWN_HANDLE_OPTIONS = ("max_task_retries", "max_pending_calls", "groups", "in_order")
 #: A method is looked up by its name.
 METHOD = Definition(b"")
-#: Methods that every actor has: ready when the constructor is done; ends the actor after the calls before it.
-SPECIAL_METHODS = ("__afield_ready__", "__afield_terminate__")
-SPECIAL_METHODS_BY_ALIAS = {"__ray_ready__": "__afield_ready__", "__ray_terminate__": "__afield_terminate__"}
+#: Methods that every actor has: ready when the constructor is done; ends the actor after the calls before it; runs a function
+#: on the actor, which is its first argument.
+SPECIAL_METHODS = ("__afield_ready__", "__afield_terminate__", "__afield_call__")
+SPECIAL_METHODS_BY_ALIAS = {f"__ray_{name[len('__afield_') :]}": name for name in SPECIAL_METHODS}
 
 
 def method(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -88,6 +90,7 @@ def methods_of(cls: type) -> dict[str, dict[str, Any]]:
             options = getattr(member, _METHOD_OPTIONS_ATTRIBUTE, {})
             methods[name] = {
                 "num_returns": returns_of(options, member),
+                "title": options.get("name") or "",
                 "group": options.get("concurrency_group") or "",
                 "backpressure": backpressure_of(options),
                 "retries": options.get("max_task_retries"),
@@ -163,13 +166,14 @@ class ActorMethod:
         self._max_pending: int = description["max_pending_calls"]
         self._parameters = Parameters(known.get("parameters"), f"{handle._class_name}.{name}")
         self._function = Callee(
-            name,
+            known.get("title") or name,
             METHOD,
             known["num_returns"],
             backpressure=max(0, known.get("backpressure") or 0),
             group=known.get("group") or "",
             retry_on=known.get("retry_on") or False,
             order=group if (group := known.get("group") or "") in description["in_order"] else None,
+            method=name,
         )
         #: A reference to the object of the actor's life, not to the handle, which would be a cycle.
         self._life = handle._life
@@ -201,6 +205,10 @@ class ActorMethod:
         if options.get("retry_exceptions") is not None:
             known["retry_on"] = retry_on(options)
         return ActorMethod(ActorHandle(self._handle_description, self._life), self._name, known)
+
+    def _remote(self, args: Any = (), kwargs: Any = None, **options: Any) -> Any:
+        """Call the method with options: the form that Ray's older programs use."""
+        return (self.options(**options) if options else self).remote(*args, **(kwargs or {}))
 
     def remote(self, /, *args: Any, **kwargs: Any) -> Any:
         """Call the method; return its outcome's `ObjectRef` without waiting (see `RemoteFunction.remote`).

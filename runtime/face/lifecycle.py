@@ -47,6 +47,15 @@ class ClusterInfo:
     num_cpus: float
     devices: list[str]
     host_memory: int
+    #: Under the names that Ray has for them: "node_ip_address", "node_id", "session_dir"; also by `info["node_id"]`.
+    address_info: dict[str, str]
+
+    def __getitem__(self, name: str) -> str:
+        return self.address_info[name]
+
+    def disconnect(self) -> None:
+        """End the runtime: the same as `shutdown`."""
+        shutdown()
 
     def __enter__(self) -> ClusterInfo:
         return self
@@ -133,7 +142,13 @@ def _start(options: SessionOptions) -> ClusterInfo:
 
 def _info(session: Session) -> ClusterInfo:
     options = session.options
-    return ClusterInfo(session.name, options.num_cpus, [device.name for device in options.devices], options.store_bytes)
+    address_info = {
+        "node_ip_address": "127.0.0.1",
+        "node_id": session.node_id,
+        "session_dir": str(session.directory),
+    }
+    devices = [device.name for device in options.devices]
+    return ClusterInfo(session.name, options.num_cpus, devices, options.store_bytes, address_info)
 
 
 def _install_driver(participant: Participant) -> None:

@@ -84,6 +84,7 @@ _COMMON: dict[str, Check] = {
 TASK_OPTIONS: dict[str, Check] = _COMMON | {
     "num_returns": _num_returns,
     "max_retries": _whole(-1),
+    "max_calls": _whole(0),
     "retry_exceptions": _retry_exceptions,
     "_generator_backpressure_num_objects": _backpressure,
 }
@@ -94,7 +95,7 @@ ACTOR_OPTIONS: dict[str, Check] = _COMMON | {
     "max_pending_calls": _whole(-1),
     "max_concurrency": _whole(1),
     "concurrency_groups": _groups,
-    "namespace": _kind(str, "a string"),
+    "namespace": _name,
     "lifetime": _one_of("detached", "non_detached"),
     "get_if_exists": _kind(bool, "True or False"),
 }

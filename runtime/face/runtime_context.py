@@ -8,6 +8,7 @@ object serves all tasks of an async actor.
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from afield.errors import NotInitializedError
@@ -35,6 +36,32 @@ def get_gpu_ids() -> list[int]:
     return list(assignment.device_numbers) if assignment is not None else []
 
 
+class Id(str):
+    """An id as text, hexadecimal; it has the methods of ids that programs written for Ray call."""
+
+    __slots__ = ()
+
+    def hex(self) -> str:
+        """Return the id as plain text."""
+        return str(self)
+
+    def binary(self) -> bytes:
+        """Return the bytes that the id names."""
+        return bytes.fromhex(self)
+
+    def is_nil(self) -> bool:
+        """Tell whether it names nothing; there is no such id here: what is not there is None."""
+        return False
+
+
+def _id(text: str | None) -> Id | None:
+    return None if text is None else Id(text)
+
+
+#: What `get_accelerator_ids` names: devices are "GPU", and the others are kinds that other runtimes know.
+ACCELERATORS = ("GPU", "HPU", "NPU", "RBLN", "TPU", "neuron_cores")
+
+
 class RuntimeContext:
     """Who and where the running code is. Ids are hexadecimal; what a driver does not have is None or empty."""
 
@@ -46,6 +73,51 @@ class RuntimeContext:
     def _actor(self) -> messages.ActorFacts | None:
         assignment = self._known().assigned()
         return assignment.actor if assignment is not None else None
+
+    def get(self) -> dict[str, Any]:
+        """Return the ids of the job and the node and the namespace, with those of the running task and of the actor."""
+        found = {
+            "job_id": self.job_id,
+            "node_id": self.node_id,
+            "namespace": self.namespace,
+            "task_id": self.task_id,
+            "actor_id": self.actor_id,
+        }
+        return {name: value for name, value in found.items() if value is not None}
+
+    @property
+    def job_id(self) -> Id:
+        """`get_job_id()` as an `Id`."""
+        return Id(self.get_job_id())
+
+    @property
+    def node_id(self) -> Id:
+        """`get_node_id()` as an `Id`."""
+        return Id(self.get_node_id())
+
+    @property
+    def worker_id(self) -> Id:
+        """`get_worker_id()` as an `Id`."""
+        return Id(self.get_worker_id())
+
+    @property
+    def task_id(self) -> Id | None:
+        """`get_task_id()` as an `Id`."""
+        return _id(self.get_task_id())
+
+    @property
+    def actor_id(self) -> Id | None:
+        """`get_actor_id()` as an `Id`."""
+        return _id(self.get_actor_id())
+
+    @property
+    def runtime_env(self) -> dict[str, Any]:
+        """The environment of this worker, or of the job, in the form that `runtime_env=` takes; paths are absolute."""
+        return self._known().environment.described()
+
+    def get_runtime_env_string(self) -> str:
+        """Return `runtime_env` as JSON."""
+        return json.dumps(self.runtime_env)
 
     def get_job_id(self) -> str:
         """Return the id of the job: of the session that the driver's `init` started."""
@@ -73,7 +145,25 @@ class RuntimeContext:
         actor = self._actor()
         if running is None or not running.task_id:
             return None
-        return running.name if actor is None or "." in running.name else f"{actor.class_name}.{running.name}"
+        method = _method(running)
+        return f"{actor.class_name}.{method}" if actor is not None and method == running.name else running.name
+
+    def get_task_function_name(self) -> str | None:
+        """Return what runs, as `module.function` or `module.Class.method`, whatever `name` says; None in a driver."""
+        running = context.running()
+        if running is None or not running.task_id:
+            return None
+        own = self._known().own_actor()
+        of: Any = own.cls if own is not None else getattr(getattr(running, "callee", None), "function", None)
+        if of is None:  # a constructor that still runs
+            return running.name
+        name = f"{of.__module__}.{of.__qualname__}".replace("<locals>.", "")
+        return name if own is None else f"{name}.{_method(running) or '__init__'}"
+
+    def is_canceled(self) -> bool:
+        """Tell whether the running call was cancelled, for code that no interrupt reaches, as in a threaded actor."""
+        running = context.running()
+        return getattr(running, "cancel", None) is not None
 
     def get_actor_id(self) -> str | None:
         """Return the id of the actor that this process is, or None."""
@@ -115,12 +205,19 @@ class RuntimeContext:
         return {name: units / UNIT for name, units in assignment.shape.items()} if assignment is not None else {}
 
     def get_accelerator_ids(self) -> dict[str, list[str]]:
-        """Return the UUIDs of the leased devices under "GPU"; an empty list where there are none."""
+        """Return the UUIDs of the leased devices under "GPU", and an empty list for each other kind, of which there is none."""
         assignment = self._known().assigned()
-        return {"GPU": list(assignment.devices) if assignment is not None else []}
+        devices = list(assignment.devices) if assignment is not None else []
+        return {kind: devices if kind == "GPU" else [] for kind in ACCELERATORS}
 
     def __repr__(self) -> str:
         return "RuntimeContext()"
+
+
+def _method(running: context.TaskContext) -> str:
+    """Return the actor's method that a call runs; "" for a task, and for a constructor."""
+    callee = getattr(running, "callee", None)
+    return callee.method if callee is not None else ""
 
 
 _context = RuntimeContext()

@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 _ACTOR_OWNER = b"actor:"
 #: The end of an actor is remembered for this many actors, for handles that ask late.
 MAX_DEAD = 10_000
-_FORGOTTEN = pickle.dumps(ActorDiedError("the actor is gone, and how it ended is no longer known"), 5)
+
+
+def _forgotten(actor_id: bytes) -> bytes:
+    return pickle.dumps(ActorDiedError("the actor is gone, and how it ended is no longer known", actor_id=actor_id), 5)
 
 
 class Actor:
@@ -131,7 +134,7 @@ class ActorDirectory:
         """There never will be a worker for an actor."""
         actor = self.actors.get(refusal.owner[len(_ACTOR_OWNER) :])
         if actor is not None:
-            error = ActorUnschedulableError(f"{actor.spec.class_name}: {refusal.reason}")
+            error = ActorUnschedulableError(f"{actor.spec.class_name}: {refusal.reason}", actor_id=actor.spec.actor_id)
             self._end(actor, pickle.dumps(error, 5))
 
     def on_granted(self, grant: Grant, worker: Worker) -> None:
@@ -202,7 +205,7 @@ class ActorDirectory:
             self._early.setdefault(actor_id, (creator, set()))[1].add(channel.peer_id)
             self._daemon.send(creator, messages.WatchActor(actor_id))
         else:
-            channel.send(messages.ActorState(actor_id, "dead", b"", _FORGOTTEN))
+            channel.send(messages.ActorState(actor_id, "dead", b"", _forgotten(actor_id)))
 
     def _namer(self, actor_id: bytes) -> bytes:
         return next((known.creator for known in self._names.values() if known.actor_id == actor_id), b"")
@@ -215,7 +218,7 @@ class ActorDirectory:
             if actor.arguments_lost and actor.creator == channel.peer_id:  # they cannot be made again
                 self._end(actor, message.error or self._death(actor, "an argument of its constructor is lost"))
             return
-        error = self._dead[actor_id] = message.error or self._dead.get(actor_id) or _FORGOTTEN
+        error = self._dead[actor_id] = message.error or self._dead.get(actor_id) or _forgotten(actor_id)
         self._trim(self._dead)
         self._forget_names(lambda reserved: reserved.actor_id == actor_id)
         self._ended_early.pop(actor_id, None)
@@ -257,7 +260,8 @@ class ActorDirectory:
             self._end(actor, self._death(actor, message.reason))
 
     def _death(self, actor: Actor, reason: str) -> bytes:
-        return pickle.dumps(ActorDiedError(f"the actor {actor.spec.class_name} is dead: {reason}"), 5)
+        error = ActorDiedError(f"the actor {actor.spec.class_name} is dead: {reason}", actor_id=actor.spec.actor_id)
+        return pickle.dumps(error, 5)
 
     def _end(self, actor: Actor, error: bytes) -> None:
         """The actor is over for good."""
@@ -298,7 +302,7 @@ class ActorDirectory:
             if creator == process_id:
                 del self._early[actor_id]
                 for watcher in watchers:
-                    self._daemon.send(watcher, messages.ActorState(actor_id, "dead", b"", _FORGOTTEN))
+                    self._daemon.send(watcher, messages.ActorState(actor_id, "dead", b"", _forgotten(actor_id)))
         for actor in list(self.actors.values()):
             actor.watchers.discard(process_id)
             if actor.creator == process_id and (actor.arguments_lost or not actor.spec.options.get("detached")):

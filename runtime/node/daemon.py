@@ -270,7 +270,7 @@ class NodeDaemon:
         ResourceSet(spec.shape)  # raises for what is none, before there is anything that asks for it again and again
         reason = self._misplaced(spec.placement) if spec.placement is not None else ""
         if reason:
-            error = pickle.dumps(ActorUnschedulableError(f"{spec.class_name}: {reason}"), 5)
+            error = pickle.dumps(ActorUnschedulableError(f"{spec.class_name}: {reason}", actor_id=spec.actor_id), 5)
             self.actors.on_gone(channel, messages.ActorGone(spec.actor_id, error))
             channel.send(messages.ActorState(spec.actor_id, "dead", b"", error))
         else:
@@ -304,7 +304,7 @@ class NodeDaemon:
 
     def _on_return_lease(self, channel: Channel, message: messages.ReturnLease) -> None:
         self.leases.release(message.lease_id)
-        self.workers.on_lease_returned(message.lease_id)
+        self.workers.on_lease_returned(message.lease_id, message.wears_out)
 
     def _on_blocked(self, channel: Channel, message: messages.Blocked) -> None:
         worker = self.workers.by_id.get(channel.peer_id)

@@ -218,12 +218,16 @@ class WorkerPool:
         if worker is not None:
             self._idle.setdefault(worker.pool, deque()).append(worker)
 
-    def on_lease_returned(self, lease_id: int) -> None:
-        """A lease is over; its worker may serve another."""
+    def on_lease_returned(self, lease_id: int, wears_out: bool = False) -> None:
+        """A lease is over; its worker may serve another, or has done what it may and ends once nobody depends on it."""
         worker = self._by_lease.pop(lease_id, None)
         if worker is not None and worker.grant is not None and worker.grant.lease_id == lease_id:
             worker.grant = None
-            if worker.ready and not worker.actor_id:
+            if not worker.ready or worker.actor_id:
+                return
+            if wears_out:
+                self._daemon.send(worker.id, messages.Retire(True))
+            else:
                 self._set_idle(worker)
 
     def is_leased(self, lease_id: int) -> bool:

@@ -71,6 +71,15 @@ class Environment(msgspec.Struct, frozen=True, array_like=True):
             )
         return environment
 
+    def described(self) -> dict[str, Any]:
+        """Return it in the form that `runtime_env=` takes."""
+        whole = {
+            "env_vars": dict(self.variables),
+            "working_dir": self.working_dir,
+            "py_modules": list(self.modules),
+        }
+        return {key: value for key, value in whole.items() if value}
+
     def over(self, base: Environment) -> Environment:
         """Return this environment on top of another: variables are added, the other fields replaced where given."""
         if self == Environment():

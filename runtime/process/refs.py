@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import warnings
 from collections.abc import Generator
 from concurrent.futures import Future
@@ -40,6 +41,10 @@ class ObjectRef(msgspec.Struct, gc=False, eq=False, repr_omit_defaults=True):
     def future(self) -> Future[Any]:
         """Return a `concurrent.futures.Future` of the value."""
         return current.require_values(f"{self!r} belongs to a runtime that was shut down").future(self)
+
+    def as_future(self) -> asyncio.Future[Any]:
+        """Return a future of the value for asyncio; cancelling it cancels the wait, not the task."""
+        return asyncio.wrap_future(self.future())
 
     def __await__(self) -> Generator[Any, None, Any]:
         return current.require_values(f"{self!r} belongs to a runtime that was shut down").result(self).__await__()

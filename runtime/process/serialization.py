@@ -40,6 +40,7 @@ from afield.errors import CapacityError, DeserializationError, LossError, Serial
 from afield.gpu_store.interop import DevicePacker, HostTensors, adapter_of
 from afield.gpu_store.private_views import aligned_empty
 from afield.runtime.process import current
+from afield.runtime.process.culprits import find_culprit
 from afield.tracebacks import trim
 from afield.transport.interrupts import interruptible
 
@@ -409,46 +410,9 @@ def unpicklable(value: Any, what: str, error: BaseException) -> SerializationErr
     """Make the error that names the part of `value` that is to blame."""
     if isinstance(error, SerializationError):
         return error
-    path, culprit = _find_culprit(value, what, 0)
+    path, culprit = find_culprit(value, what)
     kind = type(culprit)
     return SerializationError(
         f"cannot pickle {what}: {path} is a {kind.__module__}.{kind.__qualname__} ({type(error).__name__}: {error}). "
         "Create it inside the task, keep it in an actor, or give its class a __reduce__ method."
     )
-
-
-@interruptible
-def _can_pickle(value: Any) -> bool:
-    try:
-        cloudpickle.dumps(value, 5)
-    except Exception:
-        return False
-    return True
-
-
-@interruptible
-def _find_culprit(value: Any, path: str, depth: int) -> tuple[str, Any]:
-    """Descend into what cannot be pickled until all parts of it can; return the path and the part."""
-    if depth > 8:
-        return path, value
-    for name, part in _parts(value):
-        if not _can_pickle(part):
-            return _find_culprit(part, path + name, depth + 1)
-    return path, value
-
-
-def _parts(value: Any) -> list[tuple[str, Any]]:
-    if isinstance(value, dict):
-        return [(f"[{key!r}]", item) for key, item in value.items()]
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [(f"[{index}]", item) for index, item in enumerate(value)]
-    parts = []
-    if callable(value) and hasattr(value, "__closure__"):
-        names = value.__code__.co_freevars
-        parts += [(f" (captured {n!r})", c.cell_contents) for n, c in zip(names, value.__closure__ or (), strict=False)]
-        used = value.__code__.co_names
-        parts += [(f" (global {n!r})", value.__globals__[n]) for n in used if n in value.__globals__]
-    parts += [
-        (f".{name}", item) for name, item in getattr(value, "__dict__", {}).items() if not isinstance(value, type)
-    ]
-    return parts

@@ -5,16 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from afield.errors import ObjectLostError
+from afield.errors import AfieldError, ObjectLostError, pass_on
 from afield.ids import ARGUMENTS_INDEX
 from afield.runtime.cores.dispatch import Task
 from afield.runtime.cores.objects import FAILED, LOCATED, PENDING
 from afield.runtime.process.process import INLINE_BYTES, Process
 from afield.runtime.process.refs import ObjectRef
-from afield.runtime.process.serialization import Arg, Serialized, dumps_plain, serialize
+from afield.runtime.process.serialization import (
+    Arg,
+    Serialized,
+    deserialize_unopened,
+    dumps_plain,
+    serialize,
+    serialize_error,
+)
 from afield.runtime.values.values import Values
 from afield.runtime.wire import messages
 from afield.transport.interrupts import uninterruptible
+
+#: The error of an argument that is no larger becomes that of its task with the task's name in it; a larger one as it is.
+MAX_PASSED_ON_BYTES = 16384
 
 
 class Arguments:
@@ -105,8 +115,7 @@ class Arguments:
         for dependency in task.dependencies or ():
             entry = self.table.entries[dependency]
             if entry.state == FAILED:
-                error: bytes = entry.value
-                return error
+                return _passed_on(entry.value, task)
         return None
 
     def lost_again(self, task: Task) -> bool:
@@ -126,6 +135,18 @@ class Arguments:
             else:
                 described.append(messages.Dependency(oid, owner, entry.state, entry.value))
         return described
+
+
+def _passed_on(data: bytes, task: Task) -> bytes:
+    """Return an argument's error as that of the task: it says so, unless that would copy much for each of many tasks."""
+    if len(data) > MAX_PASSED_ON_BYTES or task.function is None:
+        return data
+    try:
+        error = deserialize_unopened(data, "the error of an argument")  # we hold the lock
+        pass_on(error, task.function.name)
+        return serialize_error(error)
+    except AfieldError:
+        return data
 
 
 def _placeholder(arg: Any, refs: list[bytes]) -> Any:

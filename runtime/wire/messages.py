@@ -85,6 +85,7 @@ class Define(msgspec.Struct, array_like=True, tag=1):
     group: str  # the actor's concurrency group to run in; empty for the default
     once: bool  # never to be run again: the owner must know exactly whether it has started
     retry_on: bool | bytes = False  # which errors of the user's are to be retried: all, or serialised types
+    method: str = ""  # of an actor, which is looked up there; `name` is what the call is called
 
 
 class Push(msgspec.Struct, array_like=True, tag=2, gc=False):
@@ -261,9 +262,10 @@ class Infeasible(msgspec.Struct, array_like=True, tag=23):
 
 
 class ReturnLease(msgspec.Struct, array_like=True, tag=24):
-    """The owner is done with the lease."""
+    """The owner is done with the lease. `wears_out`: and its worker is to serve nobody else, as `max_calls` says."""
 
     lease_id: int
+    wears_out: bool = False
 
 
 class Reclaim(msgspec.Struct, array_like=True, tag=25):
@@ -317,7 +319,12 @@ class Unreachable(msgspec.Struct, array_like=True, tag=38):
 
 
 class Retire(msgspec.Struct, array_like=True, tag=29):
-    """Daemon to an idle worker: end, unless somebody depends on you. The worker sends it back if somebody does."""
+    """Daemon to an idle worker: end, unless somebody depends on you. The worker sends it back if somebody does.
+
+    `later`: if somebody does, end as soon as nobody does any more.
+    """
+
+    later: bool = False
 
 
 class Lost(msgspec.Struct, array_like=True, tag=36):

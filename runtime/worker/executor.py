@@ -300,7 +300,7 @@ class Executor:
             broken = host.participant.values.parts.devices.broken()
             if broken:  # as for a call: this process has no device any more, and the actor is constructed elsewhere
                 host.leave(broken)
-            error = host.outcomes.constructor_failure(spec.class_name, raised)
+            error = host.outcomes.constructor_failure(spec, raised)
         finally:
             enter(None)
         born = messages.ActorBorn(spec.actor_id, error, lost)

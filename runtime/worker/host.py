@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NoReturn
 
 from afield.runtime.calls.participant import Participant
@@ -46,9 +47,8 @@ class Host:
         """Return the function of a callee that is not rebuilt yet, or the actor's method."""
         if not self.actor_id:
             return callee.rebuild(self.participant.values)
-        if callee.name.startswith("__afield_"):
-            return _ready if callee.name == "__afield_ready__" else _exit
-        return _method(self.actor, callee.name)
+        special = _SPECIAL.get(callee.method)
+        return _method(self.actor, callee.method) if special is None else partial(special, self.actor)
 
     def leave(self, reason: str) -> NoReturn:
         """This process is of no use any more: what it was doing failed for that, and is to be done elsewhere."""
@@ -80,9 +80,21 @@ def _method(actor: Any, name: str) -> Callable[..., Any]:
     return found
 
 
-def _ready() -> bool:
+def _ready(actor: Any) -> bool:
     return True
 
 
-def _exit() -> None:
+def _exit(actor: Any) -> None:
     raise ActorExit
+
+
+def _call(actor: Any, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    return function(actor, *args, **kwargs)
+
+
+#: The methods that every actor has, beside those of its class.
+_SPECIAL: dict[str, Callable[..., Any]] = {
+    "__afield_ready__": _ready,
+    "__afield_terminate__": _exit,
+    "__afield_call__": _call,
+}

@@ -14,7 +14,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from afield.causes import is_a, name_of
-from afield.errors import ActorConstructionError, AfieldError, CapacityError, MessageTooLargeError, TaskError
+from afield.errors import (
+    ActorConstructionError,
+    AfieldError,
+    CapacityError,
+    DeserializationError,
+    MessageTooLargeError,
+    TaskError,
+    UsageError,
+    of_actor,
+    pass_on,
+)
 from afield.ids import ARGUMENTS_INDEX, object_id
 from afield.runtime.calls.participant import Participant
 from afield.runtime.cores.objects import FAILED, INLINE, LOCATED, Obligation
@@ -40,6 +50,8 @@ from afield.transport.interrupts import uninterruptible
 MAX_REPLY_BYTES = 1 << 20
 #: A result beyond that which is no larger is not stored: its location takes as much.
 SMALL_BYTES = 256
+#: Errors of the runtime's own that come of what a task does: of arguments or results that cannot be pickled, or find no room.
+_OF_THE_TASK = (UsageError, CapacityError, DeserializationError)
 #: In the data of a stored error: it is to be retried.
 AGAIN = b"again"
 
@@ -47,7 +59,18 @@ AGAIN = b"again"
 class LoadedCallee:
     """A function as its owner defined it; unpickled on first use."""
 
-    __slots__ = ("backpressure", "blob", "function", "group", "name", "num_returns", "once", "plain", "retry_on")
+    __slots__ = (
+        "backpressure",
+        "blob",
+        "function",
+        "group",
+        "method",
+        "name",
+        "num_returns",
+        "once",
+        "plain",
+        "retry_on",
+    )
 
     def __init__(self, message: messages.Define) -> None:
         self.name = message.name
@@ -57,6 +80,7 @@ class LoadedCallee:
         self.group = message.group
         self.once = message.once
         self.retry_on = message.retry_on
+        self.method = message.method
         #: As nearly all are: one result, and it may run again.
         self.plain = message.num_returns == 1 and not message.once
         #: The function, once it was rebuilt; an actor's methods are looked up each time.
@@ -290,7 +314,7 @@ class Outcomes:
         receiver: bytes,
         made: Sequence[messages.Result] = (),
     ) -> Any:
-        """Make the reply of a task that raised; an error of the runtime's own goes on as it is.
+        """Make the reply of a task that raised; an error of the runtime's own that says nothing of the task goes on as it is.
 
         A large error is stored like a result: reading it raises it. Where that cannot be it is described instead. What was
         `made` before stays, and the error takes the places that are left.
@@ -301,13 +325,16 @@ class Outcomes:
         if is_a(error, PartsLostError) and not in_user_code:
             return messages.Reply(sequence, messages.ARGUMENT_LOST, b"")
         of_user = in_user_code or not is_a(error, AfieldError)
+        if is_a(error, TaskError) and not in_user_code:  # of an argument that is so large that it came here to be read
+            pass_on(error, callee.name)  # type: ignore[arg-type]
         again = of_user and callee.retry_on is not False and _is_to_be_retried(error, callee.retry_on)
-        serialized = _encoded(TaskError, callee.name, error) if of_user else serialize(error, "the error", stored=False)
+        wraps = of_user or is_a(error, _OF_THE_TASK)
+        serialized = _encoded(TaskError, callee.name, error) if wraps else serialize(error, "the error", stored=False)
         if serialized.size > MAX_REPLY_BYTES:
             why: BaseException = MessageTooLargeError(f"it has {serialized.size} bytes")
             if callee.num_returns != messages.STREAMING:
                 try:
-                    wrapped = TaskError.from_exception(callee.name, error) if of_user else error
+                    wrapped = TaskError.from_exception(callee.name, error) if wraps else error
                     return self._store_failure(sequence, task_id, callee, wrapped, receiver, again, made)
                 except BaseException as failure:  # code of the user's has run
                     why = failure
@@ -346,13 +373,13 @@ class Outcomes:
         only = results[0]
         return messages.Reply(sequence, only.kind, only.data, only.location, only.contained)
 
-    def constructor_failure(self, class_name: str, error: BaseException) -> bytes:
+    def constructor_failure(self, spec: messages.CreateActor, error: BaseException) -> bytes:
         """Serialise what an actor's constructor raised; what is too large for the daemon to keep is described."""
-        name = f"{class_name}.__init__"
-        data = _encoded(ActorConstructionError, name, error).pack()
+        name = f"{spec.class_name}.__init__"
+        data = _encoded(ActorConstructionError, name, error, spec.actor_id).pack()
         if len(data) > MAX_REPLY_BYTES:
             too_large = MessageTooLargeError(f"it has {len(data)} bytes")
-            described = _described(ActorConstructionError, name, error, too_large)
+            described = of_actor(_described(ActorConstructionError, name, error, too_large), spec.actor_id)
             data = serialize(described, "the error", stored=False).pack()
         return data
 
@@ -374,12 +401,12 @@ def _report(name: str, error: BaseException) -> None:
     print(f"afield: {name}() raised after all of its results were there:\n{text}", file=sys.stderr)
 
 
-def _encoded(kind: type[TaskError], name: str, error: BaseException) -> Serialized:
+def _encoded(kind: type[TaskError], name: str, error: BaseException, actor_id: bytes = b"") -> Serialized:
     """Pickle what the user's code raised, wrapped. Code of the user's runs here, and nothing that it raises leaves."""
     try:
-        return serialize(kind.from_exception(name, error), "the error", stored=False)
+        return serialize(of_actor(kind.from_exception(name, error), actor_id), "the error", stored=False)
     except BaseException:
-        return serialize(kind.described(name, error), "the error", stored=False)
+        return serialize(of_actor(kind.described(name, error), actor_id), "the error", stored=False)
 
 
 def _is_to_be_retried(error: BaseException, retry_on: bool | bytes) -> bool:

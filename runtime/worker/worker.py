@@ -6,6 +6,7 @@ import faulthandler
 import os
 import random
 import sys
+from functools import partial
 
 import numpy as np
 
@@ -47,7 +48,7 @@ def run_worker(config: ForkServerConfig, worker_id: bytes, variables: dict[str, 
     process.requests.answer("stack", activity)
     session, node_id, namespace = config.session.name, config.node_id.hex(), config.namespace
     install(Facts(session, node_id, namespace, environment, lambda: executor.assignment, executor.own_actor))
-    participant.process.register(messages.Retire, lambda channel, message: _retire(executor, channel))
+    participant.process.register(messages.Retire, partial(_retire, executor))
 
     def speaker() -> tuple[str, bytes]:
         task = running()
@@ -86,9 +87,16 @@ def _calls(executor: Executor) -> tuple[list[RunningCall], int]:
     return calls, len(work.queue)
 
 
-def _retire(executor: Executor, channel: Channel) -> None:
+def _retire(executor: Executor, channel: Channel, message: messages.Retire) -> None:
     """End this idle worker, unless somebody depends on it: no record of an object means that it holds and owes nothing."""
-    if executor.process.table.entries or executor.work.queue:
-        channel.send(messages.Retire())
-    else:
-        executor.end()
+    process = executor.process
+    if not message.later and (process.table.entries or executor.work.queue):
+        channel.send(message)
+        return
+
+    def look(now: float) -> None:
+        if not process.table.entries:
+            executor.end()
+
+    process.subscribe(TICK, look)  # after each event, so that waiting costs nothing
+    look(0.0)
