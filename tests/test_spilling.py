@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 
 import afield
 from afield.errors import ObjectLostError, ObjectStoreFullError, OutOfDeviceMemoryError
+from afield.runtime.face import api
 from tests.device_helpers import (
     MIB,
     PATIENCE_S,
@@ -26,7 +28,7 @@ from tests.device_helpers import (
     tiers,
     uuids,
 )
-from tests.helpers import HANG_S, poll, remote_with, traces, without_waiting
+from tests.helpers import HANG_S, poll, remote_with, without_waiting
 
 #: Requests for room that cannot be had end after this.
 WAIT_S = 0.5
@@ -263,19 +265,13 @@ def test_a_task_that_reads_more_than_there_is_lets_go_of_it_when_it_fails() -> N
 def test_a_full_disk_stops_producers_and_loses_nothing() -> None:
     refs = host_values(14)
     assert poll(spill_files, PATIENCE_S)
-    directory = os.path.join(traces().directory, "spill")
-    known = {int(path.name) for path in spill_files()}
-    blocked = [os.path.join(directory, f"{number}.part") for number in range(1, 2000) if number not in known]
-    for path in blocked:
-        if not os.path.exists(path):
-            os.symlink("/dev/full", path)
+    (store,) = [row["pid"] for row in api.query("stores") if not row["device"]]
+    limits = resource.prlimit(store, resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))  # as a quota does
     try:
         text = raised_by(lambda: host_values(14), ObjectStoreFullError)
     finally:
-        for path in blocked:
-            if os.path.islink(path):
-                os.unlink(path)
-    assert "disk_full" in text and "No space left on device" in text and "spill_dir" in text
+        resource.prlimit(store, resource.RLIMIT_FSIZE, limits)
+    assert "disk_full" in text and "File too large" in text and "spill_dir" in text
 
     def room_again() -> bool:
         try:
