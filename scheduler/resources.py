@@ -14,6 +14,7 @@ import numbers
 from collections.abc import Iterator, Mapping
 
 from afield.errors import InvalidOptionError
+from afield.text import is_text
 from afield.units import format_bytes, parse_bytes
 
 # Units per 1: the smallest amount that can be asked for is 0.0001.
@@ -135,8 +136,10 @@ def format_amount(name: str, amount: int) -> str:
 
 
 def _check_custom_name(name: object) -> None:
-    if not isinstance(name, str) or not name:
-        raise InvalidOptionError(f"resources={{{name!r}: ...}}: a resource's name is a non-empty string")
+    if not is_text(name) or not name:
+        raise InvalidOptionError(
+            f"resources={{{name!r}: ...}}: a resource's name is a non-empty string, without lone surrogates"
+        )
     if name in _OPTIONS:
         raise InvalidOptionError(f"resources={{{name!r}: ...}}: use {_OPTIONS[name]}= for the built-in {name}")
 

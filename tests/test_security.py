@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import grp
+import json
 import mmap
 import os
 import pwd
 import re
+import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +26,8 @@ from afield.runtime.face import lifecycle
 from afield.runtime.process.configuration import address_of
 from afield.runtime.session import directories, sessions
 from afield.transport import sockets
-from tests.helpers import program
+from tests.fuzz.run import listeners
+from tests.helpers import processes, program, traces
 
 pytestmark = pytest.mark.slow
 
@@ -253,3 +260,110 @@ def test_the_user_for_whom_the_kernel_has_no_number_is_nobodys_friend(monkeypatc
         assert {peer for peer in (0, 1000, 1001, sockets.OVERFLOW_UID) if sockets.is_us(peer)} == friends
     with pytest.raises(afield.RuntimeDiedError, match="nobody"):
         afield.init(num_cpus=1)
+
+
+# -- another user of the machine ----------------------------------------------------------------------------------
+
+STRANGER = 23456
+
+
+def as_stranger(work: Any) -> Any:
+    """Return what `work` returns in a copy of this process that belongs to another user."""
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.close(read)
+            os.setgroups([])
+            os.setgid(STRANGER)
+            os.setuid(STRANGER)
+            answer = json.dumps(work())
+        except BaseException as error:
+            answer = json.dumps(f"{type(error).__name__}: {error}")
+        os.write(write, answer.encode())
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as file:
+        text = file.read()
+    os.waitpid(pid, 0)
+    return json.loads(text)
+
+
+needs_another_user = pytest.mark.skipif(
+    os.geteuid() != 0, reason="NOT TESTED: what another user can do; it needs root, to become one"
+)
+
+
+@needs_another_user
+def test_another_user_can_reach_nothing_of_a_session(shared_runtime: None) -> None:
+    (info,) = [one for one in sessions.find_sessions() if one.driver_pid == os.getpid()]
+    pids = list(processes(traces()))
+    addresses = listeners(info.name)
+
+    def attempts() -> list[str]:
+        done = []
+
+        def attempt(what: str, work: Any) -> None:
+            try:
+                done.append(f"{what}: {work()!r}")
+            except (OSError, ConnectionError):
+                pass
+
+        attempt("list", lambda: os.listdir(info.directory))
+        for name in ("token", "info.json", "node.log", "lock"):
+            attempt(name, lambda name=name: Path(info.directory, name).read_bytes())
+        attempt("rename", lambda: os.rename(info.directory, info.directory + "x"))
+        for pid in pids:
+            attempt("kill", lambda pid=pid: os.kill(pid, signal.SIGTERM))
+            attempt("fds", lambda pid=pid: os.listdir(f"/proc/{pid}/fd"))
+            attempt("memory", lambda pid=pid: os.open(f"/proc/{pid}/mem", os.O_RDONLY))
+        for address in addresses:
+            attempt("connect", lambda address=address: said_to_us(address) or pytest.fail("nothing"))
+        return done
+
+    assert as_stranger(attempts) == []
+    assert sorted(processes(traces())) == sorted(pids)
+
+
+def said_to_us(address: str) -> bytes:
+    """Return what a listener of a session says first; raises ConnectionError if it hangs up."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.settimeout(10)
+        sock.connect("\0" + address)
+        data = sock.recv(100)
+    if not data:
+        raise ConnectionResetError
+    return data
+
+
+@needs_another_user
+def test_a_flood_of_connections_of_another_user_starves_nobody(no_runtime: None) -> None:
+    """The daemon once accepted as long as somebody connected."""
+    with afield.init(num_cpus=1):
+        echo = afield.remote(lambda value: value)
+        afield.get(echo.remote(1))
+        addresses = listeners(traces().name)
+
+        def flood() -> int:
+            count, end = 0, time.monotonic() + 3.0
+            while time.monotonic() < end:
+                for address in addresses:
+                    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+                        sock.setblocking(False)
+                        sock.connect("\0" + address)
+                        count += 1
+            return count
+
+        result: list[Any] = []
+        thread = threading.Thread(target=lambda: result.append(as_stranger(flood)))
+        thread.start()
+        done = 0
+        while thread.is_alive():
+            actor = afield.remote(type("A", (), {"f": lambda self: 1})).remote()  # takes the daemon
+            assert afield.get(actor.f.remote(), timeout=HANG_S) == 1
+            assert afield.get(echo.remote(done), timeout=HANG_S) == done
+            del actor
+            done += 1
+        thread.join()
+        assert result[0] > 1000, "it was no flood"
+        assert done > 3, "the session stood still"

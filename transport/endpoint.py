@@ -35,6 +35,10 @@ LAST_PAUSE_S = 1.0
 ABSENT_S = 1.0
 #: A process without descriptors looks so often whether it has some again, for those who want to connect.
 ACCEPT_PAUSE_S = 0.1
+#: So many are accepted before others get their turn: another user's, who are turned away only after it, take a turn too.
+MAX_ACCEPTS = 16
+#: Connections whose peers have not proven themselves yet, and how long they have for it.
+MAX_UNPROVEN, PROVE_S = 1024, 5.0
 #: Introductions that fail in a row, with pauses between them: about a second. Each alone may be bad luck.
 MAX_FAILURES = 10
 
@@ -81,6 +85,7 @@ class Endpoint:
         self._on_ready = on_ready
         self._channels: dict[int, Channel] = {}  # by the identity of their links
         self._introductions: set[Introduction] = set()
+        self._unproven: list[Introduction] = []  # those on sockets that we accepted, the oldest first
         self._listener: socket.socket | None = None
 
     # -- channels that we open -------------------------------------------------------------------------------------
@@ -145,7 +150,7 @@ class Endpoint:
 
     def _accept(self, events: int) -> None:
         assert self._listener is not None
-        while True:
+        for _ in range(MAX_ACCEPTS):
             try:
                 sock, _ = self._listener.accept()
             except BlockingIOError:
@@ -173,7 +178,9 @@ class Endpoint:
             self.loop.register(self._listener.fileno(), self._accept)
 
     def accepted(self, sock: socket.socket) -> None:
-        """Somebody has connected."""
+        """Somebody has connected, who is to prove soon what it is."""
+        if len(self._unproven) >= MAX_UNPROVEN:
+            self.give_up(self._unproven[0])  # the oldest: it has had the most time
         answers: list[Answer] = []
 
         def answer(peer_id: bytes, hello: bytes) -> bytes:
@@ -181,9 +188,22 @@ class Endpoint:
             return answers[0].reply
 
         def proven(sock: socket.socket, handshake: Handshake) -> None:
+            self._unproven.remove(introduction)
             self._resume(sock, handshake.peer_id, answers[0])
 
-        self.introduce(sock, proven, lambda error: None, server=True, answer=answer)
+        def failed(error: Exception) -> None:
+            self._unproven.remove(introduction)
+
+        def late() -> None:
+            if introduction in self._introductions:
+                introduction.handle(0)  # it may have come while this process was stopped
+            if introduction in self._introductions:
+                self.give_up(introduction)
+
+        introduction = self.introduce(sock, proven, failed, server=True, answer=answer)
+        if introduction in self._introductions:
+            self._unproven.append(introduction)
+            self.loop.after(PROVE_S, late)
 
     def _resume(self, sock: socket.socket, peer_id: bytes, answer: Answer) -> None:
         link = answer.link
@@ -233,6 +253,8 @@ class Endpoint:
         """Nobody needs this socket any more."""
         introduction.close()
         self._introductions.discard(introduction)
+        if introduction in self._unproven:
+            self._unproven.remove(introduction)
 
     def channels(self) -> list[Channel]:
         """Return all channels that are not over."""

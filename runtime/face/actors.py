@@ -26,6 +26,7 @@ from afield.runtime.process.facts import inherited_environment
 from afield.runtime.process.refs import ObjectRef
 from afield.runtime.values.definitions import Definition
 from afield.runtime.wire import messages
+from afield.text import is_text
 from afield.tracebacks import trim
 
 
@@ -224,6 +225,8 @@ def get_actor(name: str, namespace: str | None = None) -> ActorHandle:
     for what, value in given:
         if not isinstance(value, str) and not (value is None and what == "namespace"):
             raise TypeError(f"get_actor(): {what}={value!r} is a {type(value).__name__}; expected a string")
+        if value is not None and not is_text(value):
+            raise ValueError(f"get_actor(): {what}={value!r} has lone surrogates, which no name has")
     argument = {"namespace": namespace, "name": name}
     description = participant.process.requests.ask(lambda n: messages.Query(n, "find_actor", argument))
     if description is None:

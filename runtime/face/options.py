@@ -15,6 +15,7 @@ from afield.runtime.face.strategies import strategy_problem
 from afield.runtime.process.serialization import serialize
 from afield.runtime.wire.messages import STREAMING
 from afield.scheduler.resources import ResourceSet
+from afield.text import is_text
 
 Check = Callable[[Any], str]  # returns what was expected, or "" if the value is fine
 
@@ -51,11 +52,15 @@ def _retry_exceptions(value: Any) -> str:
 
 
 def _name(value: Any) -> str:
-    return "" if isinstance(value, str) and value else "a string that is not empty"
+    return "" if is_text(value) and value else "a string that is not empty, without lone surrogates"
+
+
+def _text(value: Any) -> str:
+    return "" if is_text(value) else "a string, without lone surrogates"
 
 
 def _groups(value: Any) -> str:
-    fine = isinstance(value, dict) and all(isinstance(k, str) and not _whole(1)(v) for k, v in value.items())
+    fine = isinstance(value, dict) and all(is_text(k) and not _whole(1)(v) for k, v in value.items())
     return "" if fine else "a dict of group names and their numbers of concurrent calls"
 
 
@@ -77,7 +82,7 @@ _COMMON: dict[str, Check] = {
     "memory": _resource,
     "gpu_memory": _resource,
     "resources": _resource,
-    "name": _kind(str, "a string"),
+    "name": _text,
     "runtime_env": _environment,
     "scheduling_strategy": strategy_problem,
 }
@@ -101,7 +106,7 @@ ACTOR_OPTIONS: dict[str, Check] = _COMMON | {
 }
 METHOD_OPTIONS: dict[str, Check] = {
     "num_returns": _num_returns,
-    "name": _kind(str, "a string"),
+    "name": _text,
     "max_task_retries": _whole(-1),
     "retry_exceptions": _retry_exceptions,
     "concurrency_group": _kind(str, "a string"),

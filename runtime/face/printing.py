@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from afield.runtime.wire import messages
+from afield.text import harmless
 
 FOLD_WINDOW_S = 2.0
 #: Lines remembered for folding; beyond it the oldest window ends early.
@@ -197,7 +198,7 @@ class Printer:
             return
         try:
             on, off = (_DIM, _PLAIN) if self._colour and target.isatty() else ("", "")
-            text = "".join(f"{on}({line.name} pid={line.pid}){off} {line.text}\n" for line in lines)
+            text = "".join(f"{on}({harmless(line.name)} pid={line.pid}){off} {harmless(line.text)}\n" for line in lines)
             try:
                 target.write(text)
             except UnicodeEncodeError:

@@ -20,6 +20,7 @@ from afield.runtime.process.limits import usable_cpus, usable_memory_bytes
 from afield.runtime.session.bootstrap import STORE_SHARE, SessionOptions
 from afield.scheduler.devices import Device, parse_devices, visible_devices
 from afield.scheduler.resources import ResourceSet
+from afield.text import is_text
 from afield.units import format_bytes, parse_bytes
 
 #: How many bytes of values each process keeps for lineage alone: a variable of the environment.
@@ -80,6 +81,8 @@ def session_options(others: Mapping[str, Any], **given: Any) -> SessionOptions:
     for name, kind, expected in _KINDS:
         if given[name] is not None and not isinstance(given[name], kind):
             raise InvalidOptionError(f"init({name}={given[name]!r}): expected {expected}")
+    if not is_text(given["namespace"] or ""):
+        raise InvalidOptionError(f"init(namespace={given['namespace']!r}): expected a string without lone surrogates")
     address, num_cpus, num_gpus = given["address"], given["num_cpus"], given["num_gpus"]
     if address not in (None, "local"):
         raise NoClusterError(f"address={address!r}: joining another runtime is not supported yet; leave it out")
