@@ -10,6 +10,9 @@ object. What a process left before it died is still there. When the ring is full
 
 Only the process writes the first number, only the daemon the second. The checksum is for processors that may show the number
 before the record: such a record is read at the next look.
+
+The numbers and records are memory that any process of the session can write to by mistake. What cannot be is damage: the ring
+is not read any more, and `take` tells whose it is.
 """
 
 from __future__ import annotations
@@ -32,6 +35,8 @@ _HEADER_BYTES: Final = 64
 _ROOM: Final = RING_BYTES - _HEADER_BYTES
 _WRAP: Final = 0xFFFF_FFFF
 _RECORD = struct.Struct("<II")
+#: A processor shows a record so late as the number is seen, at most: some nanoseconds. A look takes longer than that.
+MOST_LOOKS: Final = 1000
 #: The daemon maps so many rings at once: a mapping costs it a file descriptor.
 _WINDOW: Final = 64
 
@@ -72,15 +77,20 @@ class RingWriter:
         self._map.close()
 
 
-class _Ring:
-    """One process's ring, as the daemon reads it."""
+class RingDamagedError(Exception):
+    """A ring holds what no writer leaves."""
 
-    __slots__ = ("counts", "data", "read")
+
+class _Ring:
+    """One process's ring, as the daemon reads it; `unread` counts the looks at a record that was not whole."""
+
+    __slots__ = ("counts", "data", "read", "unread")
 
     def __init__(self, data: memoryview) -> None:
         self.data = data
         self.counts = data[:16].cast("Q")
         self.read = self.counts[1]
+        self.unread = 0
 
 
 class Rings:
@@ -109,26 +119,38 @@ class Rings:
             if not any(other // _WINDOW == number for other in self._rings):
                 del self._windows[number]
 
-    def take(self) -> Iterator[tuple[int, bytes]]:
-        """Yield (index of the process, record) for all that was left; in the order of each process."""
+    def take(self) -> Iterator[tuple[int, bytes | None]]:
+        """Yield (index of the process, record) for all that was left, in the order of each process.
+
+        None instead of a record: the ring is damaged, and will not be read again.
+        """
         for index, ring in list(self._rings.items()):
             if ring.counts[0] != ring.read:
-                for record in _records(ring):
-                    yield index, record
+                try:
+                    for record in _records(ring):
+                        yield index, record
+                except RingDamagedError:
+                    del self._rings[index]
+                    yield index, None
 
 
 def _records(ring: _Ring) -> Iterator[bytes]:
     data = ring.data
-    while ring.read != ring.counts[0]:
-        at = ring.read % _ROOM
+    while ring.read != (written := ring.counts[0]):
+        at, waiting = ring.read % _ROOM, written - ring.read
+        if not 0 < waiting <= _ROOM or waiting % 8:
+            raise RingDamagedError
         length, checksum = _RECORD.unpack_from(data, _HEADER_BYTES + at)
-        if length == _WRAP:
-            ring.read += _ROOM - at
-            continue
+        size = _ROOM - at if length == _WRAP else (_RECORD.size + length + 7) & -8
         start = _HEADER_BYTES + at + _RECORD.size
-        record = bytes(data[start : start + length])
-        if length > _ROOM or crc32(record) != checksum:
+        record = b"" if length == _WRAP else bytes(data[start : start + min(length, _ROOM)])
+        if size > waiting or at + size > _ROOM or (length != _WRAP and crc32(record) != checksum):
+            ring.unread += 1
+            if ring.unread > MOST_LOOKS:
+                raise RingDamagedError
             return
-        ring.read += (_RECORD.size + length + 7) & -8
+        ring.unread = 0
+        ring.read += size
         ring.counts[1] = ring.read
-        yield record
+        if length != _WRAP:
+            yield record

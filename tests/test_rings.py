@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import struct
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -99,3 +100,55 @@ def test_what_a_worker_made_outlives_it(runtime: afield.ClusterInfo) -> None:
     assert [int(afield.get(ref)[-1]) for ref in refs] == [0, 1, 2]
     del refs, makers, maker
     assert poll(lambda: not afield.memory(), 10)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_damage_is_found_and_costs_one_ring(fd: int, seed: int) -> None:
+    """The daemon once read a damaged ring for ever."""
+    dice, reader = random.Random(seed), Rings(fd)
+    writers = {index: RingWriter(fd, index) for index in (1, 2)}
+    for index in writers:
+        reader.add(index)
+    writers[1].put(b"whole")
+    kind = seed % 3
+    if kind == 0:  # the number of what was written
+        os.pwrite(fd, struct.pack("<Q", dice.choice([1, 3, 1 << 20, 1 << 63, (1 << 64) - 8])), BOARD_BYTES + RING_BYTES)
+    elif kind == 1:  # all of it
+        noise = (
+            dice.choice([b"\xff", b"\x00", b"\x07"]) * (RING_BYTES - 64)
+            if seed % 2
+            else dice.randbytes(RING_BYTES - 64)
+        )
+        os.pwrite(fd, struct.pack("<Q", 8 * dice.randrange(2, 9000)), BOARD_BYTES + RING_BYTES)
+        os.pwrite(fd, noise, BOARD_BYTES + RING_BYTES + 64)
+    else:  # one record
+        os.pwrite(fd, dice.randbytes(4), BOARD_BYTES + RING_BYTES + 64 + dice.choice([0, 4, 8]))
+    found = []
+    for _ in range(rings.MOST_LOOKS + 10):
+        found += list(reader.take())
+    assert len(found) <= RING_BYTES // 8 + 1
+    writers[2].put(b"still heard")
+    assert [record for index, record in reader.take() if index == 2] == [b"still heard"]
+
+
+@afield.remote(max_retries=0)
+def damage_own_ring() -> None:
+    """Write into the ring of this worker, as a wild pointer would."""
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            if "afield-pins" in os.readlink(f"/proc/self/fd/{fd}"):
+                index = int(os.environ["AFIELD_PROCESS_INDEX"])
+                os.pwrite(int(fd), b"\xff" * RING_BYTES, BOARD_BYTES + index * RING_BYTES)
+        except FileNotFoundError:
+            pass
+    time.sleep(60)
+
+
+@pytest.mark.slow
+def test_a_worker_whose_ring_is_damaged_is_ended_and_the_session_goes_on(no_runtime: None) -> None:
+    with afield.init(num_cpus=2):
+        with pytest.raises(afield.WorkerCrashedError, match="shared memory"):
+            afield.get(damage_own_ring.remote(), timeout=60)
+        array = np.arange(1 << 20)
+        assert (afield.get(afield.put(array)) == array).all()
+        assert afield.get(afield.remote(lambda: 3).remote(), timeout=60) == 3

@@ -229,6 +229,14 @@ class NodeDaemon:
         elif not self._lives(message.process):
             channel.send(messages.ProcessDied(message.process, "it had ended before anybody asked for it"))
 
+    def expel(self, process_id: bytes, fault: str) -> None:
+        """End what we have with a process that did what cannot be."""
+        channel = self.channels.get(process_id)
+        if channel is not None:
+            channel.refused(fault)
+        else:
+            self.workers.kill_process(process_id)
+
     def hear_out(self, process_id: bytes) -> None:
         """Handle what a dead process had sent."""
         channel = self.channels.get(process_id)

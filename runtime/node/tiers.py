@@ -24,7 +24,7 @@ from afield.gpu_store.backends.base import SlabExport
 from afield.gpu_store.books.residency import Residency
 from afield.gpu_store.mover import Completion
 from afield.gpu_store.pins import PinBoard
-from afield.gpu_store.rings import Rings
+from afield.gpu_store.rings import RingDamagedError, Rings
 from afield.gpu_store.tiers import DISK, HOST, PartCopy
 from afield.runtime.node.stores import StoreProcesses
 from afield.runtime.process.configuration import DRIVER_INDEX
@@ -132,10 +132,14 @@ class Tiers:
         for index, record in self._notes.take():
             process_id = self._processes[index]
             try:
+                if record is None:
+                    raise RingDamagedError("the ring is damaged")
                 self._seal(process_id, index, _decode_seal(record))
-            except Exception:  # as in `NodeDaemon.handle`
+            except Exception as error:  # as in `Channel._deliver`
                 traceback.print_exc()
-                self._daemon.workers.kill_process(process_id)
+                self._daemon.expel(
+                    process_id, f"what it left in shared memory cannot be ({type(error).__name__}: {error})"
+                )
 
     def _on_seal(self, channel: Channel, message: messages.Seal) -> None:
         self._seal(channel.peer_id, self._indexes[channel.peer_id], message)
