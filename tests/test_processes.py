@@ -451,3 +451,12 @@ def test_processes_that_a_task_left_behind_do_not_hold_shutdown_up(no_runtime: N
     if psutil.pid_exists(pid):  # a program of the user's own; not ours to end, but it holds nothing of ours
         os.kill(pid, signal.SIGKILL)
     assert_gone(session, memory=False)
+
+
+def test_a_stopped_fork_server_outlives_no_driver(tmp_path: Path) -> None:
+    with busy("afield.get(refs)", tmp_path) as driver:
+        session = driver.read_traces()
+        os.kill(session.fork_server, signal.SIGSTOP)
+        os.kill(driver.pid, signal.SIGKILL)
+        driver.end()
+        assert_gone(session)

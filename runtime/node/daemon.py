@@ -6,7 +6,10 @@ and the actor directory; nothing here is on the path of a task that already has 
 
 from __future__ import annotations
 
+import os
 import pickle
+import shutil
+import signal
 import socket
 import sys
 import time
@@ -33,6 +36,8 @@ from afield.transport.shortage import Shortage
 
 #: After `shutdown` the workers have so long to end in good order.
 SHUTDOWN_WITHIN_S = 2.0
+#: After the driver's end the fork server ends the session within so long, or is ended.
+FORK_SERVER_WITHIN_S = 2.0
 
 
 class NodeDaemon:
@@ -74,6 +79,7 @@ class NodeDaemon:
             on_refused=self._refused,
         )
         self.endpoint.listen(self.session.address(b""))
+        self.loop.register(config.lifeline_fd, self._on_driver_ended)
         self._handlers: dict[type, Callable[[Channel, Any], None]] = {
             messages.Register: self._on_register,
             messages.Unreachable: self._on_unreachable,
@@ -129,6 +135,15 @@ class NodeDaemon:
     def stop(self) -> None:
         """Leave the loop; the fork server ends everything."""
         self._stopping = True
+
+    def _on_driver_ended(self, events: int) -> None:
+        """The fork server hears of this too and ends us all, unless somebody has stopped it."""
+        self.loop.unregister(self.config.lifeline_fd)
+        self.loop.after(FORK_SERVER_WITHIN_S, self._end_fork_server)
+
+    def _end_fork_server(self) -> None:
+        shutil.rmtree(self.config.directory, ignore_errors=True)
+        os.kill(os.getppid(), signal.SIGKILL)  # and with it all its children, us too
 
     def cores(self) -> dict[str, Core]:
         """Return what can be looked into here: what each core did last, and whether its state is sound."""

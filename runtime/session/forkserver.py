@@ -179,8 +179,8 @@ class ForkServer:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             die_with_parent()
-            for fd in (self._wake_read, self._wake_write, self.config.lifeline_fd):
-                os.close(fd)
+            os.close(self._wake_read)
+            os.close(self._wake_write)
             self.sock.close()
             child()
             status = 0
@@ -198,6 +198,7 @@ class ForkServer:
 
     def _run_worker(self, worker_id: bytes, variables: dict[str, str], environment: bytes, out: int, err: int) -> None:
         self._daemon_sock.close()
+        os.close(self.config.lifeline_fd)
         offspring.lead()
         os.dup2(out, 1)
         os.dup2(err, 2)
@@ -208,6 +209,7 @@ class ForkServer:
 
     def _run_store(self, store_id: bytes, variables: dict[str, str]) -> None:
         self._daemon_sock.close()
+        os.close(self.config.lifeline_fd)
         name_process("afield-store")
         self.roles.store(self.config.session, os.fsdecode(self.config.directory), store_id, variables)
 
