@@ -22,6 +22,7 @@ from afield.errors import AfieldError
 from afield.runtime.session.sessions import SessionInfo, find_sessions, sweep
 from afield.runtime.tools.client import Client
 from afield.runtime.tools.memory import MemoryEntry, assemble
+from afield.runtime.tools.security import security
 from afield.runtime.tools.stack import MAX_WIDTH, Display, Line, as_json, processes_of, rendered
 from afield.units import format_bytes
 
@@ -91,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     for added in (memory, status, stack):
         added.add_argument("--json", action="store_true", help="print JSON")
         added.add_argument("--dir", metavar="PATH", help="look for sessions here (the spill_dir of init)")
+    status.add_argument("--security", action="store_true", help="also what of the session others could reach")
     command("version", "print the version", _version)
     return parser
 
@@ -110,7 +112,10 @@ def _status(options: argparse.Namespace) -> int:
     described = []
     for session in sessions:
         try:
-            described.append(_describe(session))
+            facts = _describe(session)
+            if options.security:
+                facts["security"] = security(session, [process["pid"] for process in facts["processes"]])
+            described.append(facts)
         except AfieldError as error:  # it ends while we look
             print(f"afield: {error}", file=sys.stderr)
     if options.json:
@@ -120,6 +125,8 @@ def _status(options: argparse.Namespace) -> int:
         if index:
             print()
         _print_status(facts)
+        if options.security:
+            _print_security(facts["security"])
     return 0 if described else 1
 
 
@@ -178,6 +185,18 @@ def _print_status(facts: dict[str, Any]) -> None:
         for process in facts["processes"]
     ]
     _table(("pid", "kind", "name", "state"), processes, right=(0,))
+
+
+def _print_security(facts: dict[str, Any]) -> None:
+    print()
+    _table(("file", "mode", "uid"), [(one["path"], one["mode"], one["uid"]) for one in facts["files"]], right=(1, 2))
+    print()
+    memory = [(one["name"], "sealed" if one["sealed"] else "NOT SEALED") for one in facts["memory"]]
+    _table(("shared memory", "size"), memory, right=())
+    print()
+    _table(("listens on",), [(name,) for name in facts["listeners"]], right=())
+    print()
+    print("\n".join(f"WARNING {warning}" for warning in facts["warnings"]) or "nothing that others could reach")
 
 
 def _is_tiered(tiers: dict[str, Any]) -> bool:

@@ -67,7 +67,7 @@ async def _wait_for(result: Any) -> None:
 def _flush() -> None:
     """Write out what files hold back, of whoever still has them open."""
     for each in gc.get_objects():
-        if isinstance(each, _FILES) and not each.closed:
+        if issubclass(type(each), _FILES) and not each.closed:  # `isinstance` would ask a class of the user's
             _guarded(each.flush)
 
 
