@@ -38,6 +38,21 @@ INNATE = (
 #: Text that a module or a class gives as its name is looked at up to this length.
 _MAX_NAME = 1000
 
+#: So much of an error's text is shown, in characters: all of it is in its `args`.
+MAX_TEXT = 65_536
+_TEXTS = (str, bytes, bytearray)
+_CONTAINERS: dict[type, tuple[str, str]] = {
+    list: ("[", "]"),
+    tuple: ("(", ")"),
+    dict: ("{", "}"),
+    set: ("{", "}"),
+    frozenset: ("frozenset({", "})"),
+}
+#: Containers within containers are looked into so far.
+_DEEPEST = 8
+#: These make an error's text of its `args`.
+_TEXT_OF_ARGS = (_EXCEPTION["__str__"], vars(KeyError)["__str__"])
+
 Dumps = Callable[[Any], bytes]
 
 
@@ -93,11 +108,74 @@ def add_note(error: BaseException, text: str) -> None:
 
 
 def text_of(error: object) -> str:
-    """Return the text of an error or of a note, whatever its `__str__` does."""
+    """Return the text of an error or of a note, whatever its `__str__` does; of a long one the first MAX_TEXT characters."""
     try:
-        return str.__str__(str(error))[:]
+        if _is_large(error):
+            return _text_of_large(error)
+        return _cut(str.__str__(str(error))[:])
     except BaseException:
         return "(its text cannot be shown)"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]}... ({len(text)} characters in all)"
+
+
+def _is_large(error: object) -> bool:
+    """Tell whether the text of an error is the `repr` of many bytes: to make that takes longer than to send them."""
+    kind = type(error)
+    if not issubclass(kind, BaseException) or class_attribute(kind, "__str__") not in _TEXT_OF_ARGS:
+        return False
+    return _left_of(MAX_TEXT, innate(error, "args"), 0) < 0  # type: ignore[arg-type]
+
+
+def _left_of(room: int, value: Any, depth: int) -> int:
+    """Return what is left of so many characters after the `repr` of a value, roughly; below 0 if it is longer."""
+    kind = type(value)
+    if kind in _TEXTS:
+        return room - len(value)
+    if kind not in _CONTAINERS or depth == _DEEPEST:
+        return room - 1
+    room -= 2
+    for item in value:
+        if room < 0:
+            break
+        room = _left_of(room - 2, item, depth + 1)
+        if kind is dict:
+            room = _left_of(room, value[item], depth + 1)
+    return room
+
+
+def _text_of_large(error: Any) -> str:
+    args = innate(error, "args")
+    if len(args) != 1:
+        return _shortened(args, MAX_TEXT, 0)
+    if type(args[0]) is str and class_attribute(type(error), "__str__") is _EXCEPTION["__str__"]:
+        return _cut(args[0])
+    return _shortened(args[0], MAX_TEXT, 0)
+
+
+def _shortened(value: Any, room: int, depth: int) -> str:
+    """Return the `repr` of a value, or the beginning of it with a word about the rest."""
+    kind = type(value)
+    if kind in _TEXTS:
+        return repr(value) if len(value) <= room else f"{repr(value[:room])[:room]}... ({len(value)} in all)"
+    if kind not in _CONTAINERS or not value:
+        return repr(value)
+    if depth == _DEEPEST:
+        return "..."
+    shown: list[str] = []
+    for item in value:
+        if room < 0:
+            shown.append(f"... ({len(value)} in all)")
+            break
+        text = _shortened(item, room, depth + 1)
+        if kind is dict:
+            text += f": {_shortened(value[item], max(0, room - len(text)), depth + 1)}"
+        room -= len(text) + 2
+        shown.append(text)
+    begin, end = _CONTAINERS[kind]
+    return begin + ", ".join(shown) + ("," if kind is tuple and len(value) == 1 else "") + end
 
 
 def name_of(kind: type) -> tuple[str, str]:

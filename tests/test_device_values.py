@@ -349,7 +349,7 @@ def test_where_a_value_is_wanted() -> None:
     assert type(get(ref)) is np.ndarray is type(get(ref, device="host"))
     for device, number in ((0, 0), (1, 1), (first, 0), (second, 1)):
         array = get(ref, device=device)
-        assert array.device.id == number and int(array.sum()) == 1000 and not array.flags.writeable
+        assert array.device.id == number and int(array.get().sum()) == 1000 and not array.flags.writeable
     for nonsense in (2, -1, "GPU-1", True, 1.5):
         assert "device=" in raised_by(lambda device=nonsense: get(ref, device=device), NoDeviceError)  # type: ignore[misc]
 

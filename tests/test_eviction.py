@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from afield.gpu_store.books import eviction
+from afield.gpu_store.books import eviction, windows
 from afield.gpu_store.tiers import HOST, SPARE, Granted, Lost, Move, Refused, WriteFile
 from tests.store_books import GPU, KIB, OWNER, A, B, Books, granted, only, refused
 
@@ -95,6 +96,17 @@ def test_what_could_be_met_by_moving_is_met(sizes: list[int], states: list[str],
     if asked > max(runs):
         effects += store.expire(9.0)
         assert isinstance(effects[-1], Refused)
+
+
+def test_of_very_many_copies_those_used_longest_ago_go_until_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(windows, "LOOKED_AT", 3)
+    store = filled(16)
+    for name in (b"9", b"12"):
+        store.finish(store.free(name))
+    for name in (b"0", b"2"):
+        store.pin(name)
+    effects = store.finish(store.lease(B, 1, GPU, 12 * KIB))
+    assert only(Granted, effects).size == 12 * KIB and store.validate() == []
 
 
 # -- what only lineage needs ----------------------------------------------------------------------------------------------

@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 import pickle
 import threading
+import tracemalloc
 from typing import Any
 
 import cloudpickle
 import pytest
 
 import afield
-from afield import errors, exceptions
+from afield import causes, errors, exceptions
 from afield.errors import AfieldError, TaskError
 
 KINDS = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, AfieldError)]
@@ -98,3 +99,64 @@ def test_a_failed_constructor_is_named_by_the_error_of_every_call(shared_runtime
             afield.get(actor.work.remote(), timeout=PATIENCE_S)
         assert "\n" not in str(caught.value)
         assert "no configuration" in repr(caught.value) and "no configuration" in repr(round_trip(caught.value))
+
+
+LARGE = [
+    (ValueError(b"x" * (1 << 24)), "b'xxx", "... (16777216 in all)"),
+    (ValueError("first", b"y" * (1 << 24), 3), "('first', b'yyy", "... (3 in all))"),
+    (KeyError("k" * (1 << 24)), "'kkk", "... (16777216 in all)"),
+    (ValueError("t" * (1 << 24)), "ttt", "... (16777216 characters in all)"),
+    (ValueError([b"z" * 1000] * 10_000), "[b'zzz", "... (10000 in all)]"),
+    (ValueError({"a": list(range(100_000)), "b": 1}), "{'a': [0, 1, 2", "... (2 in all)}"),
+    (ValueError({1}, frozenset(range(100_000))), "({1}, frozenset({", "... (100000 in all)}))"),
+]
+
+
+@pytest.mark.parametrize("index", range(len(LARGE)))
+def test_the_text_of_a_large_error_is_its_beginning(index: int) -> None:
+    error, begin, end = LARGE[index]
+    tracemalloc.start()
+    try:
+        text = causes.text_of(error)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert text.startswith(begin) and text.endswith(end) and len(text) < 2 * causes.MAX_TEXT
+    assert peak < 4 << 20, "it is not made whole first"
+
+
+def test_the_text_of_other_errors_is_whole() -> None:
+    class OwnError(Exception):
+        def __str__(self) -> str:
+            return f"own {len(self.args[0])}"
+
+    cycle: list[Any] = [1]
+    cycle.append(cycle)
+    errors: list[BaseException] = [
+        ValueError(),
+        ValueError(3),
+        ValueError("a", 1),
+        ValueError((1,)),
+        KeyError("k"),
+        KeyError("a", b"b"),
+        KeyError(),
+        OSError(2, "no file", "name"),
+        ValueError({"a": {1, 2}, "b": frozenset()}),
+        ValueError(cycle),
+        OwnError(b"x" * (1 << 20)),
+        ValueError([b"q" * 60_000]),
+    ]
+    assert [causes.text_of(error) for error in errors] == [str(error) for error in errors]
+
+
+def test_a_large_error_arrives_whole_and_its_text_does_not(shared_runtime: None) -> None:
+    @afield.remote(max_retries=0)
+    def fail() -> None:
+        raise ValueError("payload", b"x" * (1 << 22))
+
+    with pytest.raises(ValueError) as caught:
+        afield.get(fail.remote())
+    assert isinstance(caught.value, afield.TaskError)
+    assert len(str(caught.value)) < 1 << 18 and "... (4194304 in all))" in str(caught.value)
+    cause = caught.value.cause
+    assert cause is not None and cause.args == ("payload", b"x" * (1 << 22))

@@ -28,7 +28,7 @@ from afield.gpu_store.books.catalogue import Catalogue
 from afield.gpu_store.books.copying import Copying
 from afield.gpu_store.books.disk_books import MAX_FILE_BYTES
 from afield.gpu_store.books.records import LAST, Copy, Key
-from afield.gpu_store.books.windows import cheapest_window, stretches_of
+from afield.gpu_store.books.windows import cheapest_window, looks_at_all, stretches_of
 from afield.gpu_store.tiers import HOST, PREFETCH, Collect, Trim
 
 MAX_SPILLS = 8
@@ -89,6 +89,8 @@ class Eviction:
             if head.room <= books.extents.free_bytes:
                 if self._clear_window(books, head.room, head.key):
                     return True
+                if not looks_at_all(books) and self._evict(books, shortage, head.key, True):
+                    return True  # of very many copies those used longest ago go, until there is room
             elif self._evict(books, shortage, head.key, True):
                 return True
             books.block(head.key)
