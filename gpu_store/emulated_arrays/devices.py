@@ -115,7 +115,8 @@ class Account:
         self.limit_bytes = limit_bytes
         self._used = 0
         self._returned: deque[int] = deque()
-        self._lock = threading.Lock()
+        #: A signal handler or finaliser that computes may interrupt the thread that has it.
+        self._lock = threading.RLock()
 
     @property
     def used_bytes(self) -> int:
@@ -127,11 +128,9 @@ class Account:
         size_bytes = -(-nbytes // ALIGNMENT) * ALIGNMENT
         with self._lock:
             used = self._drain()
-            fits = used + size_bytes <= self.limit_bytes
-            if fits:
-                self._used = used + size_bytes
-        if fits:
-            return Lease(size_bytes, self._returned)
+            if used + size_bytes <= self.limit_bytes:
+                self._used += size_bytes
+                return Lease(size_bytes, self._returned)
         raise OutOfDeviceMemoryError(
             f"{self.label} has no room for {format_bytes(size_bytes)}: {format_bytes(used)} of "
             f"{format_bytes(self.limit_bytes)} are in use"
@@ -139,7 +138,11 @@ class Account:
 
     def _drain(self) -> int:
         while self._returned:
-            self._used -= self._returned.popleft()
+            try:
+                size_bytes = self._returned.popleft()
+            except IndexError:  # what has interrupted us did it
+                break
+            self._used -= size_bytes
         return self._used
 
 
@@ -481,7 +484,7 @@ class _Process:
     """The one thing that belongs to a process: where arrays go that come out of a pickle."""
 
     devices: DeviceSet | None = None
-    lock = threading.Lock()
+    lock = threading.RLock()
 
 
 def set_process_devices(devices: DeviceSet | None) -> DeviceSet | None:
