@@ -7,8 +7,8 @@ import threading
 from types import FrameType
 from typing import Any
 
-from afield.gpu_store.emulated_arrays import devices
-from afield.gpu_store.emulated_arrays.devices import Account, Lease
+from afield.gpu_store.emulated_arrays import account as module
+from afield.gpu_store.emulated_arrays.account import Account, Lease
 
 UNIT_BYTES = 512
 
@@ -20,7 +20,7 @@ def test_a_handler_that_computes_may_interrupt_the_account_anywhere() -> None:
 
     def trace(frame: FrameType, event: str, argument: Any) -> Any:
         nonlocal count
-        if frame.f_code.co_filename != devices.__file__:
+        if frame.f_code.co_filename != module.__file__:
             return None
         if event == "line":
             count += 1
