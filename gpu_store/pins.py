@@ -270,6 +270,17 @@ class Pinner:
                     del held[slot]
                     self._row[slot] = 0
 
+    def drain_if_free(self) -> bool:
+        """Do the same unless another thread is at it, or pins; tell whether it is done. For who holds other locks."""
+        if self._dropped:
+            if not self._lock.acquire(blocking=False):
+                return False
+            try:
+                self.drain()
+            finally:
+                self._lock.release()
+        return True
+
     @property
     def pinned(self) -> int:
         """Copies that this process has pinned, as far as was drained."""

@@ -13,11 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import afield
 from afield.runtime.face.printing import FOLD_WINDOW_S, MAX_REMEMBERED, Fold, Printer
 from afield.runtime.wire.messages import Log
 from afield.runtime.wire.records import MAX_LINE_BYTES, MAX_OPEN_LINES, LineParser
 from afield.runtime.worker.output import WorkerStream
-from tests.helpers import program
+from tests.helpers import program, remote_with
 
 PATIENCE_S = 30.0
 
@@ -250,6 +251,34 @@ afield.get(afield.remote(name="speaker")(speak).remote(5))
         ]
     )
     assert error.splitlines() == [f"(speaker pid={pid}) to stderr 5", f"(speaker pid={pid}) logged 5"]
+
+
+def test_a_thread_that_writes_does_not_hold_up_its_process(runtime: Any) -> None:
+    """It may wait for the process's lock itself: in a finaliser that the collector runs while it writes."""
+
+    @remote_with(num_cpus=0)
+    def one() -> int:
+        return 1
+
+    @remote_with(num_cpus=0)
+    def write_and_get() -> tuple[int, bool]:
+        print("begun", end="")
+        writes, go, early = threading.Event(), threading.Event(), list[bool]()
+
+        def write() -> None:
+            with sys.stdout._lock:  # type: ignore[attr-defined]
+                writes.set()
+                early.append(go.wait(5))
+
+        thread = threading.Thread(target=write)
+        thread.start()
+        writes.wait()
+        value = afield.get(one.remote())
+        go.set()
+        thread.join()
+        return value, early[0]
+
+    assert afield.get(write_and_get.remote(), timeout=60) == (1, True)
 
 
 @pytest.mark.slow

@@ -13,6 +13,8 @@ import pytest
 import afield
 from afield.runtime.calls import participation
 from afield.runtime.calls.participant import Participant
+from afield.runtime.face import lifecycle
+from afield.runtime.wire import messages
 from tests.helpers import poll
 
 
@@ -97,6 +99,67 @@ def test_the_next_runtime_may_start_while_the_last_one_ends(
     afield.shutdown()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert "it is heard" in capfd.readouterr().out
+
+
+class MeetingLock:
+    """The lock of a process, which says that its main thread comes for it."""
+
+    def __init__(self, lock: Any, came: threading.Event) -> None:
+        self._lock, self._came = lock, came
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self._came.set()
+        self._lock.acquire()
+
+    def __exit__(self, *exception: object) -> None:
+        self._lock.release()
+
+
+def test_a_thread_that_sends_while_the_runtime_is_closed_is_not_cut_off(
+    runtime: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert afield.get(one.remote()) == 1
+    assert participation.participant is not None
+    process = participation.participant.process
+    sending, go = threading.Event(), threading.Event()
+    raised: list[BaseException] = []
+    encode, close_pump, close_channels = process.daemon._encode, process.pump.close, process.channels.close
+
+    def encode_slowly(batch: Any) -> bytes:
+        if threading.current_thread() is thread:
+            sending.set()
+            assert go.wait(5)
+        return encode(batch)
+
+    def send() -> None:
+        try:
+            process.locked(process.daemon.send, messages.Printed(0))
+        except BaseException as error:
+            raised.append(error)
+
+    def begin_to_send() -> None:
+        close_pump()
+        thread.start()
+        assert sending.wait(5)
+        process.pump.lock = MeetingLock(process.pump.lock, go)  # type: ignore[assignment]
+
+    def cut() -> None:
+        close_channels()
+        go.set()
+        thread.join(30)
+
+    thread = threading.Thread(target=send)
+    process.daemon._encode = encode_slowly  # type: ignore[assignment]
+    monkeypatch.setattr(process.pump, "close", begin_to_send)
+    monkeypatch.setattr(process.channels, "close", cut)
+    monkeypatch.setattr(lifecycle, "END_WITHIN_S", 0.0)
+    monkeypatch.setattr(
+        messages, "Shutdown", lambda: messages.Printed(0)
+    )  # so the daemon is there when the driver lets go
+    afield.shutdown()
+    thread.join(30)
+    assert sending.is_set() and raised == []
 
 
 def test_a_callback_that_blocks_does_not_hold_up_the_end(runtime: Any) -> None:

@@ -34,7 +34,7 @@ _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _OURS = tuple(os.path.join(_PACKAGE, name, "") for name in ("runtime", "transport", "gpu_store", "scheduler"))
 #: NumPy's work on emulated devices is the user's computing; the accounting of their memory is ours.
 _USERS = os.path.join(_PACKAGE, "gpu_store", "emulated_arrays", "")
-_ACCOUNTING = os.path.join(_USERS, "devices.py")
+_ACCOUNTING = tuple(os.path.join(_USERS, name) for name in ("account.py", "devices.py"))
 
 
 def uninterruptible(function: _Function) -> _Function:
@@ -50,7 +50,7 @@ def interruptible(function: _Function) -> _Function:
 
 
 def _is_ours(name: str) -> bool:
-    return name.startswith(_OURS) and (name == _ACCOUNTING or not name.startswith(_USERS))
+    return name.startswith(_OURS) and (name in _ACCOUNTING or not name.startswith(_USERS))
 
 
 def is_protected(frame: FrameType | None) -> bool:

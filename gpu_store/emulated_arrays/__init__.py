@@ -6,7 +6,8 @@ operands are checked and unwrapped on the way in, results are put into device me
 cross between host and device without being asked to raises, as it does with CuPy. Views share memory; an allocation
 goes back to its allocator when the last view of it is gone.
 
-- `devices`: a device's memory and its accounting, the current device of a thread, allocators.
+- `devices`: a device's memory, the current device of a thread, allocators.
+- `account`: how much of it is in use.
 - `delegation`: one NumPy call on device arrays: operands in, results out.
 - `array`: the array type. `dlpack`: exchange with other libraries.
 - `names`, `creation`, `random_numbers`, `cuda_namespace`, `module`: the module, `make_module` makes one.

@@ -3,8 +3,7 @@
 Theory of operation. `DeviceMemory` is one device: it asks its allocator for bytes, keeps account of what lives, and lays
 NumPy arrays over them. Each allocation has one `Holder`, the object at the root of every view's chain of `base`s: so
 that any NumPy array can be asked whether it lies in device memory (`holder_of`), and so that the allocation goes back
-when the last view, of whatever kind, is gone. Bytes are given back from `__del__`, which runs at any moment in any
-thread: it only appends to a queue, and whoever next looks at the account drains it.
+when the last view, of whatever kind, is gone; `account` counts their bytes.
 
 `DeviceSet` is what one process can see: numbered devices, and the current one of each thread, as in CUDA. Arrays that
 are unpickled have nobody to tell them where to go, so a process may name one set as its own (`set_process_devices`).
@@ -14,17 +13,13 @@ from __future__ import annotations
 
 import math
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, Protocol, cast
 
 import numpy as np
 
-from afield.errors import NoDeviceError, OutOfDeviceMemoryError
-from afield.units import format_bytes
-
-#: Allocations start at multiples of this and are counted in multiples of it, as on a CUDA device.
-ALIGNMENT = 512
+from afield.errors import NoDeviceError
+from afield.gpu_store.emulated_arrays.account import ALIGNMENT, Account
 
 #: A device that a process makes for itself, because it unpickles a device array and was given no devices.
 STANDALONE_BYTES = 4 << 30
@@ -92,55 +87,6 @@ class DeviceLike(Protocol):
 
 class CUDARuntimeError(NoDeviceError, RuntimeError):
     """What the CUDA runtime would refuse: `cuda.runtime.CUDARuntimeError`."""
-
-
-class Lease:
-    """So many bytes of an account, given back when this object goes."""
-
-    __slots__ = ("_returned", "size_bytes")
-
-    def __init__(self, size_bytes: int, returned: deque[int]) -> None:
-        self.size_bytes = size_bytes
-        self._returned = returned
-
-    def __del__(self) -> None:
-        self._returned.append(self.size_bytes)
-
-
-class Account:
-    """Bytes in use against a hard limit; any thread may call."""
-
-    def __init__(self, label: str, limit_bytes: int) -> None:
-        self.label = label
-        self.limit_bytes = limit_bytes
-        self._used = 0
-        self._returned: deque[int] = deque()
-        self._lock = threading.Lock()
-
-    @property
-    def used_bytes(self) -> int:
-        with self._lock:
-            return self._drain()
-
-    def take(self, nbytes: int) -> Lease:
-        """Count `nbytes`, rounded up to whole units; raises OutOfDeviceMemoryError, with the arithmetic."""
-        size_bytes = -(-nbytes // ALIGNMENT) * ALIGNMENT
-        with self._lock:
-            used = self._drain()
-            fits = used + size_bytes <= self.limit_bytes
-            if fits:
-                self._used = used + size_bytes
-        if fits:
-            return Lease(size_bytes, self._returned)
-        raise OutOfDeviceMemoryError(
-            f"{self.label} has no room for {format_bytes(size_bytes)}: {format_bytes(used)} of "
-            f"{format_bytes(self.limit_bytes)} are in use"
-        )
-
-    def _drain(self) -> int:
-        while self._returned:
-            self._used -= self._returned.popleft()
-        return self._used
 
 
 class CappedAllocator:
@@ -481,7 +427,7 @@ class _Process:
     """The one thing that belongs to a process: where arrays go that come out of a pickle."""
 
     devices: DeviceSet | None = None
-    lock = threading.Lock()
+    lock = threading.RLock()
 
 
 def set_process_devices(devices: DeviceSet | None) -> DeviceSet | None:

@@ -390,7 +390,7 @@ class Process:
         with self.pump.lock:
             self.fail_everything(SHUT_DOWN)
         self.pump.close()
-        self.channels.close()
-        self.loop.close()
-        with self.pump.lock:  # other threads may be in the middle of a submission
+        with self.pump.lock:  # other threads may be in the middle of a submission, or of sending
+            self.channels.close()
+            self.loop.close()
             self.table.clear()

@@ -26,6 +26,7 @@ from afield.gpu_store.arena import DeviceArena
 from afield.gpu_store.backends.base import (
     Device,
     DeviceBackend,
+    DeviceUsageError,
     PoisonedContextError,
     Slab,
     SlabExport,
@@ -220,11 +221,14 @@ class Devices:
         return False
 
     def granted_ahead(self, number: int, life: int, offset: int, size: int) -> bool:
-        """Take memory that an arena has asked for ahead; False if that life of the arena is gone."""
+        """Take memory that an arena has asked for ahead; False if that life of the arena is gone, or it cannot take it now."""
         arena = self._arenas.get(number)
         if arena is None or arena.life != life:
             return False
-        arena.put_back(offset, size)
+        try:
+            arena.put_back(offset, size)
+        except DeviceUsageError:  # we run in a finaliser that has interrupted it
+            return False
         return True
 
     def trim(self, number: int) -> None:
@@ -299,7 +303,7 @@ class Devices:
             return cupy_module()
         # Only where devices are emulated: every process of a session without any would load these in vain.
         arrays = importlib.import_module("afield.gpu_store.emulated_arrays")
-        uninterruptible(arrays.devices.Lease.__del__)
+        uninterruptible(arrays.account.Lease.__del__)
         module = importlib.import_module("afield.gpu_store.interop.emulated").emulated_module(arenas)
         if self._stands_in:
             self._on_close.enter_context(arrays.installed_as_import(module))

@@ -47,6 +47,8 @@ from afield.transport.pump import Waiter
 
 #: Slots of the pin board are asked for in batches, which double up to this.
 MAX_SLOTS = 512
+#: Where a thread was at the pins when they were to be drained, that is done after this time.
+DRAIN_AGAIN_S = 0.01
 
 __all__ = ["ARGUMENT", "GET", "Parts", "PartsLostError", "WouldBlockError"]
 
@@ -104,7 +106,7 @@ class Parts:
         self._view_pins_limit = 64
         process.register(messages.StoreGrant, self._on_store_grant)
         process.register(messages.Found, self._on_found)
-        process.register(messages.Trim, lambda channel, message: self.devices.trim(message.arena))
+        process.register(messages.Trim, lambda channel, message: self._later(lambda: self.devices.trim(message.arena)))
         process.register(messages.Collect, lambda channel, message: self.garbage.wanted(message.arena))
         process.subscribe(TICK, self._tick)
 
@@ -158,16 +160,28 @@ class Parts:
     def _give_back_host(self, offset: int, size: int) -> None:
         self.give_back(HOST, FIRST_LIFE, offset, size)
 
-    def _tick(self, now: float) -> None:
+    def _later(self, action: Callable[[], None]) -> None:
+        """Do something after this transition that takes the lock of an arena.
+
+        Its holder may wait for the process's lock: the collector can run finalisers there which use afield. So whoever has the
+        latter never waits for a lock of memory.
+        """
+        self.pump.callbacks.append(action)
+
+    def _take_ahead(self, place: tuple[int, int, int, int]) -> None:
+        if not self.devices.granted_ahead(*place):
+            self.give_back(*place)
+
+    def _tick(self, now: float) -> float | None:
         while self._given_back:
             self.process.daemon.send(self._given_back.popleft())
-        self.pinner.drain()
+        return None if self.pinner.drain_if_free() else now + DRAIN_AGAIN_S
 
     def _on_store_grant(self, channel: Channel, message: messages.StoreGrant) -> None:
         place = message.arena, message.life, message.offset, message.size
         if message.request == messages.AHEAD:
-            if not message.refusal and not self.devices.granted_ahead(*place):
-                self.give_back(*place)
+            if not message.refusal:
+                self._later(lambda: self._take_ahead(place))
         elif message.refusal:
             kind: type[AfieldError] = ObjectStoreFullError if message.arena == HOST else OutOfDeviceMemoryError
             if message.lost:

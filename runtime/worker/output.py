@@ -73,6 +73,20 @@ class WorkerStream(io.TextIOWrapper):
                 thread, begun = self.unfinished.popitem()
                 self._put_out(thread, *begun)
 
+    def flush_if_free(self) -> bool:
+        """Do the same if no other thread writes, and tell whether it is done; for who holds the process's lock.
+
+        A thread that writes may wait for that lock: the collector can run finalisers there which use afield.
+        """
+        if self.unfinished:
+            if not self._lock.acquire(blocking=False):
+                return False
+            try:
+                self.flush()
+            finally:
+                self._lock.release()
+        return True
+
     def _put_out(self, thread: int, speaker: tuple[str, bytes], text: str) -> None:
         for record in records(speaker[0], thread, speaker[1], text):
             self._write_record(record)

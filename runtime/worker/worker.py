@@ -27,6 +27,9 @@ from afield.runtime.worker.executor import Executor
 from afield.runtime.worker.output import WorkerStream
 from afield.transport.channel import Channel
 
+#: What a thread was writing to when it was to be flushed is looked at again after this time.
+FLUSH_AGAIN_S = 0.01
+
 
 def run_worker(config: ForkServerConfig, worker_id: bytes, variables: dict[str, str], encoded: bytes) -> None:
     """Serve the cluster until the daemon goes away, with these variables and this runtime environment."""
@@ -56,10 +59,10 @@ def run_worker(config: ForkServerConfig, worker_id: bytes, variables: dict[str, 
 
     out, err = WorkerStream(1, speaker), WorkerStream(2, speaker)
 
-    def flush(now: float) -> None:
-        if out.unfinished or err.unfinished:
-            out.flush()
-            err.flush()
+    def flush(now: float) -> float | None:
+        if (out.unfinished or err.unfinished) and not (out.flush_if_free() & err.flush_if_free()):
+            return now + FLUSH_AGAIN_S
+        return None
 
     participant.process.subscribe(TICK, flush)
     vars(sys).update(stdout=out, __stdout__=out, stderr=err, __stderr__=err)
