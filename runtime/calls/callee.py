@@ -15,6 +15,7 @@ class Callee:
     """What a push names: a remote function, or an actor's method (then its definition is empty)."""
 
     __slots__ = (
+        "__weakref__",
         "backpressure",
         "definition",
         "group",
@@ -53,16 +54,17 @@ class Callee:
         #: Of an actor's method: its calls leave in order with all that have the same; None: as soon as they can.
         self.order = order
 
-    def define(self) -> messages.Define:
-        """Return the message that makes a worker know it."""
+    def define(self, known: bool) -> messages.Define:
+        """Return the message that makes a worker know it; `known`: it has the definition already."""
         return messages.Define(
             self.index,
             self.name,
-            self.definition.blob,
+            b"" if known else self.definition.blob,
             self.num_returns,
             self.backpressure,
             self.group,
             self.once,
             self.retry_on,
             self.method,
+            self.definition.digest,
         )

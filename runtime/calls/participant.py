@@ -99,4 +99,4 @@ class Participant:
             return True
         if any(caller.pending for caller in list(self.actors.callers.values())):
             return True
-        return any(lane.ready for lane in list(self.submitter.lanes.values()))
+        return self.submitter.core.any_waits()

@@ -66,7 +66,7 @@ class Refusals:
     def _define(self, channel: Channel, message: messages.Define, error: AfieldError) -> None:
         """The worker will know nothing of the function: it drops what is pushed for it."""
         state: PeerState = channel.context
-        state.defined.discard(message.index)
+        state.unknown(message.index)
         inflight = self._inflight(state)
         for sequence in [number for number, task in inflight.items() if task.function.index == message.index]:
             self._fail(channel, sequence, error)

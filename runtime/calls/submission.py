@@ -53,8 +53,7 @@ class Submitter:
         self.core = Lanes()
         self.lanes = self.core.by_need
         self.leases: dict[bytes, Lease] = {}
-        self._lanes_by_key: dict[int, Lane] = {}
-        self.pushes = Pushes(arguments)
+        self.pushes = Pushes(process, arguments)
         self._since_poll = 0
         self._wanted_until = 0.0  # somebody waits for leases until then
         self._next_look = 0.0  # when to look for idle leases again
@@ -87,9 +86,8 @@ class Submitter:
         with self.process.pump.lock:  # another thread may want the same, or another one, at this moment
             lane = self.lanes.get((shape, placement, max_calls))
             if lane is None:
-                key = len(self.lanes) + 1
-                lane = Lane(key, dict(shape), self, placement, self.core.recorder, max_calls)
-                self.lanes[shape, placement, max_calls] = self._lanes_by_key[key] = lane
+                need = shape, placement, max_calls
+                lane = self.core.make(need, dict(shape), self, placement, max_calls)
             return lane
 
     def call(
@@ -214,6 +212,8 @@ class Submitter:
         lease.channel.send(messages.Recall(count))
 
     def _tick(self, now: float) -> float | None:
+        if self.pushes.gone:
+            self.pushes.forget_gone()
         wanted = now < self._wanted_until
         if wanted or now >= self._next_look:
             self._next_look = now + IDLE_LEASE_S
@@ -227,7 +227,7 @@ class Submitter:
         self._return_idle(0.0, now)
 
     def _return_idle(self, max_idle_s: float, now: float) -> None:
-        for lane in self.lanes.values():
+        for lane in {lease.lane.key: lease.lane for lease in self.leases.values()}.values():
             lane.return_idle(now, max_idle_s)
 
     # -- outcomes ------------------------------------------------------------------------------------------------
@@ -390,7 +390,10 @@ class Submitter:
 
     def _on_grant(self, channel: Channel, message: messages.Grant) -> None:
         process = self.process
-        lane = self._lanes_by_key[message.key]
+        lane = self.core.by_key.get(message.key)
+        if lane is None:  # what it was for has ended otherwise
+            process.daemon.send(messages.ReturnLease(message.lease_id))
+            return
         try:
             worker = process.channels.to(message.worker, patient=False)
         except OSError as error:
@@ -421,7 +424,9 @@ class Submitter:
 
     def infeasible(self, key: int, reason: str) -> None:
         """There never will be a lease for a lane: what waits in it fails."""
-        lane = self._lanes_by_key[key]
+        lane = self.core.by_key.get(key)
+        if lane is None:
+            return
         lane.demanded = 0
         while lane.ready:
             self.fail_with(lane.ready.popleft(), TaskUnschedulableError(reason))

@@ -18,6 +18,8 @@ what the shell does for a lane.
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -435,13 +437,31 @@ class Lane:
 
 
 class Lanes:
-    """All lanes of a process, by what their workers need: see `Submitter.lane`."""
+    """All lanes of a process: see `Submitter.lane`.
 
-    __slots__ = ("by_need", "recorder")
+    A lane lives as long as a function is bound to it, a task may (again) run in it, or it has a lease. Until then there is no
+    other one for the same need.
+    """
+
+    __slots__ = ("_next_key", "by_key", "by_need", "recorder")
 
     def __init__(self) -> None:
-        self.by_need: dict[Any, Lane] = {}
+        #: By what their workers need, and by the number that names them to the daemon.
+        self.by_need: weakref.WeakValueDictionary[Any, Lane] = weakref.WeakValueDictionary()
+        self.by_key: weakref.WeakValueDictionary[int, Lane] = weakref.WeakValueDictionary()
+        self._next_key = itertools.count(1).__next__
         self.recorder = FlightRecorder()
+
+    def make(self, need: Any, shape: dict[str, int], actions: Actions, placement: Any, max_calls: int) -> Lane:
+        """Make the lane for a need for which there is none."""
+        key = self._next_key()
+        lane = self.by_need[need] = self.by_key[key] = Lane(key, shape, actions, placement, self.recorder, max_calls)
+        return lane
+
+    def any_waits(self) -> bool:
+        """Tell whether a task waits in any of them; needs no lock."""
+        lanes = [reference() for reference in self.by_need.valuerefs()]
+        return any(lane is not None and lane.ready for lane in lanes)
 
     def validate(self) -> list[str]:
         """Return what is wrong with the lanes, none if all is well."""

@@ -24,7 +24,7 @@ from afield.runtime.face.strategies import placement_of, with_environment
 from afield.runtime.process.context import calling_context
 from afield.runtime.process.facts import inherited_environment
 from afield.runtime.process.refs import ObjectRef
-from afield.runtime.values.definitions import Definition
+from afield.runtime.values.definitions import Defined, Definition
 from afield.runtime.wire import messages
 from afield.text import is_text
 from afield.tracebacks import trim
@@ -37,12 +37,11 @@ class ActorClass:
         validate(options, ACTOR_OPTIONS, f"@remote on class {cls.__name__}")
         self._set(cls, with_environment(options))
 
-    def _set(self, cls: type, options: dict[str, Any]) -> None:
+    def _set(self, cls: type, options: dict[str, Any], defined: Defined | None = None) -> None:
         self._cls = cls
         self._options = options
         self._shape = shape_of(options, default_cpus=0)
-        self._session: object = None
-        self._definition: Definition | None = None
+        self._defined = defined or Defined(cls, f"the class {cls.__name__}")
         self.__doc__ = cls.__doc__
         self.__name__ = cls.__name__
         self.__qualname__ = cls.__qualname__
@@ -71,7 +70,7 @@ class ActorClass:
             raise AttributeError(f"{name!r} of the actor class {self.__name__} is afield's own and cannot be set")
         else:
             setattr(self._cls, name, value)
-            self._session = None  # it is defined again
+            self._defined.has_changed()
 
     def __mro_entries__(self, bases: tuple[Any, ...]) -> tuple[type, ...]:
         raise TypeError(
@@ -82,7 +81,9 @@ class ActorClass:
     def options(self, **options: Any) -> ActorClass:
         """Return the same class with other options; see `afield.remote`."""
         validate(options, ACTOR_OPTIONS, f"{self.__name__}.options()")
-        return ActorClass(self._cls, self._options | options)
+        made = ActorClass.__new__(ActorClass)
+        made._set(self._cls, with_environment(self._options | options), self._defined)
+        return made
 
     def _remote(self, args: Any = (), kwargs: Any = None, **options: Any) -> ActorHandle:
         """Do what `remote` does, with options: the form that Ray's older programs use."""
@@ -105,22 +106,19 @@ class ActorClass:
         participant = participation.participant or participation.ensure()
         _check_signature(self._cls, args, kwargs, self.__name__)
         self._check_options()
-        if self._session is not participant.key:
-            what = f"the class {self.__name__}"
-            self._definition = participant.definitions.define(self._cls, what, what)
-            self._session = participant.key
+        definition = self._defined.within(participant.key, participant.definitions)
         process = participant.process
         process.check_usable()
         actor_id = calling_context().next_task_id()
         description = self._describe(actor_id, process.process_id)
         name = self._options.get("name")
         if not name:
-            return self._create_as(participant, description, args, kwargs)
+            return self._create_as(participant, definition, description, args, kwargs)
         participant.actors.expect(actor_id)  # others can find it from here on
         try:
             taken = _reserve(participant, name, self._options, description)
             if taken is None:
-                return self._create_as(participant, description, args, kwargs)
+                return self._create_as(participant, definition, description, args, kwargs)
         except BaseException as error:
             participant.actors.give_up(actor_id, error)
             raise
@@ -128,16 +126,20 @@ class ActorClass:
         return ActorHandle.from_description(taken)
 
     def _create_as(
-        self, participant: Participant, description: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        participant: Participant,
+        definition: Definition,
+        description: dict[str, Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> ActorHandle:
         actor_id, name = description["actor_id"], self._options.get("name")
         restarts = self._options.get("max_restarts") or 0
         task = Task(actor_id, None, b"", None, retries_left=restarts)
         if args or kwargs:
             participant.arguments.encode(task, args, kwargs, f"{self.__name__}.__init__")
-        assert self._definition is not None
-        if self._definition.ref is not None:  # kept with the arguments: as long as the actor may start again
-            task.pinned = [*(task.pinned or ()), self._definition.ref.id]
+        if definition.ref is not None:  # kept with the arguments: as long as the actor may start again
+            task.pinned = [*(task.pinned or ()), definition.ref.id]
         detached = self._options.get("lifetime") == "detached"
         options = {
             "max_restarts": restarts,
@@ -149,7 +151,7 @@ class ActorClass:
         }
         placement = placement_of(self._options, inherited_environment())
         spec = messages.CreateActor(
-            actor_id, self.__name__, self._definition.blob, dict(self._shape), b"", None, None, options, placement
+            actor_id, self.__name__, definition.blob, dict(self._shape), b"", None, None, options, placement
         )
         participant.actors.create(spec, task, detached)
         return ActorHandle(description, None if detached else ObjectRef(life_of(actor_id)))

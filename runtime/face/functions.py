@@ -20,6 +20,7 @@ from afield.runtime.face.options import (
 from afield.runtime.face.parameters import Parameters, describe
 from afield.runtime.face.strategies import placement_of, with_environment
 from afield.runtime.process.facts import inherited_environment
+from afield.runtime.values.definitions import Defined
 from afield.tracebacks import trim
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class RemoteFunction(Generic[P, R]):
         check_task(function)
         self._set(function, with_environment(options))
 
-    def _set(self, function: Callable[P, R], options: dict[str, Any]) -> None:
+    def _set(self, function: Callable[P, R], options: dict[str, Any], defined: Defined | None = None) -> None:
         self._function = function
         self._options = options
         retries = options.get("max_retries")
@@ -49,6 +50,7 @@ class RemoteFunction(Generic[P, R]):
         self._name: str = options.get("name") or function.__qualname__.replace("<locals>.", "")
         self._parameters = Parameters(describe(function), self._name)
         self._shape = shape_of(options, default_cpus=1)
+        self._defined = defined or Defined(function, f"the function {self._name}()")
         # Known once the function is used in a session: its key, what is pushed, and the lane for its shape. One tuple, as
         # another thread may use the function in the next session already.
         self._bound: tuple[object, Callee, Lane] | None = None
@@ -63,7 +65,9 @@ class RemoteFunction(Generic[P, R]):
     def options(self, **options: Any) -> RemoteFunction[P, R]:
         """Return the same function with other options; see `afield.remote`."""
         validate(options, TASK_OPTIONS, f"{self._name}.options()")
-        return RemoteFunction(self._function, self._options | options)
+        made: RemoteFunction[P, R] = RemoteFunction.__new__(RemoteFunction)
+        made._set(self._function, with_environment(self._options | options), self._defined)
+        return made
 
     def _remote(self, args: Any = (), kwargs: Any = None, **options: Any) -> Any:
         """Do what `remote` does, with options: the form that Ray's older programs use."""
@@ -90,11 +94,9 @@ class RemoteFunction(Generic[P, R]):
             raise  # without a frame of this method
 
     def _bind(self, participant: Participant) -> tuple[object, Callee, Lane]:
-        name = f"the function {self._name}()"
-        definition = participant.definitions.define(self._function, name, name)
         pushed = Callee(
             self._name,
-            definition,
+            self._defined.within(participant.key, participant.definitions),
             self._num_returns,
             backpressure=backpressure_of(self._options),
             retry_on=retry_on(self._options),

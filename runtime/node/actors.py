@@ -57,6 +57,26 @@ class Actor:
         self.restarts_left = int(spec.options.get("max_restarts", 0))
 
 
+class Classes:
+    """The pickled classes of the actors that live, those of equal content once."""
+
+    def __init__(self) -> None:
+        self._users: dict[bytes, list[Any]] = {}  # class -> the same bytes, and how many actors have it
+
+    def take(self, spec: messages.CreateActor) -> None:
+        """An actor begins: it shares the class with others."""
+        shared = self._users.setdefault(spec.blob, [spec.blob, 0])
+        spec.blob = shared[0]
+        shared[1] += 1
+
+    def give_back(self, spec: messages.CreateActor) -> None:
+        """An actor is over."""
+        shared = self._users[spec.blob]
+        shared[1] -= 1
+        if not shared[1]:
+            del self._users[spec.blob]
+
+
 class Reserved(msgspec.Struct):
     """A name and what a handle to its actor needs."""
 
@@ -71,6 +91,7 @@ class ActorDirectory:
     def __init__(self, daemon: NodeDaemon) -> None:
         self._daemon = daemon
         self.actors: dict[bytes, Actor] = {}
+        self._classes = Classes()
         self._names: dict[tuple[str, str], Reserved] = {}
         self._dead: dict[bytes, bytes] = {}
         #: Actors that are still to be created, as far as others have asked for them already: creator, and who asked.
@@ -84,6 +105,7 @@ class ActorDirectory:
 
     def on_create(self, channel: Channel, spec: messages.CreateActor) -> None:
         """A process creates an actor."""
+        self._classes.take(spec)
         actor = self.actors[spec.actor_id] = Actor(spec, channel.peer_id)
         _, watchers = self._early.pop(spec.actor_id, (b"", set()))
         actor.watchers |= watchers
@@ -271,6 +293,7 @@ class ActorDirectory:
         self._announce(actor)
         actor_id = actor.spec.actor_id
         del self.actors[actor_id]
+        self._classes.give_back(actor.spec)
         self._forget_names(lambda reserved: reserved.actor_id == actor_id)
         self._dead[actor_id] = error
         self._trim(self._dead)

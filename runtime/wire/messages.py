@@ -10,6 +10,12 @@ from typing import Any
 
 import msgspec
 
+from afield.runtime.wire.ownership_messages import Add as Add
+from afield.runtime.wire.ownership_messages import Added as Added
+from afield.runtime.wire.ownership_messages import Release as Release
+from afield.runtime.wire.ownership_messages import Subscribe as Subscribe
+from afield.runtime.wire.ownership_messages import Took as Took
+from afield.runtime.wire.ownership_messages import Value as Value
 from afield.runtime.wire.session_messages import WORKING as WORKING
 from afield.runtime.wire.session_messages import Answer as Answer
 from afield.runtime.wire.session_messages import Log as Log
@@ -79,13 +85,21 @@ class Define(msgspec.Struct, array_like=True, tag=1):
 
     index: int
     name: str
-    blob: bytes  # cloudpickled function; empty for an actor's method
+    blob: bytes  # cloudpickled function; empty for an actor's method, and where the peer has it already, by its digest
     num_returns: int  # STREAMING for a generator
     backpressure: int  # items a generator may be ahead of its consumer; 0 for any number
     group: str  # the actor's concurrency group to run in; empty for the default
     once: bool  # never to be run again: the owner must know exactly whether it has started
     retry_on: bool | bytes = False  # which errors of the user's are to be retried: all, or serialised types
     method: str = ""  # of an actor, which is looked up there; `name` is what the call is called
+    digest: bytes = b""  # of the pickled function: several that differ in their options have one
+
+
+class Forget(msgspec.Struct, array_like=True, tag=69):
+    """The sender will push nothing more for these functions, and has defined those digests for the last time."""
+
+    indexes: list[int]
+    digests: list[bytes]
 
 
 class Push(msgspec.Struct, array_like=True, tag=2, gc=False):
@@ -138,51 +152,6 @@ class HandBack(msgspec.Struct, array_like=True, tag=6, gc=False):
 
 class Unblocked(msgspec.Struct, array_like=True, tag=7, gc=False):
     """The worker computes again and takes tasks."""
-
-
-# -- owner <-> borrower -------------------------------------------------------------------------------------------
-
-
-class Add(msgspec.Struct, array_like=True, tag=8, gc=False):
-    """The sender holds the object from now on; `attempt` comes back in the `Added`."""
-
-    object_id: bytes
-    attempt: int
-
-
-class Added(msgspec.Struct, array_like=True, tag=9, gc=False):
-    """The owner knows the borrower (or, with `gone`, no longer knows the object)."""
-
-    object_id: bytes
-    attempt: int
-    gone: bool
-
-
-class Release(msgspec.Struct, array_like=True, tag=10, gc=False):
-    """The sender holds the object no longer."""
-
-    object_id: bytes
-
-
-class Subscribe(msgspec.Struct, array_like=True, tag=11, gc=False):
-    """Send the value as soon as there is one."""
-
-    object_id: bytes
-
-
-class Value(msgspec.Struct, array_like=True, tag=12, gc=False):
-    """The value that was subscribed to."""
-
-    object_id: bytes
-    kind: int
-    data: bytes
-    location: Location | None = None
-
-
-class Took(msgspec.Struct, array_like=True, tag=13, gc=False):
-    """The refs inside the result that was sent with this token are registered with their owners."""
-
-    sequence: int
 
 
 class Item(msgspec.Struct, array_like=True, tag=14, gc=False):
@@ -440,6 +409,7 @@ class Terminate(msgspec.Struct, array_like=True, tag=46):
 
 Message = (
     Define
+    | Forget
     | Push
     | MoreDependencies
     | Reply

@@ -35,7 +35,7 @@ from afield.runtime.wire import messages
 from afield.runtime.worker.concurrency import Concurrency, make_concurrency
 from afield.runtime.worker.host import Host
 from afield.runtime.worker.invocation import Invocation
-from afield.runtime.worker.outcomes import LoadedCallee
+from afield.runtime.worker.outcomes import Code, LoadedCallee
 from afield.runtime.worker.replies import MAX_REPLY_DELAY_S
 from afield.scheduler.resources import UNIT
 from afield.transport.channel import Channel
@@ -60,6 +60,8 @@ class Executor:
         self._own_actor: OwnActor | None = None
         self._concurrency: Concurrency | None = None
         self._callees: dict[tuple[bytes, int], LoadedCallee] = {}
+        #: What their callers have defined, by caller and digest, until they say that it is done with.
+        self._codes: dict[tuple[bytes, bytes], Code] = {}
         #: What has come of the arguments of pushes that follow: (caller, sequence) -> arguments.
         self._dependencies: dict[tuple[bytes, int], list[messages.Dependency]] = {}
         self._idle: Waiter | None = None
@@ -70,6 +72,7 @@ class Executor:
         self._signal_due = 0.0  # when the next signal is sent, while an interrupt is due
         self._signal_again_s = SIGNAL_AGAIN_S
         process.register(messages.Define, self._on_define)
+        process.register(messages.Forget, self._on_forget)
         process.register(messages.MoreDependencies, self._on_more_dependencies)
         process.register(messages.Push, self._on_push)
         process.register(messages.Recall, self._on_recall)
@@ -92,7 +95,20 @@ class Executor:
     # -- what arrives --------------------------------------------------------------------------------------------
 
     def _on_define(self, channel: Channel, message: messages.Define) -> None:
-        self._callees[channel.peer_id, message.index] = LoadedCallee(message)
+        code = None
+        if message.digest:
+            key = channel.peer_id, message.digest
+            code = self._codes.get(key)
+            if code is None:
+                code = self._codes[key] = Code(message.blob)
+        self._callees[channel.peer_id, message.index] = LoadedCallee(message, code)
+
+    def _on_forget(self, channel: Channel, message: messages.Forget) -> None:
+        """A caller is done with these; a call that is here already has what it needs."""
+        for index in message.indexes:
+            self._callees.pop((channel.peer_id, index), None)
+        for digest in message.digests:
+            self._codes.pop((channel.peer_id, digest), None)
 
     def _on_push(self, channel: Channel, message: messages.Push) -> None:
         callee = self._callees.get((channel.peer_id, message.function))
@@ -150,6 +166,8 @@ class Executor:
     def _forget_peer(self, peer: bytes) -> None:
         for key in [key for key in self._callees if key[0] == peer]:
             del self._callees[key]
+        for known in [known for known in self._codes if known[0] == peer]:
+            del self._codes[known]
         for early in [early for early in self._dependencies if early[0] == peer]:
             del self._dependencies[early]
         for channel in self.work.callers():
@@ -285,6 +303,7 @@ class Executor:
             if spec.arguments or spec.location is not None:
                 args, kwargs = host.outcomes.arguments(push, context, become.owner, argument_pins)
             owner = b"" if spec.options["detached"] else become.owner
+            spec.blob = b""  # it is kept as the class
             self._own_actor = OwnActor(cls, spec, owner)
             concurrency = make_concurrency(host, cls, spec.options)
             make = partial(cls, *args, **kwargs)

@@ -56,12 +56,29 @@ _OF_THE_TASK = (UsageError, CapacityError, DeserializationError)
 AGAIN = b"again"
 
 
+class Code:
+    """A function as its owner pickled it, for all callees that differ in their options; unpickled on first use."""
+
+    __slots__ = ("_blob", "_function")
+
+    def __init__(self, blob: bytes) -> None:
+        self._blob = blob
+        self._function: Callable[..., Any] | None = None
+
+    def rebuild(self, name: str, values: Values) -> Callable[..., Any]:
+        """Rebuild the function, which may run code of the user's, and return it."""
+        if self._function is None:
+            self._function = rebuild(self._blob, f"the function {name}()", values)
+            self._blob = b""
+        return self._function
+
+
 class LoadedCallee:
-    """A function as its owner defined it; unpickled on first use."""
+    """A remote function or a method as its caller defined it."""
 
     __slots__ = (
         "backpressure",
-        "blob",
+        "code",
         "function",
         "group",
         "method",
@@ -72,9 +89,9 @@ class LoadedCallee:
         "retry_on",
     )
 
-    def __init__(self, message: messages.Define) -> None:
+    def __init__(self, message: messages.Define, code: Code | None = None) -> None:
         self.name = message.name
-        self.blob = message.blob
+        self.code = code or Code(message.blob)
         self.num_returns = message.num_returns
         self.backpressure = message.backpressure
         self.group = message.group
@@ -88,8 +105,7 @@ class LoadedCallee:
 
     def rebuild(self, values: Values) -> Callable[..., Any]:
         """Rebuild the function, which may run code of the user's, and return it."""
-        function: Callable[..., Any] = rebuild(self.blob, f"the function {self.name}()", values)
-        self.function = function
+        function = self.function = self.code.rebuild(self.name, values)
         return function
 
 
