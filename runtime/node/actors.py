@@ -33,6 +33,7 @@ class Actor:
 
     __slots__ = (
         "arguments_lost",
+        "begun",
         "creator",
         "error",
         "kill_reason",
@@ -41,6 +42,7 @@ class Actor:
         "spec",
         "state",
         "watchers",
+        "why_restarts",
         "worker",
     )
 
@@ -53,6 +55,8 @@ class Actor:
         self.error = b""
         self.kill_reason = ""
         self.arguments_lost = False  # its creator was asked for them, and has not answered
+        self.begun = False  # it had a worker once
+        self.why_restarts = ""
         self.restarts = 0
         self.restarts_left = int(spec.options.get("max_restarts", 0))
 
@@ -125,15 +129,20 @@ class ActorDirectory:
     # -- life ----------------------------------------------------------------------------------------------------
 
     def _ask_for_worker(self, actor: Actor) -> None:
+        """Ask for a worker; an actor that has begun a life already waits for a lost device, however long that takes."""
         shape = ResourceSet(actor.spec.shape)
         owner = _ACTOR_OWNER + actor.spec.actor_id
-        for refusal in self._daemon.leases.demand(owner, shape, 1, 0, lasting=True):
+        for refusal in self._daemon.leases.demand(owner, shape, 1, 0, lasting=True, patient=actor.begun):
             self.on_refused(refusal)
 
     def on_refused(self, refusal: Infeasible) -> None:
         """There never will be a worker for an actor."""
         actor = self.actors.get(refusal.owner[len(_ACTOR_OWNER) :])
-        if actor is not None:
+        if actor is None:
+            return
+        if actor.begun:
+            self._end(actor, self._death(actor, f"{actor.why_restarts}, and it cannot start again: {refusal.reason}"))
+        else:
             error = ActorUnschedulableError(f"{actor.spec.class_name}: {refusal.reason}", actor_id=actor.spec.actor_id)
             self._end(actor, pickle.dumps(error, 5))
 
@@ -147,6 +156,7 @@ class ActorDirectory:
         worker.actor_id = actor.spec.actor_id
         worker.name = actor.spec.class_name
         actor.worker = worker
+        actor.begun = True
         self._daemon.send(worker.id, messages.BecomeActor(actor.spec, actor.creator, actor.restarts))
 
     def on_born(self, channel: Channel, message: messages.ActorBorn) -> None:
@@ -170,6 +180,7 @@ class ActorDirectory:
         worker, actor.worker = actor.worker, None
         if worker is not None:
             self._daemon.workers.kill(worker)
+        actor.why_restarts = why
         if actor.creator in self._daemon.channels:
             actor.arguments_lost = True
             self._daemon.send(actor.creator, messages.ArgumentsLost(actor.spec.actor_id, why))
@@ -288,6 +299,7 @@ class ActorDirectory:
         if actor.restarts_left:
             actor.restarts_left -= 1 if actor.restarts_left > 0 else 0
             actor.restarts += 1
+            actor.why_restarts = reason
             actor.state, actor.error = "restarting", self._death(actor, reason)
             self._announce(actor)
             self._ask_for_worker(actor)
