@@ -126,6 +126,11 @@ class Process:
     def check_alive(self) -> None:
         pass
 
+    @property
+    def channels(self) -> Any:
+        """What there is of sockets: no descriptor is ever missing."""
+        return SimpleNamespace(to=lambda worker, patient: self.channel_to(worker))
+
     def channel_to(self, worker: bytes) -> Incarnation | None:
         found = self.world.incarnations[int(worker.split()[-1]) - 1]
         return found if found.alive else None
