@@ -214,7 +214,13 @@ class ActorDiedError(ActorError):
 
 
 class ActorUnavailableError(ActorError):
-    """The actor is being restarted and the call may not be retried; call again later."""
+    """The actor is being restarted and the call may not be retried; call again later.
+
+    Attributes:
+        may_have_run: False if the call was made while the actor restarted: it never left, and is safe to make again.
+    """
+
+    may_have_run: bool = True
 
 
 class ObjectLostError(LossError):

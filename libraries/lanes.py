@@ -5,6 +5,9 @@ or an actor. `Lanes.submit` queues a call and returns a future; a call leaves th
 is free again when its ref has a value or an error. That is the only event, and it comes through `ref.future()`: nothing
 polls, and no thread is kept.
 
+A lane whose actor is away takes no calls until it is back, as the queue would run dry on it: `until_back` gives a ref that
+tells. What was handed over to it meanwhile, and has not run, stands first in the queue again.
+
 A future is pending until its result is there, because only the worker knows whether a call has started. So `cancel()`
 succeeds until then: a call that waits is forgotten, one that was handed over is cancelled with `afield.cancel` (it never
 starts, or is interrupted). The future is done at once, its lane only when the cluster has let go of the call.
@@ -30,16 +33,24 @@ T = TypeVar("T")
 
 #: Starts a call of (function, positional arguments, keyword arguments); returns its ref.
 Lane = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+#: A call that is made, and the future that gets its outcome.
+Queued = tuple[Future[Any], Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 
 
 class Lanes:
-    """A queue of calls before a fixed number of lanes. Safe in all threads."""
+    """A queue of calls before a fixed number of lanes. Safe in all threads.
 
-    def __init__(self, lanes: Iterable[Lane]) -> None:
+    Args:
+        lanes: what runs the calls.
+        until_back: called with a lane whose actor restarts; returns a ref that is done when it is back, or will never be.
+    """
+
+    def __init__(self, lanes: Iterable[Lane], until_back: Callable[[Any], Any] | None = None) -> None:
+        self._until_back = until_back
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
         self._free = deque(lanes)
-        self._waiting: deque[tuple[Future[Any], Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = deque()
+        self._waiting: deque[Queued] = deque()
         #: The ref of each future that is not done; None until its call is handed over.
         self._unfinished: dict[Future[Any], Any] = {}
         self._running = 0  # calls that the cluster has not let go of
@@ -85,11 +96,12 @@ class Lanes:
                     self._waiting.popleft()  # cancelled
                 if not (self._waiting and self._free):
                     return
-                future, *call = self._waiting.popleft()
+                queued = self._waiting.popleft()
                 lane = self._free.popleft()
-            self._start(lane, future, *call)
+            self._start(lane, queued)
 
-    def _start(self, lane: Lane, future: Future[Any], function: Any, args: Any, kwargs: Any) -> None:
+    def _start(self, lane: Lane, queued: Queued) -> None:
+        future, function, args, kwargs = queued
         try:
             ref = lane(function, args, kwargs)
             outcome = ref.future()
@@ -97,7 +109,7 @@ class Lanes:
             with self._lock:
                 self._free.append(lane)
             _settle(future, None, error)
-            del future  # its error holds this frame: no cycle
+            del future, queued  # its error holds this frame: no cycle
             return
         with self._lock:
             self._running += 1
@@ -106,17 +118,49 @@ class Lanes:
                 self._unfinished[future] = ref
         if cancelled:
             afield.cancel(ref)
-        outcome.add_done_callback(functools.partial(self._on_outcome, lane, future))
+        outcome.add_done_callback(functools.partial(self._on_outcome, lane, queued))
 
-    def _on_outcome(self, lane: Lane, future: Future[Any], outcome: Future[Any]) -> None:
-        with self._lock:
-            self._free.append(lane)
-        self._hand_over()  # first: the callbacks of `future` are the user's and may take their time
+    def _on_outcome(self, lane: Lane, queued: Queued, outcome: Future[Any]) -> None:
         error = outcome.exception()
-        _settle(future, None if error else outcome.result(), error)
+        # What the call itself has raised is a `TaskError` as well, and says nothing of the lane.
+        if type(error) is afield.ActorUnavailableError and self._until_back is not None:
+            self._wait_for(lane, self._until_back)
+            if not error.may_have_run:
+                self._put_back(queued)
+                return
+        else:
+            with self._lock:
+                self._free.append(lane)
+        self._hand_over()  # first: the callbacks of `future` are the user's and may take their time
+        _settle(queued[0], None if error else outcome.result(), error)
+        self._has_let_go()
+
+    def _has_let_go(self) -> None:
         with self._idle:
             self._running -= 1
             self._idle.notify_all()
+
+    def _put_back(self, queued: Queued) -> None:
+        """A call has not run: it is the next to leave, unless it was cancelled meanwhile."""
+        with self._lock:
+            if queued[0] in self._unfinished:
+                self._unfinished[queued[0]] = None
+                self._waiting.appendleft(queued)
+        self._has_let_go()
+        self._hand_over()
+
+    def _wait_for(self, lane: Lane, until_back: Callable[[Any], Any]) -> None:
+        """Use a lane again when its actor is back; if it will never be, the calls that come to it are told why."""
+
+        def back(_: Any) -> None:
+            with self._lock:
+                self._free.append(lane)
+            self._hand_over()
+
+        try:
+            until_back(lane).future().add_done_callback(back)
+        except Exception:  # the session is over: so are the calls
+            back(None)
 
     def _on_done(self, future: Future[Any]) -> None:
         with self._idle:

@@ -5,7 +5,8 @@ whichever process is free. `map` and its like cut their items into chunks, and a
 for the futures of its chunks; the iterator of `imap` keeps a few chunks running ahead of its reader, and no more, so that
 it can run over more than would fit into memory.
 
-A process that dies fails the call that it ran, and is started again with the initializer. A process takes no CPU from the
+A process that dies fails the call that it ran, and is started again with the initializer; it gets the next call when it is
+there. A call that was made to it meanwhile has not run, and goes to the next that is free. A process takes no CPU from the
 cluster's account unless `remote_args` says so: an idle pool does not keep tasks from running.
 """
 
@@ -69,7 +70,8 @@ class _ProcessLane:
         return self._actor.run.remote(function, args, kwargs)
 
     def ready(self) -> Any:
-        return self._actor.ready.remote()
+        """Return a ref that is done when the process is there; it waits for a restart, since it is safe to run twice."""
+        return self._actor.ready.options(max_task_retries=-1).remote()
 
     def end(self) -> None:
         afield.kill(self._actor)
@@ -265,7 +267,7 @@ class Pool:
             initializer is not None
         ):  # it has run everywhere, or failed, when there is a pool; its error is that of the calls
             afield.wait([process.ready() for process in self._processes], num_returns=count)
-        self._lanes = Lanes(self._processes)
+        self._lanes = Lanes(self._processes, _ProcessLane.ready)
         self._state = "running"
 
     # -- calls -------------------------------------------------------------------------------------------------------

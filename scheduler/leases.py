@@ -23,7 +23,9 @@ leases ended.
 
 **Devices** (`slots`). A fraction shares the fullest device that still has room (best fit keeps whole devices free); a
 whole number takes that many untouched devices. `gpu_memory` counts on each of them. A device that was lost is
-withdrawn; what waits and can never fit without it is dropped and told in `refusals`.
+withdrawn; what waits and can never fit without it is dropped and told in `refusals`. Whether it will be reset nobody
+knows: a task is told at once, since it can be submitted again. An actor that is refused is over for good, so what is
+`lasting` and waits already waits on, and so does a new demand that says that it is `patient`.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from afield.machines import FlightRecorder
 from afield.scheduler.demands import LEASE, PATIENCE, Demand, Grant, Infeasible, Lease, Need
 from afield.scheduler.devices import Device
 from afield.scheduler.resources import CPU, GPU, GPU_MEMORY, UNIT, ResourceSet, format_amount
-from afield.scheduler.slots import DeviceSlots, Slot
+from afield.scheduler.slots import NEVER, SOON, DeviceSlots, Slot
 
 __all__ = ["HOLD_LIMIT_S", "PATIENCE", "Grant", "Infeasible", "LeaseManager"]
 
@@ -67,11 +69,13 @@ class LeaseManager:
 
     # -- what owners and workers report ---------------------------------------------------------------------------
 
-    def demand(self, owner: bytes, shape: ResourceSet, count: int, key: int, lasting: bool = False) -> list[Infeasible]:
+    def demand(
+        self, owner: bytes, shape: ResourceSet, count: int, key: int, lasting: bool = False, patient: bool = False
+    ) -> list[Infeasible]:
         """Set how many more leases of `shape` the demand `key` of `owner` wants now; 0 withdraws it.
 
-        `lasting` says that the leases will be kept for an unknown time (actors). A demand that can never be met is
-        dropped.
+        `lasting` says that the leases will be kept for an unknown time (actors), `patient` that it waits also for
+        devices that are lost. A demand that can never be met is dropped.
         """
         demand_id = (owner, key)
         demand = self._demands.get(demand_id)
@@ -81,7 +85,7 @@ class LeaseManager:
             return []
         if demand is None or demand.need.shape != shape:
             need = Need(shape)
-            reason = self._why_infeasible(need)
+            reason = self._why_infeasible(need, patient)
             if demand is not None and (reason or demand is self._hold):
                 self._end_hold(demand)
             if reason:
@@ -157,16 +161,16 @@ class LeaseManager:
 
     # -- devices come and go --------------------------------------------------------------------------------------
 
-    def withdraw(self, uuid: str, cause: str = "", coming_back: bool = False) -> list[int]:
+    def withdraw(self, uuid: str, cause: str = "", back: str = NEVER) -> list[int]:
         """Grant nothing more on a device, and return the ids of the leases that have it, oldest first.
 
-        `cause` is for people, and should say when ("lost at 12:03:11, Xid 79"). What needs the device waits if it is
-        `coming_back`; else `refusals` tells which demands can never be met without it. The leases stay accounted
-        until each is released. Raises KeyError for a device that the node never had.
+        `cause` is for people, and should say when ("lost at 12:03:11, Xid 79"); `back` is SOON, AFTER_RESET or NEVER.
+        What needs the device waits if it is back soon; else `refusals` tells which demands can never be met without
+        it. The leases stay accounted until each is released. Raises KeyError for a device that the node never had.
         """
-        gone = self._slots.withdraw(uuid, cause, coming_back, self.recorder)
+        gone = self._slots.withdraw(uuid, cause, back, self.recorder)
         self._total = ResourceSet({**self._total.units(), **self._slots.total()})
-        self._devices_left = self._devices_left or not coming_back
+        self._devices_left = self._devices_left or back != SOON
         self._asked.clear()
         return [lease_id for lease_id, lease in self._leases.items() if gone in lease.slots]
 
@@ -183,7 +187,7 @@ class LeaseManager:
         self._devices_left = False
         refused = []
         for demand in list(self._demands.values()):
-            reason = self._why_infeasible(demand.need)
+            reason = self._why_infeasible(demand.need, demand.lasting)
             if reason:
                 self._drop(demand)
                 refused.append(Infeasible(*demand.id, reason))
@@ -386,7 +390,7 @@ class LeaseManager:
 
     # -- what can never be met ------------------------------------------------------------------------------------
 
-    def _why_infeasible(self, need: Need) -> str | None:
+    def _why_infeasible(self, need: Need, patient: bool) -> str | None:
         """Return why the node can never meet the need, with the remedy, or None when it can."""
         shape, total = need.shape, self._total
         problems = [
@@ -394,7 +398,7 @@ class LeaseManager:
             for name, amount in need.count.items()
             if amount > total[name]
         ]
-        lacking, remedy = self._slots.why_infeasible(shape[GPU], need.device_count, need.device_memory)
+        lacking, remedy = self._slots.why_infeasible(shape[GPU], need.device_count, need.device_memory, patient)
         if lacking:
             problems.append(lacking)
         if not problems:

@@ -4,7 +4,8 @@ Theory of operation. Device amounts live on the devices, not in one sum: a devic
 who needs two tenths twice. A `Slot` is one device; amounts are in units of 1e-4, as everywhere in the scheduler.
 
 A device can be *withdrawn* (`DEVICE`): nothing new is placed on it, and the totals shrink. What its leases hold stays
-accounted until each is released, so a device that comes back is not handed out twice.
+accounted until each is released, so a device that comes back is not handed out twice. Whoever withdraws it says what is to be
+expected: it is back `SOON`, `AFTER_RESET`, which may be long in coming, or `NEVER`.
 """
 
 from __future__ import annotations
@@ -18,23 +19,35 @@ from afield.scheduler.resources import GPU, GPU_MEMORY, UNIT, format_amount
 # Devices that one error text names; the rest is counted.
 MAX_NAMED = 4
 
+#: When a device that is withdrawn is back.
+SOON, AFTER_RESET, NEVER = "soon", "after a reset", "never"
+_WITHDRAWN = {SOON: "suspend", AFTER_RESET: "lose", NEVER: "withdraw"}
+
 DEVICE = Table(
     "device, as the scheduler sees it",
     "here",
     {
         ("here", "suspend"): "coming_back",
+        ("here", "lose"): "lost",
         ("here", "withdraw"): "gone",
         ("coming_back", "restore"): "here",
         ("coming_back", "suspend"): "coming_back",
+        ("coming_back", "lose"): "lost",
         ("coming_back", "withdraw"): "gone",
+        ("lost", "restore"): "here",
+        ("lost", "suspend"): "coming_back",
+        ("lost", "lose"): "lost",
+        ("lost", "withdraw"): "gone",
         ("gone", "restore"): "here",
         ("gone", "suspend"): "coming_back",
+        ("gone", "lose"): "lost",
         ("gone", "withdraw"): "gone",
     },
     {
         "here": "leases are placed on it",
         "coming_back": "its store process is started anew, or it is reset: what needs it waits",
-        "gone": "what cannot be met without it is infeasible, and told so",
+        "lost": "it comes back if it is reset: who is patient waits, the others are told that it is infeasible",
+        "gone": "the node has given it up: what cannot be met without it is infeasible, and told so",
     },
     late=[("here", "restore")],
 )
@@ -59,10 +72,9 @@ class Slot:
     def here(self) -> bool:
         return self.state == "here"
 
-    @property
-    def expected(self) -> bool:
-        """True if it is here, or will be again."""
-        return self.state != "gone"
+    def expected(self, patient: bool) -> bool:
+        """Tell whether it is here, or will be again; for who is `patient`, also after a reset of which nothing is known."""
+        return self.state in ("here", "coming_back") or (patient and self.state == "lost")
 
 
 class DeviceSlots:
@@ -74,10 +86,10 @@ class DeviceSlots:
 
     # -- coming and going -----------------------------------------------------------------------------------------
 
-    def withdraw(self, uuid: str, cause: str, coming_back: bool, recorder: FlightRecorder | None = None) -> Slot:
+    def withdraw(self, uuid: str, cause: str, back: str, recorder: FlightRecorder | None = None) -> Slot:
         """Place nothing more on a device; raises KeyError for one that the node never had."""
         slot = self._by_uuid[uuid]
-        slot.state = DEVICE.after(slot.state, "suspend" if coming_back else "withdraw", uuid, recorder)
+        slot.state = DEVICE.after(slot.state, _WITHDRAWN[back], uuid, recorder)
         slot.away = cause
         slot.held_units = slot.held_memory = 0
         return slot
@@ -172,9 +184,9 @@ class DeviceSlots:
 
     # -- what never will ------------------------------------------------------------------------------------------
 
-    def why_infeasible(self, gpu: int, count: int, memory: int) -> tuple[str, str]:
+    def why_infeasible(self, gpu: int, count: int, memory: int, patient: bool) -> tuple[str, str]:
         """Return (what is not enough, remedy) if `count` devices with so much memory are more than there will be."""
-        there = [slot for slot in self._slots if slot.expected]
+        there = [slot for slot in self._slots if slot.expected(patient)]
         if count > len(there):
             wanted = max(count, 2)
             remedy = self._gone() or (
@@ -190,9 +202,11 @@ class DeviceSlots:
 
     def _gone(self) -> str:
         """Say which devices were here once and why they are not any more."""
-        gone = [slot for slot in self._slots if not slot.expected]
+        gone = [slot for slot in self._slots if not slot.expected(False)]
         if not gone:
             return ""
         named = ", ".join(f"{slot.uuid} ({slot.away})" if slot.away else slot.uuid for slot in gone[:MAX_NAMED])
         more = f" and {len(gone) - MAX_NAMED} more" if len(gone) > MAX_NAMED else ""
+        if all(slot.state == "gone" for slot in gone):
+            return f"Withdrawn from this node: {named}{more}; the node has given up on starting what serves it."
         return f"Withdrawn from this node: {named}{more}; a device comes back when it was reset."

@@ -126,6 +126,11 @@ class Process:
     def check_alive(self) -> None:
         pass
 
+    @property
+    def channels(self) -> Any:
+        """What there is of sockets: no descriptor is ever missing."""
+        return SimpleNamespace(to=lambda worker, patient: self.channel_to(worker))
+
     def channel_to(self, worker: bytes) -> Incarnation | None:
         found = self.world.incarnations[int(worker.split()[-1]) - 1]
         return found if found.alive else None
@@ -167,6 +172,7 @@ class World:
         self.killed = False
         self.ended_early = False
         self.tasks: list[Task] = []
+        self.away: set[int] = set()  # calls that were made while the actor restarted, as far as their caller knew
         self.outcomes: dict[int, Any] = {}
         self.cancelled: set[int] = set()
         self.cancelled_in_time: set[int] = set()
@@ -272,6 +278,9 @@ class World:
                 self.table.put(argument, INLINE, b"")
             task.dependencies, task.pinned = [argument], [argument]
         self.tasks.append(task)
+        caller = self.actors.callers.get(ACTOR)
+        if caller is None or caller.state in ("asked", "restarting"):
+            self.away.add(index)
         self.actors._enter(ACTOR, task, [self.output(index)])
         if task.dependencies is not None:
             self.table.drop(self.argument(index))
@@ -463,6 +472,7 @@ class World:
         elif isinstance(error, ActorUnavailableError):
             assert not self.tasks[index].retries_left
             assert self.deaths < self.script.deaths
+            assert error.may_have_run or (index in self.away and not times), "it has run, or waited before"
         elif isinstance(error, ActorDiedError):
             assert self.state == "dead"
         elif isinstance(error, TaskError):
@@ -500,4 +510,5 @@ class World:
             (self.made, self.deaths, self.kills, tuple(self.cancels), self.has_handle, self.killed, self.ended_early),
             (tuple(sorted(self.missing)), tuple(sorted(self.misread)), tuple(sorted(self.to_raise))),
             (self.pending_construction, tuple(sorted(self.sent_again)), life_of(ACTOR) in self.table.entries),
+            tuple(sorted(self.away)),
         )

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from afield.gpu_store.books import lives
 from afield.machines import Table
-from afield.runtime.cores import caller, dispatch, objects, work
+from afield.runtime.cores import actor, caller, dispatch, objects, work
 from afield.scheduler import demands, slots
 from afield.transport import link
 
@@ -40,6 +40,11 @@ TABLES: tuple[tuple[Table, str, str], ...] = (
         caller.CALL,
         "runtime/cores/caller.py",
         "One call of an actor's method, in the process that made it.",
+    ),
+    (
+        actor.ACTOR,
+        "runtime/cores/actor.py",
+        "An actor, in the node daemon's directory: when it is constructed, starts again, and is over.",
     ),
     (
         work.TABLE,

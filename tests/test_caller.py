@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from afield.errors import InternalError
 from afield.machines import FlightRecorder
 from afield.runtime.calls.callee import Callee
-from afield.runtime.cores.caller import CALL, CALLER, Again, Caller, Callers, ForgetCreation
+from afield.runtime.cores.caller import CALL, CALLER, UNAVAILABLE, Again, Caller, Callers, Ended, ForgetCreation
 from afield.runtime.cores.dispatch import Task
 from afield.runtime.values.definitions import Definition
 from tests.actor_world import PLAIN, Call, Script, World
@@ -47,6 +47,7 @@ SCRIPTS = {
     "orders": Script((Call(late=True, order="a"), Call(order="b"), Call(order="a", retries=1)), deaths=1, restarts=1),
     "orders, lost": Script((Call(order="a"), Call(loses=True, order="b"), Call(order="b")), kills=1, cancels=(1,)),
     "borrowed": Script((P, R), creator=False, deaths=1, restarts=1),
+    "borrowed, late": Script((Call(late=True), Call(order=None)), creator=False, deaths=2, restarts=1),
     "no constructor": Script((P, Call(late=True)), argument_fails=True, kills=1, cancels=(1,)),
 }
 #: Far more than any of the scripts has.
@@ -156,7 +157,7 @@ def test_what_cannot_happen_raises_with_the_story() -> None:
     one = caller()
     one.lives(b"w1")
     with pytest.raises(
-        InternalError, match=r"(?s)lives in state alive, where only gone, ends may.*lives pending -> alive"
+        InternalError, match=r"(?s)lives in state alive, where only gone, ends may.*lives asked -> alive"
     ):
         one.lives(b"w2")
 
@@ -187,6 +188,29 @@ def test_a_call_without_its_argument_holds_back_only_those_of_its_order() -> Non
     assert one.take() is late and one.take() is None
     waits.unresolved = 0
     assert [one.take(), one.take(), one.take()] == [waits, same, None]
+
+
+def test_calls_that_are_made_while_the_actor_restarts_wait_only_if_they_may_be_retried() -> None:
+    one = caller()
+    before, never, retried, again = call(b"before"), call(b"never"), call(b"retried", retries=1), call(b"again")
+    one.waits()
+    assert one.enter(before) == []
+    one.lives(b"w1")
+    one.gone()
+    one.restarts()
+    assert one.enter(never) == [Ended(never, UNAVAILABLE)]
+    assert one.enter(retried) == [] and one.enter(again, again=True) == []
+    one.lives(b"w2")
+    assert [one.take() for _ in range(4)] == [before, retried, again, None]
+
+
+def test_calls_that_are_made_before_it_is_known_that_the_actor_restarts_are_no_exception() -> None:
+    one = caller()
+    never, retried = call(b"never"), call(b"retried", retries=1)
+    assert one.enter(never) == one.enter(retried) == []
+    assert one.restarts() == [Ended(never, UNAVAILABLE)]
+    one.lives(b"w1")
+    assert [one.take(), one.take()] == [retried, None]
 
 
 def test_the_answers_of_an_incarnation_settle_only_its_own_calls() -> None:

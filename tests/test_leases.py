@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from afield.scheduler.devices import parse_devices
 from afield.scheduler.leases import Grant, Infeasible, LeaseManager
 from afield.scheduler.resources import UNIT, ResourceSet
+from afield.scheduler.slots import AFTER_RESET, NEVER, SOON
 
 A, B, C = b"owner-a", b"owner-b", b"owner-c"
 
@@ -265,7 +266,7 @@ class LeasesAgainstNaiveSums(RuleBasedStateMachine):
         self.granted: dict[int, Grant] = {}
         self.blocked: set[int] = set()
         self.dead: set[int] = set()
-        self.away: dict[str, bool] = {}  # device -> is it coming back
+        self.away: dict[str, str] = {}  # device -> when it comes back
         self.now = 0.0
 
     def free(self) -> tuple[dict[str, int], list[tuple[int, int]]]:
@@ -289,9 +290,10 @@ class LeasesAgainstNaiveSums(RuleBasedStateMachine):
         needed = max(wanted["GPU"] // UNIT, 1) if units or memory else 0
         return sum(left >= units and room >= memory for left, room in devices) >= needed
 
-    def feasible(self, wanted: ResourceSet) -> bool:
+    def feasible(self, wanted: ResourceSet, patient: bool) -> bool:
         needed = max(wanted["GPU"] // UNIT, 1) if wanted["GPU"] or wanted["gpu_memory"] else 0
-        return DEVICES - list(self.away.values()).count(False) >= needed
+        hopeless = [NEVER] if patient else [NEVER, AFTER_RESET]
+        return DEVICES - sum(back in hopeless for back in self.away.values()) >= needed
 
     def schedule(self) -> list[Grant]:
         self.now += 1
@@ -311,11 +313,17 @@ class LeasesAgainstNaiveSums(RuleBasedStateMachine):
         return grants
 
     @rule(
-        owner=st.sampled_from([A, B, C]), key=st.integers(0, 2), wanted=st.sampled_from(SHAPES), count=st.integers(0, 5)
+        owner=st.sampled_from([A, B, C]),
+        key=st.integers(0, 2),
+        wanted=st.sampled_from(SHAPES),
+        count=st.integers(0, 5),
+        patient=st.booleans(),
     )
-    def demand(self, owner: bytes, key: int, wanted: ResourceSet, count: int) -> None:
-        refused = self.leases.demand(owner, wanted, count, key, lasting=key == 2)
-        assert bool(refused) is bool(count and not self.feasible(wanted))
+    def demand(self, owner: bytes, key: int, wanted: ResourceSet, count: int, patient: bool) -> None:
+        lasting = key == 2
+        waits = self.wanted.get((owner, key), (None, 0))[0] == wanted  # and goes on, with another count
+        refused = self.leases.demand(owner, wanted, count, key, lasting, patient and lasting)
+        assert bool(refused) is bool(count and not waits and not self.feasible(wanted, patient and lasting))
         self.wanted.pop((owner, key), None)
         if count and not refused:
             self.wanted[owner, key] = (wanted, count)
@@ -343,14 +351,14 @@ class LeasesAgainstNaiveSums(RuleBasedStateMachine):
             self.blocked.discard(lease_id)
         self.schedule()
 
-    @rule(uuid=st.sampled_from(UUIDS), coming_back=st.booleans())
-    def device_goes(self, uuid: str, coming_back: bool) -> None:
+    @rule(uuid=st.sampled_from(UUIDS), back=st.sampled_from([SOON, AFTER_RESET, NEVER]))
+    def device_goes(self, uuid: str, back: str) -> None:
         having = [lease_id for lease_id, grant in self.granted.items() if uuid in grant.device_uuids]
-        assert self.leases.withdraw(uuid, "lost", coming_back) == having
-        self.away[uuid] = coming_back
+        assert self.leases.withdraw(uuid, "lost", back) == having
+        self.away[uuid] = back
         self.schedule()
         refused = {(refusal.owner, refusal.key) for refusal in self.leases.refusals()}
-        assert refused == {who for who, (wanted, _) in self.wanted.items() if not self.feasible(wanted)}
+        assert refused == {who for who, (wanted, _) in self.wanted.items() if not self.feasible(wanted, who[1] == 2)}
         for gone in refused:
             del self.wanted[gone]
 

@@ -15,6 +15,7 @@ from afield.gpu_store.backends import cuda
 from afield.scheduler.devices import Device, parse_devices, visible_devices
 from afield.scheduler.leases import HOLD_LIMIT_S, PATIENCE, LeaseManager
 from afield.scheduler.resources import ResourceSet
+from afield.scheduler.slots import AFTER_RESET, SOON
 from tests.fake_cuda import libraries
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -199,7 +200,7 @@ def test_what_can_never_fit_any_more_is_refused_once_with_the_cause() -> None:
 def test_a_device_that_is_coming_back_is_waited_for() -> None:
     leases = node("emulated:1:16GiB")
     leases.demand(A, shape(1, gpu=1), 1, key=1)
-    assert leases.withdraw(FIRST, "its store process died", coming_back=True) == []
+    assert leases.withdraw(FIRST, "its store process died", SOON) == []
     assert leases.schedule() == []
     assert leases.refusals() == []
     assert leases.demand(B, shape(gpu=1, gpu_memory="1GiB"), 1, key=1) == []
@@ -207,9 +208,31 @@ def test_a_device_that_is_coming_back_is_waited_for() -> None:
     leases.restore(FIRST)
     assert [grant.owner for grant in leases.schedule()] == [A]
     # It was to come back, and does not.
-    leases.withdraw(FIRST, "", coming_back=True)
+    leases.withdraw(FIRST, "", SOON)
     leases.withdraw(FIRST, "it did not come back")
     assert [(one.owner, one.key) for one in leases.refusals()] == [(B, 1)]
+
+
+def test_what_lasts_waits_for_a_device_that_is_lost_until_it_is_given_up() -> None:
+    leases = node("emulated:1:16GiB")
+    leases.demand(A, shape(1, gpu=1), 1, key=1)
+    leases.demand(B, shape(gpu=1), 1, key=1, lasting=True)
+    leases.withdraw(FIRST, "lost at 12:03:11", AFTER_RESET)
+    assert [one.owner for one in leases.refusals()] == [A], "a task can be submitted again"
+    (refused,) = leases.demand(A, shape(gpu=1), 1, key=2, lasting=True)
+    assert FIRST in refused.reason and "comes back when it was reset" in refused.reason
+    assert leases.demand(A, shape(gpu=1), 1, key=2, lasting=True, patient=True) == []
+    assert len(leases.demand(A, shape(gpu=2), 1, key=3, lasting=True, patient=True)) == 1, "there never were so many"
+    leases.withdraw(FIRST, "lost at 12:03:12", AFTER_RESET)
+    assert leases.refusals() == leases.schedule() == []
+    leases.restore(FIRST)
+    (grant,) = leases.schedule()
+    assert grant.owner == B
+    leases.withdraw(FIRST, "its store process ended", AFTER_RESET)
+    leases.withdraw(FIRST, "its store process ended")
+    (refusal,) = leases.refusals()
+    assert (refusal.owner, refusal.key) == (A, 2)
+    assert "its store process ended" in refusal.reason and "given up" in refusal.reason
 
 
 def test_leases_of_the_life_before_stay_accounted() -> None:

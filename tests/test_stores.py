@@ -18,7 +18,7 @@ import pytest
 from afield.gpu_store.backends import faults
 from afield.gpu_store.tiers import DISK, DeleteFile, Move, ReadFile, WriteFile
 from afield.runtime.node import stores as module
-from afield.runtime.node.stores import State
+from afield.runtime.node.store_lives import State
 from afield.runtime.wire import messages
 from afield.scheduler.devices import emulated_device
 from afield.transport.channel import Channel

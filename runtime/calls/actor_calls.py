@@ -240,9 +240,9 @@ class ActorCalls:
         channel: Channel = caller.channel
         caller.on_way[self.submitter.pushes.send(channel, channel.context, task)] = task
 
-    def _wait(self, caller: Caller, task: Task) -> None:
+    def _wait(self, caller: Caller, task: Task, again: bool = False) -> None:
         """Enter a call that does not leave at once: see whether it, or those before it, can."""
-        effects = caller.enter(task)
+        effects = caller.enter(task, again)
         if effects:
             self._execute(caller, effects)
         elif task.dependencies is not None:
@@ -306,15 +306,16 @@ class ActorCalls:
         elif effect.why == CANCELLED:
             when = "" if effect.worker else " before it started"
             self.submitter.fail_with(task, TaskCancelledError(f"{name}() was cancelled{when}"))
+        elif effect.worker:
+            text = f"{name}() was on its way when the actor died and restarted; it may have run. "
+            text += "Set max_task_retries if it is safe to run it twice"
+            self.submitter.fail_with(task, ActorUnavailableError(text, actor_id=caller.actor_id))
         else:
-            self.submitter.fail_with(
-                task,
-                ActorUnavailableError(
-                    f"{name}() was on its way when the actor died and restarted; it may have run. "
-                    "Set max_task_retries if it is safe to run it twice",
-                    actor_id=caller.actor_id,
-                ),
-            )
+            text = f"{name}() was called while the actor restarted; it has not run. "
+            text += "Call it again later, or set max_task_retries to have it wait"
+            error = ActorUnavailableError(text, actor_id=caller.actor_id)
+            error.may_have_run = False
+            self.submitter.fail_with(task, error)
 
     # -- life and death of actors --------------------------------------------------------------------------------
 
@@ -388,12 +389,12 @@ class ActorCalls:
 
     def _alive_still(self, caller: Caller, worker: bytes) -> None:
         """There may be descriptors for the channel by now, if the actor is still to be reached."""
-        if self.callers.get(caller.actor_id) is caller and caller.state in ("pending", "restarting"):
+        if self.callers.get(caller.actor_id) is caller and caller.state in ("asked", "pending", "restarting"):
             self._alive(caller, worker)
 
     def _unreachable(self, caller: Caller, why: str) -> None:
         """This process has no descriptors for the actor: its calls fail. Those to come ask the daemon again."""
-        if caller.state in ("pending", "restarting"):
+        if caller.state in ("asked", "pending", "restarting"):
             self._die(caller, serialize_error(ActorUnavailableError(f"the actor cannot be reached: {why}")))
             self.callers.pop(caller.actor_id, None)
 
@@ -417,7 +418,7 @@ class ActorCalls:
         """Call a method again whose stored result was lost; the call comes after those that wait."""
         caller = self.callers.get(task.actor) or self.caller(task.actor)
         self._pin_life(caller)
-        self._wait(caller, task)
+        self._wait(caller, task, again=True)
 
     def _pin_life(self, caller: Caller) -> None:
         if not caller.life_pinned and caller.life in self.process.table.entries:

@@ -107,6 +107,17 @@ class Recovery:
             refused=refused,
         )
 
+    def postpone(self, task: Task) -> None:
+        """A task is about to fail as nothing can run it now; if it is one that runs again, that is not for ever."""
+        record = self.running.get(task.task_id)
+        if record is not None:
+            self.lineage.postpone(record)
+
+    def fails(self, task: Task) -> None:
+        """A task that runs again is about to fail: for now, if that is so of what it takes."""
+        if any(each in self.lineage.postponed for each in task.dependencies or ()):
+            self.postpone(task)
+
     def starts_afresh(self, task: Task) -> None:
         """An execution has come to nothing: so have the losses of what it stored."""
         self.lineage.not_yet(object_id(task.task_id, index) for index in range(task.num_returns))

@@ -376,6 +376,8 @@ class Submitter:
         """The task ends with an error instead of a value; the caller holds the lock."""
         if task.num_returns == messages.STREAMING:
             self.streams.finish(task, FAILED, error)
+        if task.task_id in self.recovery.running:
+            self.recovery.fails(task)
         for index in range(task.num_returns):
             self.process.table.fulfil(object_id(task.task_id, index), FAILED, error)
         if task.task_id in self.recovery.running:
@@ -429,7 +431,9 @@ class Submitter:
             return
         lane.demanded = 0
         while lane.ready:
-            self.fail_with(lane.ready.popleft(), TaskUnschedulableError(reason))
+            task = lane.ready.popleft()
+            self.recovery.postpone(task)
+            self.fail_with(task, TaskUnschedulableError(reason))
 
     def _on_hand_back(self, channel: Channel, message: messages.HandBack) -> None:
         lease: Lease | None = channel.context.lease

@@ -16,6 +16,10 @@ may have run. A call that could not read an argument, because its stored value i
 until the value has been made again, unless others of its order were on their way already: they have run or will, so it cannot
 take its place any more. A call that runs again because its *result* was lost comes after those that wait.
 
+A call that is made while the actor restarts waits only if it may be retried; else it fails at once, without having run, so
+that nobody hangs on an actor that may be long in coming back. This holds as well for calls that were made before the daemon
+had been heard (`asked`), if it answers that the actor restarts. What waited before the actor died goes on waiting.
+
 The actor lives at least until its calls have ended: while any is pending the caller holds the object that stands for its life.
 Once this process has ended the actor (`ending`) nothing leaves any more, though its worker may still be there: what waits
 fails as soon as the daemon says that it is dead.
@@ -39,9 +43,13 @@ from afield.runtime.cores.dispatch import Task
 
 CALLER = Table(
     "actor as its caller sees it",
-    "pending",
+    "asked",
     {
-        ("pending", "waits"): "pending",
+        ("asked", "waits"): "pending",
+        ("asked", "lives"): "alive",
+        ("asked", "restarts"): "restarting",
+        ("asked", "dies"): "dead",
+        ("asked", "ends"): "ending",
         ("pending", "lives"): "alive",
         ("pending", "restarts"): "restarting",
         ("pending", "dies"): "dead",
@@ -57,10 +65,11 @@ CALLER = Table(
         ("ending", "dies"): "dead",
     },
     {
-        "pending": "is being made, or asked for: calls wait",
+        "asked": "the daemon has been asked for it, and has not answered: calls wait",
+        "pending": "is being made: calls wait",
         "alive": "calls leave, in their order",
         "gone": "its process has ended; what it had answered before still counts, and nothing leaves",
-        "restarting": "it is being constructed again in another process: calls wait",
+        "restarting": "it is constructed again in another process: what was called before, or may be retried, waits",
         "ending": "this process has ended it, or nothing can reach it: nothing leaves; the daemon will say that it is dead",
         "dead": "every call fails, with the reason",
     },
@@ -95,7 +104,7 @@ CALL = Table(
     late=[("over", "answered"), ("over", "cancelled")],
 )
 
-#: Why a call ended without an answer: its actor is dead, may have run it before it died, or it was cancelled.
+#: Why a call ended without an answer: its actor is dead, or restarts, or it was cancelled.
 DIED, UNAVAILABLE, CANCELLED = "died", "unavailable", "cancelled"
 
 #: So many actors, and so many calls of each, are looked at when the state is checked.
@@ -177,7 +186,7 @@ class Caller:
 
     def __init__(self, actor_id: bytes, recorder: FlightRecorder, creation: Task | None = None) -> None:
         self.actor_id = actor_id
-        self.state = CALLER.initial
+        self.state = CALLER.initial if creation is None else "pending"
         #: Calls may leave; true just while it is alive.
         self.open = False
         #: Calls that wait, by their order and as they leave; those of no order have their arguments. No queue is empty.
@@ -208,10 +217,12 @@ class Caller:
             return False
         return not self.queues or task.function.order not in self.queues
 
-    def enter(self, task: Task) -> list[Effect]:
-        """A call is made that does not leave at once."""
+    def enter(self, task: Task, again: bool = False) -> list[Effect]:
+        """A call is made that does not leave at once, or is to run `again`, since its result was lost."""
         if self.state == "dead":
             return [self._end(task, "waiting", "fails", DIED), *self._conclude()]
+        if self.state == "restarting" and not task.retries_left and not again:
+            return [self._end(task, "waiting", "fails", UNAVAILABLE), *self._conclude()]
         if task.function.order is None and task.dependencies is not None:
             self.late[task.task_id] = task
         else:
@@ -319,11 +330,15 @@ class Caller:
 
     def restarts(self) -> list[Effect]:
         """It is constructed again in another process: what was on its way goes back into the queue, or fails."""
+        asked = self.state == "asked"
         if not self._go("restarts"):
             return []
         if self._restarts_left > 0:
             self._restarts_left -= 1
         effects: list[Effect] = []
+        for task in [task for task in self.waiting() if asked and not task.retries_left]:
+            self._withdraw(task)
+            effects.append(self._end(task, "waiting", "fails", UNAVAILABLE))
         again = []
         for task in self._interrupted():
             if task.cancelled:

@@ -313,9 +313,15 @@ class Entries:
         for inner in contained or ():
             self.unpin(inner)
 
+    def is_postponed(self, object_id: bytes) -> bool:
+        """Tell whether an object that has failed is made again if somebody asks for it: see `when_done`."""
+        return self.lineage is not None and object_id in self.lineage.postponed
+
     def _revived(self, object_id: bytes, entry: Entry) -> bool:
-        """Have a value made again that was freed; tell whether it is pending now."""
-        if entry.state != FREED or self.lineage is None:
+        """Have a value made again that was freed, or postponed; tell whether it is pending now."""
+        if self.lineage is None or (
+            entry.state != FREED and not (entry.state == FAILED and self.is_postponed(object_id))
+        ):
             return False
         self.lineage.revive(object_id, entry)
         return entry.state == PENDING

@@ -7,8 +7,13 @@ is freed when nothing else needs it, and its entry stays in the state FREED unti
     LOCATED --nothing but lineage holds it, and it can be made again--> FREED
     LOCATED --lost, can be made again--> PENDING     FREED --needed--> PENDING     (effect `Recompute`)
     LOCATED --lost, cannot be made again--> FAILED   PENDING --the task ends--> whatever came of it
+    PENDING --nothing can run the task now--> FAILED, *postponed* --asked for anew--> PENDING
 
 A record goes with the last of its outputs, and its inputs with it, so that nothing is kept for an object that nobody can reach.
+
+*Postponed.* A task that is to run again may be refused, as the devices that it needs are lost. Who waits gets that error; but
+the device may be reset, so how to make the value is not forgotten, and whoever asks later has it tried anew. Nobody is kept
+waiting for a reset that may never come. What needs a postponed value is postponed with it.
 
 *It always ends.* At most one execution of a task is under way. Each one that lineage asks for uses up one of `left`, which
 began as the task's `max_retries`; when none is left, the object fails with an error that says so.
@@ -36,14 +41,11 @@ A loss can be heard of before the reply that tells of the value: it waits in `_e
 from __future__ import annotations
 
 import heapq
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from afield.gpu_store.tiers import SPARE
-from afield.machines import FlightRecorder
-from afield.runtime.cores.entries import MOST_VALIDATED
+from afield.runtime.cores.lineage_books import LineageBooks
 from afield.runtime.cores.lineage_records import (
     ASKED,
     CONTAINS_OTHERS,
@@ -61,7 +63,7 @@ from afield.runtime.cores.objects import FAILED, FREED, INLINE, LOCATED, PENDING
 from afield.runtime.cores.ownership import OwnershipTable
 
 
-class Lineage:
+class Lineage(LineageBooks):
     """What one process's stored objects were made from.
 
     Args:
@@ -74,30 +76,7 @@ class Lineage:
     def __init__(
         self, table: OwnershipTable, limit_bytes: int, explain: Explain, value_bytes: int | None = None
     ) -> None:
-        self.table = table
-        self.limit_bytes = limit_bytes
-        self.value_bytes = limit_bytes if value_bytes is None else min(value_bytes, limit_bytes)
-        self.bytes = 0
-        self.kept_bytes = 0  # of them, those of values
-        self.inputs: dict[bytes, int] = {}
-        self.recorder = FlightRecorder()
-        self._explain = explain
-        self._known = table.lineage_knows
-        self._records: dict[bytes, Record] = {}  # output -> what it was made from
-        self._count = 0
-        self._by_age: dict[int, Record] = {}  # the records that can run again, oldest first
-        self._users: dict[
-            bytes, dict[int, Record]
-        ] = {}  # input -> the records that can run again and take it, by number
-        self._kept: dict[bytes, int] = {}  # held by lineage alone -> bytes of its value
-        self._dearest: list[
-            tuple[int, int, bytes]
-        ] = []  # heap of (-bytes, age, object) with all in `_kept`, and old ones
-        self._remains: set[bytes] = set()  # lost, and not freed: the store has what is left of them
-        self._early: dict[bytes, Loss] = {}
-        self._doomed: list[Record] = []
-        self._dropping = False
-        self._limiting = False
+        super().__init__(table, limit_bytes, explain, value_bytes)
         table.lineage = self
 
     # -- tasks ---------------------------------------------------------------------------------------------------
@@ -154,7 +133,8 @@ class Lineage:
         record.running = NOT
         self.recorder.note(("record", record.number, "has ended"))
         for output in sorted(record.outputs):
-            if self.table.entries[output].state in (INLINE, FAILED):
+            state = self.table.entries[output].state
+            if state == INLINE or (state == FAILED and output not in self.postponed):
                 self._forget_output(record, output)
         stored = [output for output in outputs if self._is_stored(output)]
         for output in stored:
@@ -166,6 +146,15 @@ class Lineage:
             self._drop(record)
         self._hear_of_early_losses(stored)
 
+    def postpone(self, record: Record) -> None:
+        """An execution that lineage asked for is about to end with an error, as it cannot be done now; it uses up nothing."""
+        pending = {each for each in record.outputs if self.table.entries[each].state == PENDING}
+        if pending <= self.postponed:
+            return
+        self.postponed |= pending
+        record.left += 1 if record.left >= 0 else 0
+        self.recorder.note(("record", record.number, "is postponed, left", record.left))
+
     def records(self) -> list[Record]:
         """Return the records of tasks that can run again, for tools."""
         return list(self._by_age.values())
@@ -174,7 +163,7 @@ class Lineage:
         """The process leaves its cluster: forget everything."""
         for kept in (self._records, self._by_age, self._users, self._kept, self._early):
             kept.clear()
-        for held in (self.inputs, self._known, self._remains, self._dearest):
+        for held in (self.inputs, self._known, self._remains, self._dearest, self.postponed):
             held.clear()
 
     def _is_stored(self, object_id: bytes) -> bool:
@@ -203,8 +192,16 @@ class Lineage:
             self._make_again(object_id, entry, loss)
 
     def revive(self, object_id: bytes, entry: Entry) -> None:
-        """A value that was freed is needed after all."""
-        self._make_again(object_id, entry, Loss("its value was freed because it could be made again"))
+        """A value that was freed, or whose making was postponed, is needed after all."""
+        record = self._records.get(object_id)
+        together = {object_id}
+        if object_id in self.postponed and record is not None:
+            together |= record.outputs & self.postponed  # one execution makes them all
+        for each in sorted(together):
+            self.postponed.discard(each)
+            self._keep_no_longer(each)
+            loss = Loss("its value was freed because it could be made again")
+            self._make_again(each, self.table.entries[each], loss)
 
     def not_yet(self, object_ids: Iterable[bytes]) -> None:
         """The task that makes these objects starts afresh: what was lost before says nothing about what will come."""
@@ -229,7 +226,8 @@ class Lineage:
                 self._forget_output(record, object_id)
                 if not record.outputs and not record.running:
                     self._drop(record)
-            self.table.fail(object_id, entry, error)
+            if entry.state != FAILED:  # else it was postponed, and stays as it is
+                self.table.fail(object_id, entry, error)
         elif entry.state == LOCATED and not (entry.handles or entry.pins or entry.borrowers):
             self.table.free(object_id, entry, lost=True)  # only lineage holds it: perhaps nobody will need it
         else:
@@ -344,6 +342,7 @@ class Lineage:
         """The table has forgotten the object."""
         self._known.discard(object_id)
         self._remains.discard(object_id)
+        self.postponed.discard(object_id)
         self._early.pop(object_id, None)
         record = self._records.get(object_id)
         if record is not None:
@@ -424,62 +423,8 @@ class Lineage:
             self._keep_no_longer(object_id)
             self.table.reconsider(object_id)
 
-    # -- the books are right -------------------------------------------------------------------------------------
-
-    def validate(self) -> list[str]:
-        """Return what is wrong with the records; nothing, if all is well. For the moments between transitions."""
-        records = list(islice(self._by_age.values(), MOST_VALIDATED))
-        complaints = [f"record {record.number} {text}" for record in records for text in self._complaints(record)]
-        if len(records) == len(self._by_age):
-            inputs = Counter(each for record in records for each in record.inputs)
-            users = {(each, record.number) for record in records for each in record.inputs}
-            if users != {(each, number) for each, found in self._users.items() for number in found}:
-                complaints.append("the records and what they take do not know each other")
-            if inputs != self.inputs:
-                complaints.append(f"the records hold {_shown(inputs)}, and {_shown(self.inputs)} is held")
-            size = sum(record.size for record in records) + sum(self._kept.values())
-            if size != self.bytes:
-                complaints.append(f"the records and what they keep take {size} bytes, and {self.bytes} are counted")
-            if sum(self._kept.values()) != self.kept_bytes:
-                complaints.append(
-                    f"the values kept take {sum(self._kept.values())} bytes, and {self.kept_bytes} are counted"
-                )
-        for what, object_ids in (("held", self.inputs), ("made by a record", self._records), ("lost", self._early)):
-            for object_id in islice(object_ids, MOST_VALIDATED):
-                if object_id not in self.table.entries or object_id not in self._known:
-                    complaints.append(f"{object_id.hex()} is {what}, and the table does not know it")
-        for object_id in [*islice(self._kept, MOST_VALIDATED), *self._unheld()]:
-            if object_id not in self.inputs:
-                complaints.append(f"{object_id.hex()} is there for the sake of lineage, and no record holds it")
-        for output, record in islice(self._records.items(), MOST_VALIDATED):
-            entry = self.table.entries.get(output)
-            if entry is not None and entry.state == PENDING and not record.running:
-                complaints.append(f"{output.hex()} is pending, and its record does not run")
-        return complaints
-
-    def _complaints(self, record: Record) -> Iterator[str]:
-        """Say what is wrong with a record that can run again."""
-        if record.left < -1 or record.running not in (NOT, ASKED, STARTED) or record.refused:
-            yield f"may run {record.left} times, state {record.running}, refused {record.refused!r}"
-        if not record.outputs and not record.running:
-            yield "is kept for no output"
-        for output in record.outputs:
-            if self._records.get(output) is not record:
-                yield f"makes {output.hex()}, which another record makes, or none"
-
-    def _unheld(self) -> Iterator[bytes]:
-        """Return the objects whose entries are there for the sake of lineage alone."""
-        for object_id in islice(self._known, MOST_VALIDATED):
-            entry = self.table.entries.get(object_id)
-            if entry is not None and entry.state != PENDING and not (entry.handles or entry.pins or entry.borrowers):
-                yield object_id
-
 
 def _size_of(value: Any) -> int:
     """Return the bytes of an entry's value."""
     size: int = len(value) if isinstance(value, bytes) else value.size
     return size
-
-
-def _shown(counts: Mapping[bytes, int]) -> str:
-    return ", ".join(f"{each.hex()} x{count}" for each, count in sorted(counts.items())) or "nothing"

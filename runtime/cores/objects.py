@@ -36,6 +36,7 @@ LIFE = Table(
         ("located", "is freed"): "freed",
         ("freed", "is needed"): "pending",
         ("freed", "fails"): "failed",
+        ("failed", "is needed"): "pending",  # its making was postponed
         ("failed", "is made elsewhere"): "pending",
     },
     states={
@@ -143,7 +144,13 @@ class Obligation:
 
 
 class Keeper(Protocol):
-    """What the table asks lineage about the objects that it knows."""
+    """What the table asks lineage about the objects that it knows.
+
+    Attributes:
+        postponed: objects that have failed, and are to be made again when somebody asks for them anew.
+    """
+
+    postponed: set[bytes]
 
     def retain(self, object_id: bytes, entry: Entry) -> bool:
         """Nothing but lineage can hold the object any more: tell whether its entry stays."""
@@ -161,4 +168,4 @@ class Keeper(Protocol):
         """The stored value of an object of ours is gone."""
 
     def revive(self, object_id: bytes, entry: Entry) -> None:
-        """A value that was freed is needed after all."""
+        """A value that was freed, or whose making was postponed, is needed after all."""

@@ -1,14 +1,21 @@
-"""The actor directory: creates actors, knows where each one lives, tells those who ask, and ends them."""
+"""The actor directory: creates actors, knows where each one lives, tells those who ask, and ends them.
+
+What becomes of one actor is decided in `cores.actor`; here is the shell: names, watchers, workers, and the end of each actor,
+which is remembered for a while.
+"""
 
 from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from afield.errors import ActorDiedError, ActorUnschedulableError
+from afield.machines import FlightRecorder
+from afield.runtime.cores.actor import ActorLives
 from afield.runtime.wire import messages
 from afield.scheduler.leases import Grant, Infeasible
 from afield.scheduler.resources import ResourceSet
@@ -22,6 +29,8 @@ if TYPE_CHECKING:
 _ACTOR_OWNER = b"actor:"
 #: The end of an actor is remembered for this many actors, for handles that ask late.
 MAX_DEAD = 10_000
+#: So many actors and names are looked at when the state is checked.
+MOST_VALIDATED = 1000
 
 
 def _forgotten(actor_id: bytes) -> bytes:
@@ -31,30 +40,20 @@ def _forgotten(actor_id: bytes) -> bytes:
 class Actor:
     """One actor as the directory knows it."""
 
-    __slots__ = (
-        "arguments_lost",
-        "creator",
-        "error",
-        "kill_reason",
-        "restarts",
-        "restarts_left",
-        "spec",
-        "state",
-        "watchers",
-        "worker",
-    )
+    __slots__ = ("creator", "error", "lives", "spec", "watchers", "worker")
 
-    def __init__(self, spec: messages.CreateActor, creator: bytes) -> None:
+    def __init__(self, spec: messages.CreateActor, creator: bytes, recorder: FlightRecorder) -> None:
         self.spec = spec
         self.creator = creator
-        self.state = "pending"
+        self.lives = ActorLives(spec.actor_id, int(spec.options.get("max_restarts", 0)), recorder)
         self.worker: Worker | None = None
         self.watchers = {creator}
         self.error = b""
-        self.kill_reason = ""
-        self.arguments_lost = False  # its creator was asked for them, and has not answered
-        self.restarts = 0
-        self.restarts_left = int(spec.options.get("max_restarts", 0))
+
+    @property
+    def restarts(self) -> int:
+        """How often it was started again."""
+        return self.lives.restarts
 
 
 class Classes:
@@ -92,6 +91,7 @@ class ActorDirectory:
         self._daemon = daemon
         self.actors: dict[bytes, Actor] = {}
         self._classes = Classes()
+        self.recorder = FlightRecorder()
         self._names: dict[tuple[str, str], Reserved] = {}
         self._dead: dict[bytes, bytes] = {}
         #: Actors that are still to be created, as far as others have asked for them already: creator, and who asked.
@@ -106,7 +106,7 @@ class ActorDirectory:
     def on_create(self, channel: Channel, spec: messages.CreateActor) -> None:
         """A process creates an actor."""
         self._classes.take(spec)
-        actor = self.actors[spec.actor_id] = Actor(spec, channel.peer_id)
+        actor = self.actors[spec.actor_id] = Actor(spec, channel.peer_id, self.recorder)
         _, watchers = self._early.pop(spec.actor_id, (b"", set()))
         actor.watchers |= watchers
         reason = self._ended_early.pop(spec.actor_id, "")
@@ -147,15 +147,22 @@ class ActorDirectory:
     # -- life ----------------------------------------------------------------------------------------------------
 
     def _ask_for_worker(self, actor: Actor) -> None:
+        """Ask for a worker; an actor that has begun a life already waits for a lost device, however long that takes."""
         shape = ResourceSet(actor.spec.shape)
         owner = _ACTOR_OWNER + actor.spec.actor_id
-        for refusal in self._daemon.leases.demand(owner, shape, 1, 0, lasting=True):
+        for refusal in self._daemon.leases.demand(owner, shape, 1, 0, lasting=True, patient=actor.lives.begun):
             self.on_refused(refusal)
 
     def on_refused(self, refusal: Infeasible) -> None:
         """There never will be a worker for an actor."""
         actor = self.actors.get(refusal.owner[len(_ACTOR_OWNER) :])
-        if actor is not None:
+        if actor is None:
+            return
+        if actor.lives.begun:
+            self._end(
+                actor, self._death(actor, f"{actor.lives.why_again}, and it cannot start again: {refusal.reason}")
+            )
+        else:
             error = ActorUnschedulableError(f"{actor.spec.class_name}: {refusal.reason}", actor_id=actor.spec.actor_id)
             self._end(actor, pickle.dumps(error, 5))
 
@@ -169,6 +176,7 @@ class ActorDirectory:
         worker.actor_id = actor.spec.actor_id
         worker.name = actor.spec.class_name
         actor.worker = worker
+        actor.lives.given()
         self._daemon.send(worker.id, messages.BecomeActor(actor.spec, actor.creator, actor.restarts))
 
     def on_born(self, channel: Channel, message: messages.ActorBorn) -> None:
@@ -181,7 +189,7 @@ class ActorDirectory:
         elif message.lost:
             self._wait_for_arguments(actor, message.lost)
         else:
-            actor.state = "alive"
+            actor.lives.lives()
             self._announce(actor)
 
     def _wait_for_arguments(self, actor: Actor, why: str) -> None:
@@ -192,8 +200,8 @@ class ActorDirectory:
         worker, actor.worker = actor.worker, None
         if worker is not None:
             self._daemon.workers.kill(worker)
+        actor.lives.lacks(why)
         if actor.creator in self._daemon.channels:
-            actor.arguments_lost = True
             self._daemon.send(actor.creator, messages.ArgumentsLost(actor.spec.actor_id, why))
         else:
             self._end(actor, self._death(actor, f"{why}, and the process is gone that could make it again"))
@@ -201,8 +209,8 @@ class ActorDirectory:
     def on_arguments(self, channel: Channel, message: messages.ActorArguments) -> None:
         """The arguments of a constructor are there again."""
         actor = self.actors.get(message.actor_id)
-        if actor is not None and actor.arguments_lost and actor.creator == channel.peer_id:
-            actor.arguments_lost = False
+        if actor is not None and actor.lives.state == "lacks" and actor.creator == channel.peer_id:
+            actor.lives.has_arguments()
             spec = actor.spec
             spec.arguments, spec.location = message.arguments, message.location
             spec.dependencies = message.dependencies
@@ -237,7 +245,7 @@ class ActorDirectory:
         actor_id = message.actor_id
         actor = self.actors.get(actor_id)
         if actor is not None:
-            if actor.arguments_lost and actor.creator == channel.peer_id:  # they cannot be made again
+            if actor.lives.state == "lacks" and actor.creator == channel.peer_id:  # they cannot be made again
                 self._end(actor, message.error or self._death(actor, "an argument of its constructor is lost"))
             return
         error = self._dead[actor_id] = message.error or self._dead.get(actor_id) or _forgotten(actor_id)
@@ -254,7 +262,7 @@ class ActorDirectory:
 
     def _state_of(self, actor: Actor) -> messages.ActorState:
         worker = actor.worker.id if actor.worker is not None else b""
-        return messages.ActorState(actor.spec.actor_id, actor.state, worker, actor.error)
+        return messages.ActorState(actor.spec.actor_id, actor.lives.told, worker, actor.error)
 
     def _announce(self, actor: Actor) -> None:
         for watcher in actor.watchers:
@@ -269,11 +277,9 @@ class ActorDirectory:
                 self._trim(self._ended_early)
                 self._daemon.send(message.creator or self._namer(message.actor_id), message)
             return
-        if message.no_restart:
-            actor.restarts_left = 0
-        actor.kill_reason = message.reason
+        actor.lives.killed(message.reason, message.no_restart)
         worker = actor.worker
-        if message.gracefully and worker is not None and actor.state == "alive":
+        if message.gracefully and worker is not None and actor.lives.state == "alive":
             self._daemon.send(worker.id, messages.Terminate())
             actor.worker = None  # it ends by itself
         elif worker is not None and not message.no_restart:
@@ -287,9 +293,9 @@ class ActorDirectory:
 
     def _end(self, actor: Actor, error: bytes) -> None:
         """The actor is over for good."""
-        if actor.state == "dead":
+        if not actor.lives.ends():
             return
-        actor.state, actor.error = "dead", error
+        actor.error = error
         self._announce(actor)
         actor_id = actor.spec.actor_id
         del self.actors[actor_id]
@@ -306,16 +312,14 @@ class ActorDirectory:
         actor = self.actors.get(worker.actor_id) if worker.actor_id else None
         if actor is None or actor.worker is not worker:
             return
-        reason = actor.kill_reason or f"its process died ({reason})"
-        actor.worker, actor.kill_reason = None, ""
-        if actor.restarts_left:
-            actor.restarts_left -= 1 if actor.restarts_left > 0 else 0
-            actor.restarts += 1
-            actor.state, actor.error = "restarting", self._death(actor, reason)
+        actor.worker = None
+        why, again = actor.lives.dies(reason)
+        if again:
+            actor.error = self._death(actor, why)
             self._announce(actor)
             self._ask_for_worker(actor)
         else:
-            self._end(actor, self._death(actor, reason))
+            self._end(actor, self._death(actor, why))
 
     def on_process_died(self, process_id: bytes) -> None:
         """The creator of an actor is gone: so is the actor, unless it is detached."""
@@ -328,5 +332,17 @@ class ActorDirectory:
                     self._daemon.send(watcher, messages.ActorState(actor_id, "dead", b"", _forgotten(actor_id)))
         for actor in list(self.actors.values()):
             actor.watchers.discard(process_id)
-            if actor.creator == process_id and (actor.arguments_lost or not actor.spec.options.get("detached")):
+            if actor.creator == process_id and (actor.lives.state == "lacks" or not actor.spec.options.get("detached")):
                 self._end(actor, self._death(actor, "the process that created it ended"))
+
+    def validate(self) -> list[str]:
+        """Return what is wrong with the directory, none if all is well."""
+        found = []
+        for actor_id, actor in islice(self.actors.items(), MOST_VALIDATED):
+            state = actor.lives.state
+            if state == "dead" or (actor.worker is None) != (state in ("asks", "lacks")):
+                found.append(f"actor {actor_id.hex()} {state}, with {'no' if actor.worker is None else 'a'} worker")
+        for reserved in islice(self._names.values(), MOST_VALIDATED):
+            if reserved.actor_id in self._dead:
+                found.append(f"actor {reserved.actor_id.hex()} is dead, and has a name")
+        return found

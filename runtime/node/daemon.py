@@ -147,7 +147,7 @@ class NodeDaemon:
 
     def cores(self) -> dict[str, Core]:
         """Return what can be looked into here: what each core did last, and whether its state is sound."""
-        return {"leases": self.leases, "books": self.tiers.books, "links": self.endpoint.links}
+        return {"leases": self.leases, "actors": self.actors, "books": self.tiers.books, "links": self.endpoint.links}
 
     # -- processes -----------------------------------------------------------------------------------------------
 

@@ -58,6 +58,7 @@ class Store:
         self.served = False  # this life was ready
         self.device_lost = False
         self.down = False  # LOST or FAILED, and not ready again since
+        self.given_up = False  # FAILED, and not ready again since
         self.cause = ""
         self.ready_at = 0.0
         self.due = 0.0

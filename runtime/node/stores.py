@@ -67,7 +67,8 @@ class StoreProcesses:
         on_ready: called with (arena, capacity in bytes) when a device's slab is there.
         on_done: called with a list of (job, kind, text) when jobs of `execute` are done; kind is empty, or as in
             `gpu_store.mover`.
-        on_lost: called with (arena, UUID, epoch, cause) when a device's life is over, or does not begin.
+        on_lost: called with (arena, UUID, epoch, cause) when a device's life is over, or does not begin; and when a lost
+            device, for which a reset was awaited, is given up.
         link: the speed of emulated devices' links, as for `create_emulated`.
         clock: monotonic seconds.
     """
@@ -139,6 +140,10 @@ class StoreProcesses:
         if store.state is State.IDLE:
             self._start(store)
         return store.state in (State.STARTING, State.READY, State.ENDING, State.PAUSED)
+
+    def awaits_reset(self, arena: int) -> bool:
+        """Tell whether a device is lost, and used again as soon as it was reset."""
+        return self._stores[arena].state is State.LOST
 
     def look(self, arena: int) -> None:
         """Somebody had trouble with a device: see now whether it is lost, instead of with the next news."""
@@ -244,7 +249,7 @@ class StoreProcesses:
         if store is None or store.state is not State.STARTING:
             return
         store.state = State.READY
-        store.served, store.down = True, False
+        store.served, store.down, store.given_up = True, False, False
         store.export, store.ready_at = message.export, self._clock()
         store.failed_starts = store.retries = 0
         waiting, store.waiting = store.waiting, []
@@ -332,12 +337,13 @@ class StoreProcesses:
         peers = self._forget_jobs(store)
         if store.served and self._machine is not None and store.uuid and not self._is_over(store):
             self._machine.reset(store.uuid)  # whoever has the slab of this life mapped is refused from here on
-        told, served = store.down, store.served
+        told, served, given_up = store.down, store.served, store.given_up
         store.state = self._plan(store)
+        store.given_up = given_up or store.state is State.FAILED
         if store.state is State.FAILED and not store.uuid:
             self._later.extend((job, "failed", store.cause) for job, _ in store.waiting if job >= 0)
             store.waiting.clear()
-        if store.uuid and (served or (store.down and not told)):
+        if store.uuid and (served or (store.down and not told) or store.given_up > given_up):
             self._on_lost_callback(store.arena, store.uuid, store.epoch, store.cause)
         if store.state is State.PAUSED and store.due <= self._clock():
             self._start(store)

@@ -30,6 +30,7 @@ from afield.runtime.node.stores import StoreProcesses
 from afield.runtime.process.configuration import DRIVER_INDEX
 from afield.runtime.wire import messages
 from afield.scheduler.devices import Device
+from afield.scheduler.slots import AFTER_RESET, NEVER, SOON
 from afield.transport.channel import Channel
 
 if TYPE_CHECKING:
@@ -255,11 +256,12 @@ class Tiers:
                 self._daemon.handle(channel, message)
 
     def _on_lost(self, arena: int, uuid: str, epoch: int, cause: str) -> None:
-        """A life of a device is over, whatever ended it; told once for each life."""
+        """A life of a device is over, whatever ended it, or it is given up; told once for each life."""
         self._reserved.pop(arena, None)
         again = self.stores.restart(arena)
         words = f"lost at {time.strftime('%H:%M:%S')}: {cause}"
-        self._daemon.leases.withdraw(uuid, words, coming_back=again)
+        back = SOON if again else AFTER_RESET if self.stores.awaits_reset(arena) else NEVER
+        self._daemon.leases.withdraw(uuid, words, back)
         self._daemon.workers.end_bound_to(uuid, f"its device {uuid} was {words}")
         for channel, message in [] if again else self._until_ready.pop(arena, []):
             if not channel.closed:

@@ -101,7 +101,7 @@ class Values:
             entry = self.table.entries.get(ref.id)
             if entry is None:
                 raise ObjectLostError(f"{ref!r} belongs to a runtime that was shut down")
-            if entry.state == PENDING:
+            if entry.state == PENDING or (entry.state == FAILED and self.table.is_postponed(ref.id)):
                 self.wait_done(ref, deadline)
             try:
                 return self.value_of(ref, entry, deadline, into=into)

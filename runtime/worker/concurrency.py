@@ -1,8 +1,8 @@
 """How an actor's calls run that runs several at once: on threads, or on an event loop.
 
-An actor with `async def` methods runs all of them on one event loop in the worker's main thread (`event_loop`). Other actors
-with `max_concurrency` or concurrency groups run their calls on thread pools (`threads`). All others, and all tasks, are the
-business of `executor`. All three drive the same `Invocation`.
+An actor with `async def` methods runs its calls on an event loop in the worker's main thread, and those of each concurrency
+group on one of its own (`event_loops`). Other actors with `max_concurrency` or concurrency groups run their calls on thread
+pools (`threads`). All others, and all tasks, are the business of `executor`. All three drive the same `Invocation`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from afield.runtime.face.handles import is_async
-from afield.runtime.worker.event_loop import EventLoop
+from afield.runtime.worker.event_loops import EventLoops
 from afield.runtime.worker.host import Host
 from afield.runtime.worker.invocation import Invocation
 from afield.runtime.worker.threads import Threads
@@ -49,7 +49,7 @@ def make_concurrency(host: Host, cls: type, options: dict[str, Any]) -> Concurre
     groups: dict[str, int] = options.get("concurrency_groups") or {}
     limit: int = options.get("max_concurrency") or 0
     if is_async(cls):
-        return EventLoop(host, limit or DEFAULT_ASYNC_CONCURRENCY, groups)
+        return EventLoops(host, limit or DEFAULT_ASYNC_CONCURRENCY, groups)
     if limit > 1 or groups:
         return Threads(host, limit or 1, groups)
     return None
