@@ -308,3 +308,42 @@ def test_an_actor_has_no_empty_name(option: str) -> None:
         afield.InvalidOptionError, match=f"{option}='' is not valid; expected a string that is not empty"
     ):
         holder().options(**{"name": "x", option: ""})
+
+
+NOTHING_ASKED: list[tuple[str, Any]] = [
+    ("accelerator_type", None),
+    ("label_selector", {}),
+    ("placement_group", "default"),
+    ("placement_group", None),
+    ("placement_group_bundle_index", -1),
+    ("enable_task_events", True),
+    ("allow_out_of_order_execution", True),
+    ("_metadata", {}),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), NOTHING_ASKED)
+def test_options_of_ray_that_ask_for_nothing_missing(shared_runtime: None, name: str, value: Any) -> None:
+    @afield.remote(**{name: value})
+    def plain() -> int:
+        return 1
+
+    assert get([plain.remote(), plain.options(**{name: value}).remote()]) == [1, 1]
+    assert get(holder().options(**{name: value}).remote().ready.options(**{name: value}).remote())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "why"),
+    [
+        ("accelerator_type", "H100", "use num_gpus="),
+        ("label_selector", {"zone": "a"}, "use resources="),
+        ("placement_group", object(), "no placement groups"),
+        ("placement_group_bundle_index", 0, "no placement groups"),
+        ("placement_group_capture_child_tasks", 0, "no placement groups"),
+        ("allow_out_of_order_execution", False, "calls keep their order where one runs at a time"),
+        ("tensor_transport", "nccl", "stay on their device"),
+    ],
+)
+def test_options_of_ray_that_ask_for_something_missing(name: str, value: Any, why: str) -> None:
+    with pytest.raises(afield.InvalidOptionError, match=f"{name}=.* is not supported: .*{why}"):
+        holder().options(**{name: value})

@@ -184,13 +184,13 @@ def test_an_error_says_through_which_tasks_it_came(shared_runtime: None) -> None
 
 def test_one_error_of_several_tasks_names_each_in_its_own(shared_runtime: None) -> None:
     origin = first.remote()
-    left, right = takes.options(name="left").remote(origin), takes.options(name="right").remote(origin)
+    names = ["left", "left", "right", "left"]
     texts = []
-    for ref in (left, right, origin):
+    for ref in [*(takes.options(name=name).remote(origin) for name in names), origin]:
         with pytest.raises(ZeroDivisionError) as caught:
             get(ref)
         texts.append(str(caught.value).partition("by zero")[2])
-    assert texts == [" (passed on by left())", " (passed on by right())", ""]
+    assert texts == [*(f" (passed on by {name}())" for name in names), ""]
 
 
 def test_a_long_way_is_cut_short(shared_runtime: None) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from afield.actor import list_named_actors
 from afield.libraries.actor_pool import ActorPool
 from afield.libraries.addresses import get_node_ip_address
+from afield.libraries.completion import as_completed, map_unordered
 from afield.libraries.joblib_backend import register_joblib
 from afield.libraries.queue import Queue
 from afield.libraries.serializers import deregister_serializer, register_serializer
@@ -16,9 +17,11 @@ from afield.libraries.serializers import deregister_serializer, register_seriali
 __all__ = [
     "ActorPool",
     "Queue",
+    "as_completed",
     "deregister_serializer",
     "get_node_ip_address",
     "list_named_actors",
+    "map_unordered",
     "register_joblib",
     "register_serializer",
 ]

@@ -113,14 +113,35 @@ METHOD_OPTIONS: dict[str, Check] = {
     "_generator_backpressure_num_objects": _backpressure,
 }
 
+#: Options that Ray has and we have not: the values that ask for nothing (None always does), and why others are refused.
+_NOT_HERE: dict[str, tuple[tuple[Any, ...], str]] = {
+    "accelerator_type": ((), "all devices of a machine are of one kind; use num_gpus="),
+    "label_selector": (({},), "there are no node labels; use resources="),
+    "fallback_strategy": (([],), "there are no node labels"),
+    "placement_group": (("default",), "there are no placement groups"),
+    "placement_group_bundle_index": ((-1,), "there are no placement groups"),
+    "placement_group_capture_child_tasks": ((False,), "there are no placement groups"),
+    "enable_task_events": ((True, False), "there are no task events"),
+    "allow_out_of_order_execution": ((True,), "calls keep their order where one runs at a time, and only there"),
+    "tensor_transport": (("object_store",), "device arrays stay on their device without it"),
+    "_metadata": (({},), "there is nobody to read it"),
+    "_labels": (({},), "there are no labels"),
+}
+
 
 def validate(options: dict[str, Any], known: Mapping[str, Check], what: str) -> None:
     """Raise `InvalidOptionError` for an option that is not known or has a wrong value; None stands for the default.
 
-    NumPy's whole numbers become plain ones, as options travel.
+    NumPy's whole numbers become plain ones, as options travel; what asks for nothing that we lack is taken out.
     """
-    for name, value in options.items():
+    for name, value in list(options.items()):
         check = known.get(name)
+        if check is None and name in _NOT_HERE:
+            neutral, instead = _NOT_HERE[name]
+            if value is not None and not any(type(value) is type(each) and value == each for each in neutral):
+                raise InvalidOptionError(f"{what}: {name}={value!r} is not supported: {instead}")
+            del options[name]
+            continue
         if check is None:
             near = difflib.get_close_matches(name, known, 1)
             hint = f"; did you mean {near[0]!r}?" if near else "."

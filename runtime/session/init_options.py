@@ -36,12 +36,23 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "labels": (({},), "there are no node labels; use resources="),
     "enable_resource_isolation": ((False,), "workers are not confined"),
     "_system_config": (({},), "there is nothing of the kind to set"),
+    "_plasma_directory": ((), "values are in memory that has no name; spill_dir= says where they spill"),
+    "_driver_object_store_memory": ((), "there is one store for all; use host_memory="),
     "_memory": ((), "memory for tasks is what the machine has"),
     "_node_ip_address": (("127.0.0.1",), "the runtime is on this machine only"),
 }
-#: A port of a dashboard that is not there binds nothing. The others say how Ray's own messages are logged; afield has none, and
-#: leaves the logging of the program alone.
-_IGNORED = ("dashboard_port", "configure_logging", "logging_level", "logging_format", "logging_config")
+#: A port of a dashboard or of metrics that is not there binds nothing, and nobody asks for a password. The others say how Ray's
+#: own messages are logged; afield has none, and leaves the logging of the program alone.
+_IGNORED = (
+    "dashboard_port",
+    "_metrics_export_port",
+    "_redis_username",
+    "_redis_password",
+    "configure_logging",
+    "logging_level",
+    "logging_format",
+    "logging_config",
+)
 
 _KINDS: tuple[tuple[str, Any, str], ...] = (
     ("address", str, "a string"),

@@ -34,6 +34,8 @@ class Arguments:
         self.process = process
         self.values = values
         self.table = process.table
+        #: The last error that was passed on, by which function, and what became of it: many tasks may take one argument.
+        self._last_passed: tuple[bytes, str, bytes] = b"", "", b""
 
     def encode(self, task: Task, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> None:
         """Serialise the arguments into `task`, with its top-level refs as dependencies."""
@@ -115,8 +117,24 @@ class Arguments:
         for dependency in task.dependencies or ():
             entry = self.table.entries[dependency]
             if entry.state == FAILED:
-                return _passed_on(entry.value, task)
+                return self._passed_on(entry.value, task)
         return None
+
+    def _passed_on(self, data: bytes, task: Task) -> bytes:
+        """Return an argument's error as that of the task: it says so, unless that would copy much for each of many tasks."""
+        if len(data) > MAX_PASSED_ON_BYTES or task.function is None:
+            return data
+        before, by, after = self._last_passed
+        if before is data and by == task.function.name:
+            return after
+        try:
+            error = deserialize_unopened(data, "the error of an argument")  # we hold the lock
+            pass_on(error, task.function.name)
+            passed = serialize_error(error)
+        except AfieldError:
+            return data
+        self._last_passed = data, task.function.name, passed
+        return passed
 
     def lost_again(self, task: Task) -> bool:
         """Tell whether a top-level argument is to be waited for once more, as its value was lost since it was there."""
@@ -135,18 +153,6 @@ class Arguments:
             else:
                 described.append(messages.Dependency(oid, owner, entry.state, entry.value))
         return described
-
-
-def _passed_on(data: bytes, task: Task) -> bytes:
-    """Return an argument's error as that of the task: it says so, unless that would copy much for each of many tasks."""
-    if len(data) > MAX_PASSED_ON_BYTES or task.function is None:
-        return data
-    try:
-        error = deserialize_unopened(data, "the error of an argument")  # we hold the lock
-        pass_on(error, task.function.name)
-        return serialize_error(error)
-    except AfieldError:
-        return data
 
 
 def _placeholder(arg: Any, refs: list[bytes]) -> Any:
