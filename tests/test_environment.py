@@ -31,7 +31,7 @@ from tests.test_house import ROOT, build, repository
 PYTHONS = ("3.11", "3.12", "3.13")
 MACHINES = ("x86_64", "aarch64")
 #: Besides the runtime's dependencies: partners that libraries/, the arrays and the plugin build on.
-PARTNERS = {"dask", "joblib", "numba-cuda", "pandas", "pyarrow", "pytest"}
+PARTNERS = {"cupy", "dask", "joblib", "numba-cuda", "pandas", "pyarrow", "pytest"}
 
 
 @cache

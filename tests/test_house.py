@@ -29,6 +29,7 @@ LEAVES = (
     "errors",
     "ids",
     "units",
+    "text",
     "clock",
     "machines",
     "mixing",

@@ -318,16 +318,20 @@ class Channel:
         return True
 
     def _deliver(self, frame: memoryview) -> bool:
-        """Handle a frame's messages; return whether more may follow.
-
-        One that makes no sense, whatever it does to its handler, is the fault of its sender, or a bug of ours that this sender
-        has met: it costs this channel, and not the process.
-        """
+        """Handle a frame's messages; return whether more may follow."""
         try:
             messages = self._decode(frame)
         except Exception as error:  # MsgspecError, but also text that is none, or nested too deeply
             self._violated(f"it sent what is no message: {type(error).__name__}: {error}")
             return False
+        return self.deliver(messages)
+
+    def deliver(self, messages: Messages) -> bool:
+        """Have messages handled, as if they had just arrived; return whether more may follow.
+
+        One that makes no sense, whatever it does to its handler, is the fault of its sender, or a bug of ours that this sender
+        has met: it costs this channel, and not the process.
+        """
         try:
             self.on_messages(self, messages)
         except Exception as error:

@@ -253,7 +253,7 @@ class Tiers:
         self._daemon.leases.restore(device.uuid)
         for channel, message in self._until_ready.pop(arena, []):
             if not channel.closed:
-                self._daemon.handle(channel, message)
+                channel.deliver([message])
 
     def _on_lost(self, arena: int, uuid: str, epoch: int, cause: str) -> None:
         """A life of a device is over, whatever ended it, or it is given up; told once for each life."""
