@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
+import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
-from afield.runtime.worker.event_loop import EventLoop
+from afield.runtime.worker.event_loop import CallLoop
 
 HANG_S = 30.0
 
@@ -51,46 +51,37 @@ class MeetingList(list[Any]):
 class Call:
     """A push, as far as the event loop needs it."""
 
-    callee = SimpleNamespace(group="")
-
 
 def test_a_call_that_arrives_while_the_event_loop_begins_is_run() -> None:
     begin, begun = threading.Event(), threading.Event()
     lock = MeetingLock(begun)
-    descriptor = os.eventfd(0)
     started: list[Any] = []
+
+    def locked(action: Callable[[], Any]) -> Any:
+        with lock:
+            return action()
 
     def start(call: Any) -> bool:
         started.append(call)
-        loop.end()
         return False
 
-    process = SimpleNamespace(
-        pump=SimpleNamespace(lock=lock, driven_elsewhere=contextlib.nullcontext),
-        loop=SimpleNamespace(fileno=lambda: descriptor),
-        locked=lambda action: action(),
-    )
-    host: Any = SimpleNamespace(
-        process=process,
-        start=start,
-        work=SimpleNamespace(left=False, leave=lambda: None),
-        replies=SimpleNamespace(flush=lambda: None),
-    )
-    loop = EventLoop(host, 1, {})
-    loop._early = MeetingList(begin, begun)
+    host: Any = SimpleNamespace(process=SimpleNamespace(locked=locked), start=start, work=SimpleNamespace(left=False))
     call: Any = Call()
 
     def receive() -> None:
         with lock:  # as whoever handles messages
             loop.start(call)
 
+    async def serve() -> None:
+        loop.open()
+        with suppress(TimeoutError):  # of a call that is lost
+            await asyncio.wait_for(loop.drain(), 5)
+
+    loop = CallLoop(host, 1)
+    loop._early = MeetingList(begin, begun)
     receiver = threading.Thread(target=receive)
     receiver.start()
     assert begin.wait(HANG_S)
-    guard = threading.Timer(5.0, loop.end)  # else the test would hang where the call is lost
-    guard.start()
-    loop.serve()
-    guard.cancel()
+    asyncio.run(serve())
     receiver.join(HANG_S)
-    os.close(descriptor)
     assert started == [call]
