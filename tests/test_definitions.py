@@ -11,9 +11,11 @@ import pytest
 
 import afield
 from afield.runtime.calls import participation, pushes
+from afield.runtime.calls.callee import Callee
 from afield.runtime.calls.pushes import PeerState
 from afield.runtime.cores.dispatch import Lanes
 from afield.runtime.node.actors import Classes
+from afield.runtime.values.definitions import Definition
 from afield.runtime.wire import messages
 from afield.runtime.worker.executor import Executor
 from tests.helpers import poll
@@ -121,9 +123,6 @@ def test_handles_that_are_passed_on_leave_nothing(shared_runtime: None) -> None:
 
 def test_what_a_peer_knows() -> None:
     """The bytes are counted; what was forgotten is defined with its code the next time."""
-    from afield.runtime.calls.callee import Callee
-    from afield.runtime.values.definitions import Definition
-
     state = PeerState()
     first, second = Definition(b"x" * 10, None, b"1"), Definition(b"y" * 20, None, b"2")
     a, b, c = Callee("a", first, 1), Callee("b", first, 1), Callee("c", second, 1)
@@ -135,6 +134,24 @@ def test_what_a_peer_knows() -> None:
     assert state.knows(a).blob == first.blob
     state.unknown(c.index)
     assert state.code_bytes == 10 and state.knows(c).blob == second.blob
+
+
+def test_the_end_of_an_earlier_definition_is_not_that_of_its_equal(shared_runtime: None) -> None:
+    def definition() -> Definition:
+        return Definition(b"code", None, b"digest")
+
+    sender = participation.ensure().submitter.pushes
+    first = definition()
+    with sender.process.pump.lock:
+        sender._watch(b"digest", first)
+        del first
+        second = definition()
+        sender._watch(b"digest", second)
+        sender.forget_gone()
+        assert sender._known[b"digest"]() is second
+        del second
+        sender.forget_gone()
+        assert b"digest" not in sender._known
 
 
 def test_large_definitions_of_equal_content_are_stored_once(shared_runtime: None) -> None:
