@@ -241,6 +241,9 @@ import numpy as np
 import afield
 from tests.helpers import *
 
+# Whoever starts the tests in the background may have them ignore it, and so what they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 def own_entries():
     from afield.runtime.calls import participation
     return len(participation.participant.process.table.entries)
