@@ -110,6 +110,7 @@ class WorkerPool:
         #: Requests that the fork server's socket has not taken yet: one for each process that is to be forked.
         self._requests: deque[bytes] = deque()
         self._last_index = DRIVER_INDEX
+        self._ending = False  # the session ends: no worker takes another's place
         daemon.loop.register(fork_sock.fileno(), self._on_fork_server)
 
     def prestart(self) -> None:
@@ -263,6 +264,7 @@ class WorkerPool:
 
     def end_all(self) -> None:
         """The session ends: have all workers end, in good order where user code may have run."""
+        self._ending = True
         for worker in list(self.by_id.values()):
             if worker.used and worker.ready:
                 self._daemon.send(worker.id, messages.Terminate(True))
@@ -366,7 +368,7 @@ class WorkerPool:
         self._not_spare(worker)
         if worker.grant is not None:
             self._by_lease.pop(worker.grant.lease_id, None)
-            if worker.ready or not self._replace(worker, worker.grant, reason):
+            if worker.ready or self._ending or not self._replace(worker, worker.grant, reason):
                 self._daemon.leases.release(worker.grant.lease_id)
         self._daemon.actors.on_worker_died(worker, reason)
         self._daemon.process_died(worker.id, reason)
