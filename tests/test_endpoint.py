@@ -306,7 +306,7 @@ def test_a_peer_that_breaks_every_socket_is_dialled_less_and_less_often(
         pair.server.cut()
         pair.until(lambda: not pair.client.channel.ready)
         pair.until(lambda: pair.client.channel.ready)
-    assert pauses == [min(module.LAST_PAUSE_S, module.FIRST_PAUSE_S * 2**count) for count in range(12)]
+    assert pauses == [min(module.BROKEN_PAUSE_S, module.FIRST_PAUSE_S * 2**count) for count in range(12)]
     pair.server.channel.send("it is of use again")
     pair.until(lambda: pair.client.received)
     pauses.clear()

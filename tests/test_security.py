@@ -322,7 +322,7 @@ def test_another_user_can_reach_nothing_of_a_session(shared_runtime: None) -> No
         return done
 
     assert as_stranger(attempts) == []
-    assert sorted(processes(traces())) == sorted(pids)
+    assert set(pids) <= processes(traces()).keys()
 
 
 def said_to_us(address: str) -> bytes:

@@ -31,6 +31,9 @@ from afield.transport.sockets import connect, listen, same_user
 
 FIRST_PAUSE_S = 0.001
 LAST_PAUSE_S = 1.0
+#: The longest pause where the peer proves itself each time, and the socket breaks before a frame has passed: large frames over
+#: sockets that break all the time need many.
+BROKEN_PAUSE_S = 0.008
 #: A peer that opened a channel and has not come back for so long may be dead without our having heard of it.
 ABSENT_S = 1.0
 #: A process without descriptors looks so often whether it has some again, for those who want to connect.
@@ -308,7 +311,7 @@ class _Dialer:
         """The channel's socket is gone."""
         self._told = False
         if channel.link.moved == self._moved:  # of no use; and a peer may accept and break for ever
-            self.retry()
+            self.retry(BROKEN_PAUSE_S)
         else:
             self._pauses = 0
             self.dial()
@@ -337,10 +340,10 @@ class _Dialer:
         else:
             self.introduce(sock)
 
-    def retry(self) -> None:
+    def retry(self, longest_s: float = LAST_PAUSE_S) -> None:
         """Dial again after a pause."""
         if not self.channel.closed:
-            pause_s = min(LAST_PAUSE_S, FIRST_PAUSE_S * 2 ** min(self._pauses, 20))
+            pause_s = min(longest_s, FIRST_PAUSE_S * 2 ** min(self._pauses, 20))
             self._pauses += 1
             self._endpoint.loop.after(pause_s, self.dial)
 
