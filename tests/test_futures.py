@@ -92,7 +92,7 @@ def test_ctrl_c_reaches_a_done_callback_that_blocks(runtime: Any) -> None:
     def one() -> int:
         return 1
 
-    entered = threading.Event()
+    entered, raised = threading.Event(), threading.Event()
 
     def block(done: Any) -> None:
         if threading.current_thread() is threading.main_thread():
@@ -101,17 +101,17 @@ def test_ctrl_c_reaches_a_done_callback_that_blocks(runtime: Any) -> None:
 
     def interrupt() -> None:
         assert entered.wait(HANG_S)
-        os.kill(os.getpid(), signal.SIGINT)
+        while not raised.wait(0.5):  # one that comes just before the wait's system call does not cut that short
+            os.kill(os.getpid(), signal.SIGINT)
 
     sender = threading.Thread(target=interrupt)
     sender.start()
-    interrupted = False
     try:
         while not entered.is_set():  # until it is this thread that completes one
             ref = one.remote()
             ref.future().add_done_callback(block)
             afield.get(ref)
     except KeyboardInterrupt:
-        interrupted = True
+        raised.set()
     sender.join(HANG_S)
-    assert interrupted
+    assert raised.is_set()
