@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
 import afield
@@ -164,6 +165,19 @@ def test_large_definitions_of_equal_content_are_stored_once(shared_runtime: None
     digest = again.digest
     del again
     assert digest not in definitions._known
+
+
+def test_what_a_forgotten_function_has_captured_is_let_go_by_idle_workers(shared_runtime: None) -> None:
+    captured = np.ones(3 << 17)
+
+    @afield.remote
+    def function() -> float:
+        return float(captured.sum())
+
+    assert afield.get(function.remote()) == captured.sum()
+    assert any(entry.size > captured.nbytes for entry in afield.memory())
+    del function  # no task runs after it: the worker that has run it is idle
+    assert poll(lambda: not any(entry.size > captured.nbytes for entry in afield.memory()))
 
 
 def test_actor_classes_share(shared_runtime: None) -> None:

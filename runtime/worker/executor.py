@@ -192,8 +192,10 @@ class Executor:
         """Run tasks until the cluster, or the actor that lives here, ends."""
         host, work, replies, process = self.host, self.work, self.host.replies, self.process
         queue, take = work.queue, work.take
+        call = None
         while not process.dead:
             if not queue:
+                call = None  # else an idle worker kept its function, and what that has captured
                 replies.flush()
                 if self._ending:
                     return
