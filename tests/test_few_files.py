@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import resource
 import socket
 import textwrap
@@ -58,6 +59,24 @@ class Local:
     def get(self, refs: list[object]) -> object:
         """Read what another process owns."""
         return afield.get(refs[0])
+
+
+@pytest.mark.slow
+def test_a_daemon_without_files_survives_the_need_of_a_mapping(runtime: afield.ClusterInfo) -> None:
+    """Each process has a row in shared memory of which 64 are mapped at once, and a mapping costs a descriptor."""
+    first = Local.remote()
+    afield.get(first.pid.remote(), timeout=HANG_S)
+    with few_files(process_called("afield-node").pid, 0):
+        failed = 0
+        while failed < 24:  # each fails after three attempts, and each attempt takes a row
+            for ref in [Local.remote().pid.remote() for _ in range(8)]:
+                try:
+                    afield.get(ref, timeout=HANG_S)
+                except afield.ActorDiedError as error:
+                    assert re.search(r"node daemon ran out of file descriptors.*ulimit -n", str(error)), error
+                    failed += 1
+        afield.get(first.pid.remote(), timeout=HANG_S)
+    poll(lambda: afield.get(Local.remote().pid.remote(), timeout=HANG_S))
 
 
 @pytest.mark.parametrize("spare", [0, 1, 2, 5])
