@@ -385,7 +385,8 @@ def test_a_program_with_closed_streams_has_a_session_that_nobody_sweeps(
         try:
             info = afield.init(num_cpus=1, spill_dir={str(tmp_path)!r})
             swept = sessions.sweep({str(tmp_path)!r})
-            text = f"{{afield.get(afield.remote(lambda: 5).remote())}} {{swept}} {{[os.fstat(fd).st_rdev for fd in {closed!r}]}}"
+            value = afield.get(afield.remote(lambda: 5).remote())
+            text = f"{{value}} {{swept}} {{[os.fstat(fd).st_rdev for fd in {closed!r}]}}"
         except BaseException:
             text = traceback.format_exc()
         with open({str(result)!r}, "w") as file:
