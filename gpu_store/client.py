@@ -79,10 +79,12 @@ class SlabFile:
     __slots__ = ("fd",)
 
     def __init__(self, fd: int) -> None:
+        self.fd = -1  # for `__del__`, which is called too when there is no descriptor left
         self.fd = os.dup(fd)
 
     def __del__(self) -> None:
-        os.close(self.fd)
+        if self.fd >= 0:
+            os.close(self.fd)
 
 
 class View(np.ndarray[Any, np.dtype[np.uint8]]):

@@ -81,7 +81,7 @@ class SpillFiles:
         """
         unfinished = f"{file}{_UNFINISHED}"
         try:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
             fd = os.open(unfinished, flags, 0o600, dir_fd=self._fd)
             try:
                 index = {at: (size, _write(fd, memory[start : start + size], at)) for start, size, at in pieces}
@@ -101,7 +101,7 @@ class SpillFiles:
         """Read the piece that was written at `offset`, all of it, into `target`; raises SpillError if it is not intact."""
         path = self.path(file)
         try:
-            fd = os.open(str(file), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._fd)
+            fd = os.open(str(file), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=self._fd)
             try:
                 index = self._indices.get(file)
                 if index is None:

@@ -60,6 +60,25 @@ class Local:
         return afield.get(refs[0])
 
 
+@pytest.mark.slow
+def test_a_daemon_without_files_survives_the_need_of_a_mapping(runtime: afield.ClusterInfo) -> None:
+    """Each process has a row in shared memory of which 64 are mapped at once, and a mapping costs a descriptor."""
+    first = Local.remote()
+    afield.get(first.pid.remote(), timeout=HANG_S)
+    with few_files(process_called("afield-node").pid, 0):
+        failed = 0
+        while failed < 24:  # each fails after three attempts, and each attempt takes a row
+            for ref in [Local.remote().pid.remote() for _ in range(8)]:
+                with contextlib.suppress(afield.ActorDiedError):
+                    afield.get(ref, timeout=HANG_S)
+                    continue
+                failed += 1
+        with pytest.raises(afield.ActorDiedError, match=r"node daemon ran out of file descriptors.*ulimit -n"):
+            afield.get(Local.remote().pid.remote(), timeout=HANG_S)
+        afield.get(first.pid.remote(), timeout=HANG_S)
+    poll(lambda: afield.get(Local.remote().pid.remote(), timeout=HANG_S))
+
+
 @pytest.mark.parametrize("spare", [0, 1, 2, 5])
 def test_a_daemon_without_files_serves_those_that_it_has(runtime: afield.ClusterInfo, spare: int) -> None:
     first = [Local.remote() for _ in range(2)]

@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from pathlib import Path
@@ -367,3 +368,31 @@ def test_a_flood_of_connections_of_another_user_starves_nobody(no_runtime: None)
         thread.join()
         assert result[0] > 1000, "it was no flood"
         assert done > 3, "the session stood still"
+
+
+@pytest.mark.parametrize("closed", [(0, 1), (1, 2), (0, 1, 2)])
+def test_a_program_with_closed_streams_has_a_session_that_nobody_sweeps(
+    closed: tuple[int, ...], tmp_path: Path
+) -> None:
+    """What a session opens does not take the numbers of streams, which no program inherits: its lock, its shared memory."""
+    result = tmp_path / "result"
+    source = f"""
+        import os, traceback
+        for fd in {closed!r}:
+            os.close(fd)
+        import afield
+        from afield.runtime.session import sessions
+        try:
+            info = afield.init(num_cpus=1, spill_dir={str(tmp_path)!r})
+            swept = sessions.sweep({str(tmp_path)!r})
+            value = afield.get(afield.remote(lambda: 5).remote())
+            text = f"{{value}} {{swept}} {{[os.fstat(fd).st_rdev for fd in {closed!r}]}}"
+        except BaseException:
+            text = traceback.format_exc()
+        with open({str(result)!r}, "w") as file:
+            file.write(text)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(source)], capture_output=True, timeout=HANG_S)
+    null = os.stat(os.devnull).st_rdev
+    assert done.returncode == 0
+    assert result.read_text() == f"5 [] {[null for _ in closed]}"

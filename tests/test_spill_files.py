@@ -165,6 +165,21 @@ def test_an_unreadable_disk(files: SpillFiles, memory: memoryview, monkeypatch: 
     assert caught.value.kind == "unreadable"
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_a_fifo_in_the_place_of_a_file_holds_up_nobody(files: SpillFiles, memory: memoryview, known: bool) -> None:
+    files.write(3, PIECES, memory)
+    if not known:
+        files = SpillFiles(files.directory)
+    os.unlink(files.path(3))
+    os.mkfifo(files.path(3))
+    with pytest.raises(SpillError, match=r"cannot be read|is not what afield wrote"):
+        read(files, 3, 0, 2 * PAGE)
+    os.mkfifo(files.path(4) + ".part")
+    with pytest.raises(SpillError):
+        files.write(4, PIECES, memory)
+    files.write(4, PIECES, memory)  # the failed write has removed what was in its way
+
+
 def test_no_directory(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(SpillError, match="no directory for spill files"):

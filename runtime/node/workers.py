@@ -26,6 +26,7 @@ from afield.runtime.process.limits import usable_cpus
 from afield.runtime.wire import messages
 from afield.scheduler.leases import Grant
 from afield.transport.channel import Channel
+from afield.transport.shortage import OUT_OF_FILES
 
 if TYPE_CHECKING:
     from afield.runtime.node.daemon import NodeDaemon
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 MAX_MESSAGE = 1 << 16
 #: Why a worker is ended that the daemon has no descriptors for.
 OUT_OF_FILES_TEXT = "the node daemon ran out of file descriptors; raise the limit (ulimit -n)"
+#: So long after the daemon could not prepare for a worker it tries again.
+PREPARE_PAUSE_S = 0.1
 #: A lease is given up when this many workers for it have ended before they connected.
 START_ATTEMPTS = 3
 #: Workers that are started before anybody asks, for each CPU of the machine: `num_cpus` may be any number.
@@ -140,7 +143,18 @@ class WorkerPool:
         self._last_index += 1
         worker = Worker(new_process_id(), pool, self._last_index)
         self.by_id[worker.id] = worker
-        bound = self._daemon.tiers.begin_process(worker.id, worker.index, worker.devices)
+        try:
+            bound = self._daemon.tiers.begin_process(worker.id, worker.index, worker.devices)
+        except (
+            OSError
+        ) as error:  # its part of the shared memory could not be mapped: it costs this one process, in a moment
+            why = (
+                OUT_OF_FILES_TEXT
+                if error.errno in OUT_OF_FILES
+                else f"the node daemon could not prepare for it: {error}"
+            )
+            self._daemon.loop.after(PREPARE_PAUSE_S, lambda: self._on_fork_failed(worker.id, why))
+            return worker
         own = ProcessConfig("worker", worker.index, bound, self._daemon.tiers.stores.backend_spec)
         self._ask_for("worker", worker.id, own.variables(), worker.environment)
         return worker

@@ -75,6 +75,7 @@ class Session:
                 f"the runtime does not run as the user {os.geteuid()} (nobody): the kernel shows users of other containers as "
                 f"that one too, so a session could not tell them from its own processes; run as a user of your own"
             )
+        _open_standard_streams()
         sessions.sweep(options.spill_dir)
         self.name = secrets.token_hex(8)
         self.node_id = secrets.token_hex(8)
@@ -207,6 +208,23 @@ class Session:
         self._files.remove()
 
 
+def _open_standard_streams() -> None:
+    """Open what is closed of stdin, stdout and stderr, so that no descriptor of the session has their numbers.
+
+    A program that is started has streams of its own there: what it was to inherit under these numbers would not reach it. And
+    whatever prints without asking, such as code in C, would print into it.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            fd = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+            if fd == number:
+                os.set_inheritable(fd, True)
+            else:  # another thread was faster, or we may not know better
+                os.close(fd)
+
+
 def _make_directory(name: str, spill_dir: str | None) -> sessions.SessionDirectory:
     try:
         return sessions.SessionDirectory(name, spill_dir)
@@ -235,7 +253,7 @@ def _unable(error: OSError) -> RuntimeDiedError:
         errno.EAGAIN: "; raise the limit of processes and threads (ulimit -u)",
         errno.ENOSPC: "; make room where the session's files are, or pass another spill_dir",
         errno.ENOMEM: "; pass a smaller host_memory",
-        errno.EFBIG: "; pass a smaller host_memory",
+        errno.EFBIG: "; pass a smaller host_memory, or raise the limit of the size of files (ulimit -f)",
         errno.EINVAL: "; pass a smaller host_memory",
     }
     return RuntimeDiedError(f"the runtime could not start: {error}{remedies.get(error.errno or 0, '')}")
