@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import itertools
 import multiprocessing
+import multiprocessing.connection
 import os
 import threading
 import time
@@ -338,6 +339,20 @@ def test_pool_initializer_and_several_calls_in_one_process() -> None:
     with Pool(2, start, ("set",)) as pool:
         assert pool.map(lambda _: os.environ.get("AFIELD_TEST_POOL"), range(6), 1) == ["set"] * 6
         assert len(set(pool.map(lambda _: os.getpid(), range(6), 1))) <= 2
+
+
+def test_what_a_manager_shares_can_be_used_in_a_pool(processes: Pool) -> None:
+    listener = multiprocessing.connection.Listener(authkey=multiprocessing.current_process().authkey)
+
+    def talk(address: Any) -> None:  # as the proxies of a manager do
+        with multiprocessing.connection.Client(address, authkey=multiprocessing.current_process().authkey) as there:
+            there.send("hello")
+
+    with listener:
+        called = processes.apply_async(talk, (listener.address,))
+        with listener.accept() as here:
+            assert here.recv() == "hello"
+        called.get(PATIENCE_S)
 
 
 def test_pool_initializer_that_fails_fails_the_calls() -> None:
