@@ -3,6 +3,11 @@
 Theory of operation. An actor is idle, or busy with one call. A submitted value goes to an idle actor, or waits for one; an
 actor is found to be free again when a result is asked for, so the pool needs no thread: it moves on while somebody waits
 for results. Results are remembered in the order of submission, so both orders of getting them can be mixed freely.
+
+An actor that is dead would be free again at once after each call, and fail all that waits. That it is dead shows in two
+places: where the user gets the error of the call that it died in, and, before that, where a new call is ready as soon as it
+is made; then its last call is looked at. It leaves the pool, and the new call, which cannot have run, is made to another
+actor. The last actor stays, so that there is an error for each call and not a pool that answers nothing.
 """
 
 from __future__ import annotations
@@ -35,6 +40,7 @@ class ActorPool:
         # A call -> what `get` takes for its result: the call itself, or the refs of all its returns. Ordered as submitted.
         self._unreturned: dict[afield.ObjectRef, afield.ObjectRef | list[afield.ObjectRef]] = {}
         self._waiting: deque[tuple[Call, Any]] = deque()
+        self._last: dict[Any, afield.ObjectRef] = {}  # an idle actor -> its last call, till its result is got
         for actor in actors:
             self.push(actor)
 
@@ -56,6 +62,7 @@ class ActorPool:
     def _map(self, fn: Call, values: Iterable[Any], get_next: Callable[[], Any]) -> Iterator[Any]:
         self._waiting.clear()
         self._unreturned.clear()
+        self._last.clear()
         for value in values:
             self.submit(fn, value)
 
@@ -109,7 +116,11 @@ class ActorPool:
 
     def pop_idle(self) -> Any:
         """Take an idle actor out of the pool; None if there is none."""
-        return self._idle.pop() if self.has_free() else None
+        if not self.has_free():
+            return None
+        actor = self._idle.pop()
+        self._last.pop(actor, None)
+        return actor
 
     @unseen
     def push(self, actor: Any) -> None:
@@ -136,6 +147,11 @@ class ActorPool:
                 self._idle.append(actor)
                 raise
             # All returns of a call come with its one reply, so any of them stands for it.
+            last = self._last.pop(actor, None)
+            if last is not None and (self._idle or self._busy) and afield.wait(refs[:1], timeout=0)[0]:
+                if _died(actor, self._unreturned[last]):
+                    self._waiting.appendleft((fn, value))
+                    continue
             self._busy[refs[0]] = actor
             self._unreturned[refs[0]] = refs[0] if result is refs[0] else refs
 
@@ -148,15 +164,31 @@ class ActorPool:
         while True:
             chosen = choose() if self._unreturned else None
             if chosen is not None and chosen not in self._busy:
-                return afield.get(self._unreturned.pop(chosen))
+                return self._take(chosen)
             if not self._free_one(deadline):
                 break
         message = f"no result after {timeout:g} s"
         if ignore and self._unreturned:
             given_up = next(iter(self._unreturned))
             del self._unreturned[given_up]
+            self._forget(given_up)
             message += f"; {given_up!r} was given up"
         raise afield.GetTimeoutError(message)
+
+    def _take(self, ref: afield.ObjectRef) -> Any:
+        actor = self._forget(ref)
+        try:
+            return afield.get(self._unreturned.pop(ref))
+        except afield.ActorDiedError as error:
+            if actor is not None and _is_of(error, actor) and (len(self._idle) > 1 or self._busy):
+                self._idle.remove(actor)
+            raise
+
+    def _forget(self, ref: afield.ObjectRef) -> Any:
+        """A result is not kept any more: return the actor if this was its last call, and it is idle."""
+        actor = next((actor for actor, last in self._last.items() if last == ref), None)
+        self._last.pop(actor, None)
+        return actor
 
     def _any_ready(self) -> afield.ObjectRef | None:
         return next((ref for ref in self._unreturned if ref not in self._busy), None)
@@ -166,6 +198,24 @@ class ActorPool:
         left = None if deadline is None else max(0.0, deadline - time.monotonic())
         ready, _ = afield.wait(list(self._busy), timeout=left)
         for ref in ready:
-            self._idle.append(self._busy.pop(ref))
+            actor = self._busy.pop(ref)
+            self._idle.append(actor)
+            if ref in self._unreturned:
+                self._last[actor] = ref
         self._call_idle()
         return bool(ready)
+
+
+def _died(actor: Any, result: afield.ObjectRef | list[afield.ObjectRef]) -> bool:
+    """Tell whether a call that has ended found its actor dead, or ended with it."""
+    try:
+        afield.get(result)
+    except afield.ActorDiedError as error:
+        return _is_of(error, actor)
+    except Exception:
+        return False
+    return False
+
+
+def _is_of(error: afield.ActorDiedError, actor: Any) -> bool:
+    return bool(error.actor_id == actor._actor_id.hex())  # and not of an actor that a method has called

@@ -8,6 +8,9 @@ it can run over more than would fit into memory.
 A process that dies fails the call that it ran, and is started again with the initializer; it gets the next call when it is
 there. A call that was made to it meanwhile has not run, and goes to the next that is free. A process takes no CPU from the
 cluster's account unless `remote_args` says so: an idle pool does not keep tasks from running.
+
+A process has the `authkey` of the program that made the pool, as its children have: without it the queues and other proxies
+of a `multiprocessing.Manager` can be passed to it, but not be used there.
 """
 
 from __future__ import annotations
@@ -43,7 +46,8 @@ class CallCancelledError(afield.TaskCancelledError, concurrent.futures.Cancelled
 
 
 class _Process:
-    def __init__(self, initializer: Callable[..., object] | None, initargs: tuple[Any, ...]) -> None:
+    def __init__(self, authkey: bytes, initializer: Callable[..., object] | None, initargs: tuple[Any, ...]) -> None:
+        multiprocessing.current_process().authkey = authkey
         if initializer is not None:
             initializer(*initargs)
 
@@ -261,7 +265,8 @@ class Pool:
         actor_class = afield.remote(_Process).options(
             **{"max_restarts": -1, **(ray_remote_args or {}), **(remote_args or {})}
         )
-        create = functools.partial(actor_class.remote, initializer, tuple(initargs))
+        authkey = bytes(multiprocessing.current_process().authkey)
+        create = functools.partial(actor_class.remote, authkey, initializer, tuple(initargs))
         self._processes = [_ProcessLane(create, maxtasksperchild or math.inf) for _ in range(count)]
         if (
             initializer is not None

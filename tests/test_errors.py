@@ -323,6 +323,19 @@ def test_an_argument_whose_class_does_not_exist_at_the_worker(
         afield.get(ref, timeout=PATIENCE_S)
 
 
+def test_a_value_whose_class_is_there_and_cannot_be_called_so(shared_runtime: None) -> None:
+    class NeedsTwoError(Exception):
+        def __init__(self, first: str, second: str) -> None:
+            super().__init__(f"{first} and {second}")
+
+    ref = afield.put([NeedsTwoError("a", "b")])
+    with pytest.raises(
+        afield.DeserializationError, match=r"__init__\(\) missing.*rebuilt by a call of its class"
+    ) as caught:
+        afield.get(ref)
+    assert "install the module" not in str(caught.value)
+
+
 # -- what a function raises ---------------------------------------------------------------------------------------
 
 

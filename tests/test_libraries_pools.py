@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import itertools
 import multiprocessing
+import multiprocessing.connection
 import os
 import threading
 import time
@@ -35,6 +36,12 @@ def new_actor() -> Any:
 
         def fail(self, x: int) -> None:
             raise KeyError(x)
+
+        def leave(self) -> None:
+            os._exit(1)
+
+        def ask(self, other: Any) -> Any:
+            return afield.get(other.double.remote(1))
 
         def touch(self, path: Path) -> None:
             path.touch()
@@ -147,6 +154,46 @@ def test_actor_pool_map_gives_up_earlier_results() -> None:
     pool.submit(double, 1)
     pool.submit(double, 2)
     assert list(pool.map(double, [3])) == [6]
+
+
+@pytest.mark.parametrize("method", ["map", "map_unordered"])
+def test_actor_pool_goes_on_without_an_actor_that_died(method: str) -> None:
+    pool = ActorPool([new_actor(), new_actor()])
+    pool.submit(lambda actor, value: actor.leave.remote(), 0)
+    for value in range(20):
+        pool.submit(double, value)
+    results: list[Any] = []
+    with pytest.raises(afield.ActorDiedError):
+        while pool.has_next():
+            results.append(pool.get_next() if method == "map" else pool.get_next_unordered())
+    while pool.has_next():
+        results.append(pool.get_next() if method == "map" else pool.get_next_unordered())
+    assert sorted(results) == [2 * value for value in range(20)]
+    for _ in range(2):
+        assert sorted(getattr(pool, method)(double, range(6))) == [0, 2, 4, 6, 8, 10]
+
+
+def test_actor_pool_whose_actors_are_all_dead_has_an_error_for_each_call() -> None:
+    pool = ActorPool([new_actor(), new_actor()])
+    for value in range(2):
+        pool.submit(lambda actor, value: actor.leave.remote(), value)
+    for value in range(4):
+        pool.submit(double, value)
+    for _ in range(6):
+        with pytest.raises(afield.ActorDiedError):
+            pool.get_next(timeout=PATIENCE_S)
+    assert not pool.has_next()
+
+
+def test_actor_pool_keeps_an_actor_whose_method_met_a_dead_one() -> None:
+    dead = new_actor()
+    afield.kill(dead)
+    pool = ActorPool([new_actor(), new_actor()])
+    for _ in range(2):
+        pool.submit(lambda actor, value: actor.ask.remote(value), dead)
+        with pytest.raises(afield.ActorDiedError):
+            pool.get_next()
+    assert [pool.pop_idle() is None for _ in range(3)] == [False, False, True]
 
 
 def test_actor_pool_wants_a_ref() -> None:
@@ -292,6 +339,20 @@ def test_pool_initializer_and_several_calls_in_one_process() -> None:
     with Pool(2, start, ("set",)) as pool:
         assert pool.map(lambda _: os.environ.get("AFIELD_TEST_POOL"), range(6), 1) == ["set"] * 6
         assert len(set(pool.map(lambda _: os.getpid(), range(6), 1))) <= 2
+
+
+def test_what_a_manager_shares_can_be_used_in_a_pool(processes: Pool) -> None:
+    listener = multiprocessing.connection.Listener(authkey=multiprocessing.current_process().authkey)
+
+    def talk(address: Any) -> None:  # as the proxies of a manager do
+        with multiprocessing.connection.Client(address, authkey=multiprocessing.current_process().authkey) as there:
+            there.send("hello")
+
+    with listener:
+        called = processes.apply_async(talk, (listener.address,))
+        with listener.accept() as here:
+            assert here.recv() == "hello"
+        called.get(PATIENCE_S)
 
 
 def test_pool_initializer_that_fails_fails_the_calls() -> None:

@@ -390,10 +390,18 @@ def deserialize(
         raise  # a device on which it was to be rebuilt is lost or full: its classes have nothing to do with that
     except Exception as error:
         trim(error, foreseen=True)
+        if isinstance(error, ImportError | AttributeError):
+            remedy = (
+                "Its classes must be importable here: install the module that defines them, or pass it with "
+                "runtime_env={'py_modules': [...]}."
+            )
+        else:
+            remedy = (
+                "The code that rebuilds it raised this: see the __reduce__ or __setstate__ of its class. An exception without "
+                "a __reduce__ of its own is rebuilt by a call of its class with its `args`."
+            )
         raise DeserializationError(
-            f"{what} cannot be rebuilt in this process: {type(error).__name__}: {error}. "
-            "Its classes must be importable here: install the module that defines them, or pass it with "
-            "runtime_env={'py_modules': [...]}."
+            f"{what} cannot be rebuilt in this process: {type(error).__name__}: {error}. {remedy}"
         ) from error
     finally:
         collector.on_ref = outer
