@@ -109,3 +109,33 @@ def test_it_dies_when_the_device_is_given_up_and_says_so() -> None:
         text = raised_by(lambda: get(waits), afield.ActorDiedError)
         assert "Holder" in text and "cannot start again" in text and "given up" in text and device.uuid in text
         raised_by(lambda: get(actor.total.remote()), afield.ActorDiedError)
+
+
+class Maker:
+    def make(self) -> Any:
+        return afield.array_module().arange(1000)
+
+    def more(self, array: Any) -> Any:
+        return array + 1
+
+    def busy(self) -> None:
+        time.sleep(0.5)
+
+
+@pytest.mark.parametrize("when", ["freed", "between", "underway"])
+def test_a_lost_result_of_an_actor_that_its_own_call_takes_is_made_again_first(when: str) -> None:
+    maker = remote_with(num_gpus=0.5, max_restarts=-1, max_task_retries=-1)(Maker).remote()
+    first = maker.make.remote()
+    afield.wait([first])
+    if when == "underway":
+        maker.busy.remote()  # what follows waits, and is sent again first after the restart
+        last = maker.more.remote(first)
+    else:
+        middle = remote_with(num_gpus=0.5)(lambda array: array + 0).remote(first) if when == "between" else first
+        last = maker.more.remote(middle)
+        afield.wait([last])
+        del first, middle  # only lineage knows how to make them
+    with handles() as (device,):
+        device.lose()
+        device.reset()
+        assert get(last)[-1] == 1000

@@ -15,7 +15,17 @@ from hypothesis import strategies as st
 from afield.errors import InternalError
 from afield.machines import FlightRecorder
 from afield.runtime.calls.callee import Callee
-from afield.runtime.cores.caller import CALL, CALLER, UNAVAILABLE, Again, Caller, Callers, Ended, ForgetCreation
+from afield.runtime.cores.caller import (
+    CALL,
+    CALLER,
+    CANCELLED,
+    UNAVAILABLE,
+    Again,
+    Caller,
+    Callers,
+    Ended,
+    ForgetCreation,
+)
 from afield.runtime.cores.dispatch import Task
 from afield.runtime.values.definitions import Definition
 from tests.actor_world import PLAIN, Call, Script, World
@@ -190,16 +200,46 @@ def test_a_call_without_its_argument_holds_back_only_those_of_its_order() -> Non
     assert [one.take(), one.take(), one.take()] == [waits, same, None]
 
 
+def test_a_call_whose_result_was_lost_is_not_held_back_by_the_calls_that_may_wait_for_it() -> None:
+    one = caller()
+    one.lives(b"w1")
+    waits, again, deeper = call(b"waits", retries=1), call(b"again", retries=1), call(b"deeper", retries=1)
+    again.again = deeper.again = True
+    for task in (waits, again):
+        task.dependencies, task.unresolved = [b"argument"], 1
+        assert one.enter(task) == []
+    assert one.take() is None and one.enter(deeper) == [] and one.take() is deeper
+    again.unresolved = 0
+    one.ready(again)
+    assert one.take() is again
+    one.on_way.update({1: again, 2: deeper})
+    waits.unresolved = 0
+    assert one.take() is waits
+    one.on_way[3] = waits
+    del one.on_way[1]
+    assert one.argument_lost(one.on_way.pop(3))  # it keeps its place: what runs again has not taken it
+    waits.unresolved = 1
+    # Back in the queues after a restart they stand as before.
+    one.gone()
+    assert one.restarts() == [Again(deeper, b"w1")]
+    one.lives(b"w2")
+    assert one.take() is deeper and one.take() is None
+    deeper.dependencies, deeper.unresolved = [b"argument"], 1
+    one.put_back(deeper)
+    assert one.cancel(deeper, False) == [Ended(deeper, CANCELLED)] and list(one.waiting()) == [waits]
+
+
 def test_calls_that_are_made_while_the_actor_restarts_wait_only_if_they_may_be_retried() -> None:
     one = caller()
     before, never, retried, again = call(b"before"), call(b"never"), call(b"retried", retries=1), call(b"again")
+    again.again = True
     one.waits()
     assert one.enter(before) == []
     one.lives(b"w1")
     one.gone()
     one.restarts()
     assert one.enter(never) == [Ended(never, UNAVAILABLE)]
-    assert one.enter(retried) == [] and one.enter(again, again=True) == []
+    assert one.enter(retried) == [] and one.enter(again) == []
     one.lives(b"w2")
     assert [one.take() for _ in range(4)] == [before, retried, again, None]
 

@@ -240,9 +240,9 @@ class ActorCalls:
         channel: Channel = caller.channel
         caller.on_way[self.submitter.pushes.send(channel, channel.context, task)] = task
 
-    def _wait(self, caller: Caller, task: Task, again: bool = False) -> None:
+    def _wait(self, caller: Caller, task: Task) -> None:
         """Enter a call that does not leave at once: see whether it, or those before it, can."""
-        effects = caller.enter(task, again)
+        effects = caller.enter(task)
         if effects:
             self._execute(caller, effects)
         elif task.dependencies is not None:
@@ -415,10 +415,10 @@ class ActorCalls:
         return True
 
     def _call_again(self, task: Task) -> None:
-        """Call a method again whose stored result was lost; the call comes after those that wait."""
+        """Call a method again whose stored result was lost; it keeps back no others, and they do not keep it back."""
         caller = self.callers.get(task.actor) or self.caller(task.actor)
         self._pin_life(caller)
-        self._wait(caller, task, again=True)
+        self._wait(caller, task)
 
     def _pin_life(self, caller: Caller) -> None:
         if not caller.life_pinned and caller.life in self.process.table.entries:

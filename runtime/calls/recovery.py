@@ -2,7 +2,7 @@
 
 Theory of operation. The daemon tells the owner of a stored value that it is gone (`Lost`). The table's lineage decides; a
 task that is to run again takes its old place: same id, same outputs, its arguments pinned, in the same lane (an actor's
-call: at the end of the caller's queue). Arguments that were freed or lost are made again first, by the same means.
+call: beside those that wait, see `cores.caller`). Arguments that were freed or lost are made again first, by the same means.
 
 A worker that finds an argument lost answers `ARGUMENT_LOST` instead of running the task. The task is taken back as if it
 had never been sent, waits until its arguments are there again, and is pushed again, `MAX_ROUNDS` times at most: the news of
@@ -150,6 +150,7 @@ class Recovery:
             unresolved=0,
             rounds=0,
             cancelled=False,
+            again=True,
         )
         self.process.table.run_again(record.outputs, old, task)
         self.lineage.started(record)

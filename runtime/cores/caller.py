@@ -14,7 +14,10 @@ finds nothing there, and settles nothing that was sent again.
 What was on its way when the process died is sent again, before all that wait, if it may be retried; else it fails, since it
 may have run. A call that could not read an argument, because its stored value is lost, goes back to the head of its queue
 until the value has been made again, unless others of its order were on their way already: they have run or will, so it cannot
-take its place any more. A call that runs again because its *result* was lost comes after those that wait.
+take its place any more.
+
+A call that runs again because its *result* was lost has no order any more, whatever its method's is: what waits may wait for
+just this result, and the call itself for another that its own actor has to make again first.
 
 A call that is made while the actor restarts waits only if it may be retried; else it fails at once, without having run, so
 that nobody hangs on an actor that may be long in coming back. This holds as well for calls that were made before the daemon
@@ -156,6 +159,12 @@ def life_of(actor_id: bytes) -> bytes:
     return actor_id + FIRST_RETURN
 
 
+def _order(task: Task) -> str | None:
+    """Return the order that a call stands in: its method's, unless it runs again since its result was lost."""
+    order: str | None = task.function.order
+    return None if task.again else order
+
+
 class Caller:
     """One actor, as seen from one process.
 
@@ -217,16 +226,16 @@ class Caller:
             return False
         return not self.queues or task.function.order not in self.queues
 
-    def enter(self, task: Task, again: bool = False) -> list[Effect]:
-        """A call is made that does not leave at once, or is to run `again`, since its result was lost."""
+    def enter(self, task: Task) -> list[Effect]:
+        """A call is made that does not leave at once, or is to run again, since its result was lost."""
         if self.state == "dead":
             return [self._end(task, "waiting", "fails", DIED), *self._conclude()]
-        if self.state == "restarting" and not task.retries_left and not again:
+        if self.state == "restarting" and not task.retries_left and not task.again:
             return [self._end(task, "waiting", "fails", UNAVAILABLE), *self._conclude()]
-        if task.function.order is None and task.dependencies is not None:
+        if _order(task) is None and task.dependencies is not None:
             self.late[task.task_id] = task
         else:
-            self.queues.setdefault(task.function.order, deque()).append(task)
+            self.queues.setdefault(_order(task), deque()).append(task)
         return []
 
     def ready(self, task: Task) -> None:
@@ -247,7 +256,7 @@ class Caller:
 
     def put_back(self, task: Task) -> None:
         """The call that was taken waits for an argument once more, which was lost meanwhile."""
-        if task.function.order is None:
+        if _order(task) is None:
             self.late[task.task_id] = task
         else:
             self._queue_first(task)
@@ -259,8 +268,8 @@ class Caller:
 
     def argument_lost(self, task: Task) -> bool:
         """An answer says that the call has not run, as an argument was lost; False: it was overtaken, and has to fail."""
-        order = task.function.order
-        if order is not None and any(other.function.order == order for other in self.on_way.values()):
+        order = _order(task)
+        if order is not None and any(_order(other) == order for other in self.on_way.values()):
             self._note(task, "on_its_way", "overtaken")
             return False
         self._note(task, "on_its_way", "argument_lost")
@@ -268,7 +277,7 @@ class Caller:
         return True
 
     def _queue_first(self, task: Task) -> None:
-        self.queues.setdefault(task.function.order, deque()).appendleft(task)
+        self.queues.setdefault(_order(task), deque()).appendleft(task)
 
     def cancel(self, task: Task, recursive: bool) -> list[Effect] | None:
         """Cancel a call; None: it is not one of this actor, or is over."""
@@ -284,7 +293,7 @@ class Caller:
         """Take a call out of those that wait; False: it does not."""
         if self.late.pop(task.task_id, None) is not None:
             return True
-        order = task.function.order
+        order = _order(task)
         queue = self.queues.get(order)
         if queue is None or task not in queue:
             return False

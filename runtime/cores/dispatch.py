@@ -100,6 +100,7 @@ class Task(msgspec.Struct, gc=False, eq=False):
     retries_used: int = 0
     rounds: int = 0  # how often a worker could not read its arguments
     cancelled: bool = False
+    again: bool = False  # it runs again since its stored result was lost
     actor: bytes = b""  # of an actor's call that may run again: whose
     output: bytes = b""  # the object that it makes, if that is one; the very bytes that are its key in the table
 
