@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 import traceback
@@ -19,6 +21,7 @@ import pytest
 
 import afield
 from afield.runtime.face import lifecycle
+from afield.runtime.session import bootstrap
 from tests.helpers import HANG_S, Traces, assert_gone, poll, processes, program, traces
 
 #: Most of them start a program or a runtime of their own.
@@ -228,6 +231,54 @@ def test_too_few_open_files_are_an_error_that_says_so(soft: int, hard: int, tmp_
     assert "open files" in facts["said"] or "file descriptors" in facts["said"], facts
     assert "ulimit -n" in facts["said"] or "Errno 24" in facts["said"], facts
     assert poll(lambda: not os.listdir(tmp_path), 5.0), os.listdir(tmp_path)
+
+
+def test_no_place_for_files_is_an_error_that_says_so() -> None:
+    facts = run("""
+    import resource
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # so no directory passes the test of `tempfile`
+    try:
+        afield.init(num_cpus=1)
+    except afield.RuntimeDiedError as error:
+        report(said=str(error))
+    """)
+    assert "no place for its files" in facts["said"] and "spill_dir" in facts["said"], facts
+
+
+def test_too_few_threads_are_an_error_that_says_so(tmp_path: Any) -> None:
+    facts = run(f"""
+    import tempfile, threading
+    tempfile.tempdir = {str(tmp_path)!r}
+    def fail(thread):
+        raise RuntimeError("can't start new thread")
+    threading.Thread.start = fail
+    try:
+        afield.init(num_cpus=1)
+    except afield.RuntimeDiedError as error:
+        report(said=str(error))
+    """)
+    assert "can't start new thread" in facts["said"] and "ulimit -u" in facts["said"], facts
+    assert poll(lambda: not os.listdir(tmp_path), 5.0), os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize(("work", "over"), [("while True: pass", False), ("import time; time.sleep(60)", True)])
+def test_a_start_is_waited_for_as_long_as_it_computes(work: str, over: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine with dozens of busy processes for each CPU a start takes more than half a minute."""
+    monkeypatch.setattr(bootstrap, "START_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(bootstrap, "_LOOK_S", 0.05)
+    child = subprocess.Popen([sys.executable, "-c", work])
+    try:
+        time.sleep(0.5)  # what sleeps has started by now
+        patience = bootstrap._Patience(child.pid)
+        until = time.monotonic() + 1.5
+        while time.monotonic() < until and not patience.is_over():
+            time.sleep(0.01)
+        assert patience.is_over() == over
+        monkeypatch.setattr(patience, "_last", 0.0)
+        assert patience.is_over()
+    finally:
+        child.kill()
+        child.wait()
 
 
 # -- signals ------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import sys
 import time
 from dataclasses import dataclass
 
-from afield.errors import InvalidOptionError, RuntimeDiedError, VersionMismatchError
+from afield.errors import AfieldError, InvalidOptionError, RuntimeDiedError, VersionMismatchError
 from afield.gpu_store import shared_memory
 from afield.gpu_store.rings import SHARED_BYTES
 from afield.runtime.calls.participant import Participant
@@ -34,7 +34,10 @@ from afield.transport.sockets import connect, is_us
 
 #: Share of the machine's memory that the host store may use unless told otherwise.
 STORE_SHARE = 0.3
+#: A session that has not started is given up when its processes have not computed for so long, or when the latter is over.
 START_TIMEOUT_S = 30.0
+MOST_START_S = 300.0
+_LOOK_S = 1.0
 #: So much of its end is shown when the runtime fails.
 LOG_BYTES = 4000
 
@@ -87,6 +90,13 @@ class Session:
                 self._open(options, failed, opened)
             except OSError as error:
                 raise _unable(error) from error
+            except RuntimeError as error:
+                if isinstance(error, AfieldError) or "thread" not in str(error):
+                    raise
+                raise RuntimeDiedError(
+                    f"the runtime could not start: {error}; raise the limit of processes and threads (ulimit -u) or of "
+                    f"address space (ulimit -v)"
+                ) from error
             failed.pop_all()
 
     def _open(self, options: SessionOptions, failed: contextlib.ExitStack, opened: contextlib.ExitStack) -> None:
@@ -159,13 +169,13 @@ class Session:
 
     def _join(self, config: SessionConfig, driver_id: bytes) -> Participant:
         """Connect to the daemon as soon as it listens."""
-        deadline = time.monotonic() + START_TIMEOUT_S
+        patience = _Patience(self._process.pid)
         while True:
             try:
                 connect(config.address(b"")).close()
                 break
             except (ConnectionRefusedError, BlockingIOError):  # not yet, or many at once
-                if self._process.poll() is not None or time.monotonic() > deadline:
+                if self._process.poll() is not None or patience.is_over():
                     self._stop()
                     if self._process.returncode == VERSION_MISMATCH_STATUS:
                         raise VersionMismatchError(self._log().strip()) from None
@@ -206,6 +216,48 @@ class Session:
             self._process.wait()
         self._log_file.close()
         self._files.remove()
+
+
+class _Patience:
+    """How long to wait for a session that starts: as long as its processes compute, within reason.
+
+    A start takes some tenths of a second of CPU time, which is long on a machine with dozens of busy processes for each CPU.
+    """
+
+    def __init__(self, fork_server: int) -> None:
+        self._pid = fork_server
+        self._last = time.monotonic() + MOST_START_S
+        self._until = time.monotonic() + START_TIMEOUT_S
+        self._look_at = time.monotonic() + _LOOK_S
+        self._used = 0
+
+    def is_over(self) -> bool:
+        """Tell whether nothing was computed for START_TIMEOUT_S, or MOST_START_S have passed."""
+        now = time.monotonic()
+        if now >= self._look_at:
+            self._look_at = now + _LOOK_S
+            used = self._computed()
+            if used > self._used:
+                self._used = used
+                self._until = now + START_TIMEOUT_S
+        return now > min(self._until, self._last)
+
+    def _computed(self) -> int:
+        """Return the CPU time of the fork server and of its children, in the kernel's ticks."""
+        used = 0
+        with contextlib.suppress(OSError):
+            used += _cpu_ticks(self._pid)
+            with open(f"/proc/{self._pid}/task/{self._pid}/children", encoding="ascii") as children:
+                for child in children.read().split():
+                    with contextlib.suppress(OSError):
+                        used += _cpu_ticks(int(child))
+        return used
+
+
+def _cpu_ticks(pid: int) -> int:
+    with open(f"/proc/{pid}/stat", "rb") as file:
+        user, system = file.read().rpartition(b")")[2].split()[11:13]
+    return int(user) + int(system)
 
 
 def _open_standard_streams() -> None:

@@ -139,8 +139,8 @@ def sweep(base: str | None = None) -> list[str]:
 
 def _records(base: str | None) -> Iterator[tuple[SessionInfo, bool]]:
     """Yield the valid records of this user's sessions, and whether a process of the session lives or may be about to."""
-    where = os.path.realpath(base or tempfile.gettempdir())
     try:
+        where = os.path.realpath(base or tempfile.gettempdir())
         if directories.complaint(where) is not None:
             return  # no session is there, and nothing that is there is ours for sure
         names = sorted(name for name in os.listdir(where) if _NAME.match(name))
