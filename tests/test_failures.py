@@ -129,6 +129,29 @@ def test_without_retries_nothing_runs_twice_and_the_innocent_are_spared(runtime:
             path.unlink()
 
 
+def test_with_retries_too_it_is_found_who_ends_workers(runtime: afield.ClusterInfo, tmp_path: Path) -> None:
+    """The death of a worker may be laid to a call whose answer was held back, once; the next one tells who it was."""
+    folder = str(tmp_path)
+
+    @remote_with(max_retries=1)
+    def run(name: str | None = None) -> int:
+        if name is not None:
+            log = os.open(f"{folder}/{name}", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+            os.write(log, b"x")
+            os.kill(os.getpid(), 9)
+        return 1
+
+    afield.get(run.remote(), timeout=HANG_S)
+    for name in "abcd":
+        innocent = [run.remote() for _ in range(200)]
+        guilty = run.remote(name)
+        innocent += [run.remote() for _ in range(20)]
+        with pytest.raises(afield.WorkerCrashedError):
+            afield.get(guilty, timeout=HANG_S)
+        assert afield.get(innocent, timeout=HANG_S) == [1] * 220
+    assert all((tmp_path / name).stat().st_size in (2, 3) for name in "abcd")
+
+
 @pytest.mark.parametrize("how", ["os._exit(0)", "os.kill(os.getpid(), 9)", "os.abort()"])
 def test_without_retries_a_dead_worker_is_an_error(runtime: afield.ClusterInfo, how: str) -> None:
     @remote_with(max_retries=0)

@@ -85,6 +85,14 @@ def test_waiting_ends_in_time_without_an_event() -> None:
         assert pump.wait_for(done)
 
 
+@pytest.mark.parametrize("timeout_s", [1e9, float("inf")])
+def test_a_wait_may_have_more_time_than_epoll_counts(timeout_s: float) -> None:
+    with a_pump() as pump:
+        waiter = Waiter()
+        threading.Timer(0.05, waiter.finish).start()
+        assert pump.wait_for(waiter, timeout_s)
+
+
 def test_events_are_handled_while_no_thread_waits() -> None:
     with a_pump() as pump:
         read, write = os.pipe()

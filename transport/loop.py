@@ -25,6 +25,8 @@ from afield.transport.interrupts import interruptible
 
 RECEIVE_BUFFER_BYTES = 1 << 20
 MAX_EVENTS = 64
+#: One wait takes no longer: epoll refuses what does not fit its milliseconds (24 days), such as infinity.
+LONGEST_WAIT_S = 86_400.0
 
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -87,7 +89,12 @@ class Loop:
 
     @interruptible
     def wait(self, timeout_s: float | None) -> list[tuple[int, int]]:
-        """Block until something happens, at most `timeout_s` (None: no limit); releases the interpreter lock."""
+        """Block until something happens, at most `timeout_s` (None: no limit); releases the interpreter lock.
+
+        It may return earlier with nothing.
+        """
+        if timeout_s is not None and timeout_s > LONGEST_WAIT_S:
+            timeout_s = LONGEST_WAIT_S
         return self._epoll.poll(timeout_s, MAX_EVENTS)
 
     def run(self, events: list[tuple[int, int]]) -> None:

@@ -16,6 +16,7 @@ class Callee:
 
     __slots__ = (
         "__weakref__",
+        "_alone",
         "backpressure",
         "definition",
         "group",
@@ -53,6 +54,28 @@ class Callee:
         self.once = once
         #: Of an actor's method: its calls leave in order with all that have the same; None: as soon as they can.
         self.order = order
+        self._alone: Callee | None = None
+
+    def alone(self) -> Callee:
+        """Return what names the same, for calls before which their worker sends all replies, and after them theirs.
+
+        For a task whose worker died: should it end the next one too, it is the oldest there without a reply.
+        """
+        if self.once:
+            return self
+        if self._alone is None:
+            self._alone = Callee(
+                self.name,
+                self.definition,
+                self.num_returns,
+                self.backpressure,
+                self.group,
+                self.retry_on,
+                True,
+                self.order,
+                self.method,
+            )
+        return self._alone
 
     def define(self, known: bool) -> messages.Define:
         """Return the message that makes a worker know it; `known`: it has the definition already."""

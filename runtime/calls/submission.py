@@ -468,6 +468,8 @@ class Submitter:
                     continue
                 self.use_retry(task)
                 self.tasks_retried += 1
+            # Behind a reply that was held back another may have started, and one that had finished has used a retry: not again.
+            task.function = task.function.alone()
             requeue.append(task)
         lease.lane.requeue(requeue, time.monotonic())
 
