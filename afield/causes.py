@@ -230,7 +230,7 @@ def copy_slots(source: BaseException, target: BaseException) -> None:
 class _Parts:
     """Carries an exception that pickle cannot rebuild, mostly because its constructor takes something else than `args`.
 
-    Attributes that cannot be pickled stay behind.
+    Attributes that cannot be pickled stay behind; an argument that cannot is its text, so that the error's is the same.
     """
 
     def __init__(self, error: BaseException, dumps: Dumps) -> None:
@@ -243,10 +243,18 @@ class _Parts:
                 continue
             if value is not None and _survives(value, dumps):
                 slots[name] = value
-        self._parts = type(error), innate(error, "args"), state, slots
+        args = tuple(each if _survives(each, dumps) else _in_words(each) for each in innate(error, "args"))
+        self._parts = type(error), args, state, slots
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _from_parts, self._parts
+
+
+def _in_words(value: object) -> str:
+    try:
+        return _cut(_shortened(value, MAX_TEXT, 0))
+    except BaseException:  # code of the user's has run
+        return f"({name_of(type(value))[1]}, which cannot be shown)"
 
 
 class _Members:

@@ -10,6 +10,7 @@ import io
 import pickle
 import sys
 import textwrap
+import threading
 import traceback
 import urllib.error
 from collections.abc import Callable
@@ -538,3 +539,30 @@ def test_refs_in_an_error_that_is_retried_are_let_go(shared_runtime: None, tmp_p
         return "done"
 
     assert afield.get(fail.remote(str(tmp_path / "once")), timeout=PATIENCE_S) == "done"
+
+
+class Unspeakable:
+    """Can neither be pickled nor shown."""
+
+    def __reduce__(self) -> Any:
+        raise TypeError("no")
+
+    def __repr__(self) -> str:
+        raise SystemExit
+
+
+def raise_with_a_lock() -> None:
+    raise ValueError("locked", threading.Lock(), Unspeakable(), 5)
+
+
+def test_an_argument_that_cannot_be_pickled_costs_the_error_nothing_but_itself(shared_runtime: None) -> None:
+    """It once arrived as a plain TaskError, which `except ValueError` misses."""
+    passed_on = afield.remote(lambda ref: ref)
+    for ref in (afield.remote(raise_with_a_lock).remote(), passed_on.remote(afield.remote(raise_with_a_lock).remote())):
+        with pytest.raises(ValueError) as caught:
+            afield.get(ref, timeout=60)
+        cause = caught.value.cause  # type: ignore[attr-defined]
+        assert type(cause) is ValueError
+        said, lock, unspeakable, number = cause.args
+        assert (said, number) == ("locked", 5)
+        assert "lock object" in lock and unspeakable == "(Unspeakable, which cannot be shown)"
