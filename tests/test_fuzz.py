@@ -7,11 +7,12 @@ import typing
 import pytest
 
 import afield
+from afield.runtime.process.configuration import address_of
 from afield.runtime.session import sessions
 from afield.runtime.wire import messages
 from tests.fuzz.attacker import Attacker
 from tests.fuzz.run import attack, listeners
-from tests.helpers import processes, traces
+from tests.helpers import poll, processes, traces
 
 pytestmark = pytest.mark.slow
 
@@ -37,3 +38,16 @@ def test_each_message_costs_no_more_than_the_channel_that_it_comes_from(no_runti
             attacker.close()
         assert lasting <= processes(traces()).keys()
         assert afield.get([echo.options(max_retries=-1).remote(n) for n in range(20)], timeout=60) == list(range(20))
+
+
+def test_what_a_second_driver_asks_for_is_never_granted(no_runtime: None) -> None:
+    """Nobody told of its end when its socket broke: the CPUs that it had leased never came back."""
+    with afield.init(num_cpus=1):
+        session = next(one for one in sessions.find_sessions() if one.name == traces().name)
+        daemon = address_of(session.name, session.token())
+        attacker = Attacker("second driver", daemon, session.token())
+        for _ in range(5):
+            attacker.send([messages.Register("driver", 1), messages.Demand(1, {"CPU": 10_000}, 1)])
+        attacker.close()
+        assert afield.get(afield.remote(lambda: 3).remote(), timeout=30) == 3
+        assert poll(lambda: afield.available_resources().get("CPU") == 1, 30)

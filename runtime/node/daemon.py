@@ -186,6 +186,9 @@ class NodeDaemon:
             raise UnexpectedMessageError(
                 "it has said already what it is" if channel.context else "there is no such kind"
             )
+        if message.kind == "driver" and channel.peer_id != self.primary:
+            # Nobody would tell of its death: what it had leased would never come back.
+            raise UnexpectedMessageError("this session has another driver")
         channel.context = message.kind
         if message.kind == "client":
             self.clients[channel.peer_id] = channel
