@@ -7,10 +7,9 @@ the text and the pickle, which are the user's code by nature: they are asked for
 
 An exception travels inside a `TaskError` as a pickle of its own (`carried`), which was made and rebuilt on trial where the
 exception was raised: as it says it is pickled, or else in parts, put together again without its constructor; of a group each
-member so. Where it arrives
-it may still not be rebuilt, mostly since its class cannot be imported there; then `open_cause` returns None, and the
-`TaskError` stands without it. Whoever has to pass an error on and must not run code of the user's, since it holds a lock, reads
-it with `load_unopened`.
+member so. Where it arrives it may still not be rebuilt, mostly since its class cannot be imported there; then `open_cause`
+returns None, and the `TaskError` stands without it. Whoever has to pass an error on and must not run code of the user's, since
+it holds a lock, reads it with `load_unopened`.
 """
 
 from __future__ import annotations

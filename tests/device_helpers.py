@@ -16,8 +16,10 @@ from typing import Any
 import afield
 from afield.gpu_store.backends.base import DeviceInfo
 from afield.gpu_store.backends.emulated import EmulatedBackend
+from afield.gpu_store.emulated_arrays import make_module
+from afield.gpu_store.emulated_arrays.module import EmulatedModule
 from afield.runtime.face.api import query
-from afield.scheduler.devices import emulated_device
+from afield.scheduler.devices import emulated_device, parse_devices
 from tests.helpers import no_leaks, poll, processes, remote_with, traces
 
 MIB = 1 << 20
@@ -33,6 +35,11 @@ def emulated_devices(count: int, memory_bytes: int) -> list[DeviceInfo]:
     """Return like devices for a machine of a test's own, as the node daemon describes them."""
     devices = [emulated_device(index, memory_bytes) for index in range(count)]
     return [DeviceInfo(one.uuid, one.index, one.name, one.memory_bytes, one.kind) for one in devices]
+
+
+def module_with(devices: int = 1, memory: str = "64MiB") -> EmulatedModule:
+    """Return an array module of emulated devices that no runtime has."""
+    return make_module(parse_devices(f"emulated:{devices}:{memory}"))
 
 
 @contextmanager

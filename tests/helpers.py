@@ -12,6 +12,7 @@ import gc
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -318,3 +319,29 @@ def program(source: str, **environment: str) -> Iterator[Program]:
         if started.process.poll() is None:
             started.process.kill()
         started.end()
+
+
+def take_descriptors() -> list[int]:
+    """Take all descriptors that this process may have, of which there are few from here on; return them."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(open_files()) + 8, hard))
+    taken = []
+    with suppress(OSError):
+        while True:
+            taken.append(os.dup(2))
+    return taken
+
+
+class MeetingLock:
+    """A process's lock, which says that the main thread comes for it."""
+
+    def __init__(self, lock: Any, came: threading.Event) -> None:
+        self._lock, self._came = lock, came
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self._came.set()
+        self._lock.acquire()
+
+    def __exit__(self, *exception: object) -> None:
+        self._lock.release()

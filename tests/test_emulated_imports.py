@@ -18,17 +18,13 @@ from afield.gpu_store.emulated_arrays import (
     DeviceMemory,
     DeviceSet,
     installed_as_import,
-    make_module,
     set_process_devices,
 )
-from afield.gpu_store.emulated_arrays.module import EmulatedModule, module_of
+from afield.gpu_store.emulated_arrays.module import module_of
 from afield.scheduler.devices import parse_devices
+from tests.device_helpers import module_with
 
 MIB = 1 << 20
-
-
-def module_with(devices: int = 1, memory: str = "64MiB") -> EmulatedModule:
-    return make_module(parse_devices(f"emulated:{devices}:{memory}"))
 
 
 @pytest.fixture

@@ -10,24 +10,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from afield.runtime.worker.event_loop import CallLoop
+from tests.helpers import MeetingLock
 
 HANG_S = 30.0
-
-
-class MeetingLock:
-    """The pump's lock, which says when the event loop's thread comes for it."""
-
-    def __init__(self, came: threading.Event) -> None:
-        self._lock = threading.RLock()
-        self._came = came
-
-    def __enter__(self) -> None:
-        if threading.current_thread() is threading.main_thread():
-            self._came.set()
-        self._lock.acquire()
-
-    def __exit__(self, *exception: object) -> None:
-        self._lock.release()
 
 
 class MeetingList(list[Any]):
@@ -54,7 +39,7 @@ class Call:
 
 def test_a_call_that_arrives_while_the_event_loop_begins_is_run() -> None:
     begin, begun = threading.Event(), threading.Event()
-    lock = MeetingLock(begun)
+    lock = MeetingLock(threading.RLock(), begun)
     started: list[Any] = []
 
     def locked(action: Callable[[], Any]) -> Any:

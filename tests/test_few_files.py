@@ -221,14 +221,7 @@ def test_a_driver_without_files_reaches_them_later() -> None:
 
         first = Local.remote()
         afield.get(first.pid.remote())
-        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-        taken = []
-        import contextlib
-        highest = max(map(int, os.listdir("/proc/self/fd"))) + 8
-        resource.setrlimit(resource.RLIMIT_NOFILE, (highest, limits[1]))
-        with contextlib.suppress(OSError):
-            while True:
-                taken.append(os.dup(2))
+        taken = take_descriptors()
         actors = [Local.remote() for _ in range(3)]
         refs = [actor.pid.remote() for actor in actors]
         refs += [task.remote(i) for i in range(100)]
@@ -249,7 +242,6 @@ def test_a_driver_without_files_reaches_them_later() -> None:
 @pytest.mark.slow(8)
 def test_a_driver_that_stays_without_files_fails_what_it_cannot_reach() -> None:
     source = textwrap.dedent("""
-        import resource
         afield.init(num_cpus=1)
 
         @afield.remote(num_cpus=0)
@@ -259,14 +251,7 @@ def test_a_driver_that_stays_without_files_fails_what_it_cannot_reach() -> None:
 
         first = Local.remote()
         afield.get(first.pid.remote())
-        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-        import contextlib
-        taken = []
-        highest = max(map(int, os.listdir("/proc/self/fd"))) + 8
-        resource.setrlimit(resource.RLIMIT_NOFILE, (highest, limits[1]))
-        with contextlib.suppress(OSError):
-            while True:
-                taken.append(os.dup(2))
+        taken = take_descriptors()
         said = []
         second = Local.remote()
         task = afield.remote(num_cpus=0.5)(lambda: 1)

@@ -18,31 +18,25 @@ from afield.runtime.values.futures import ValueFuture
 from afield.runtime.values.parts import WouldBlockError
 from afield.transport import pump as pump_module
 from afield.transport.interrupts import is_protected
+from tests.bytecodes import Bytecodes, place_of
 from tests.test_pump import a_pump
 
 FILES = {futures.__file__, pump_module.__file__, concurrent.futures._base.__file__, __file__}
 HANG_S = 30.0
 
 
-class Interrupter:
+class Interrupter(Bytecodes):
     """Raises KeyboardInterrupt at the bytecode with a number, or at the first behind it where one may come."""
 
     def __init__(self, at: int) -> None:
+        super().__init__(FILES)
         self.at = at
-        self.count = 0
         self.raised = ""
 
-    def trace(self, frame: FrameType, event: str, argument: Any) -> Any:
-        """Be the trace function."""
-        if frame.f_code.co_filename not in FILES:
-            return None
-        frame.f_trace_opcodes = True
-        if event == "opcode":
-            self.count += 1
-            if self.count >= self.at and not self.raised and not is_protected(frame):
-                self.raised = f"{frame.f_code.co_name}:{frame.f_lineno}:{frame.f_lasti}"
-                raise KeyboardInterrupt
-        return self.trace
+    def before(self, frame: FrameType) -> None:
+        if self.count >= self.at and not self.raised and not is_protected(frame):
+            self.raised = place_of(frame)
+            raise KeyboardInterrupt
 
 
 def test_an_interrupt_at_every_bytecode_of_the_completion() -> None:

@@ -9,9 +9,10 @@ import pytest
 import afield
 from afield.runtime.process.configuration import address_of
 from afield.runtime.session import sessions
+from afield.runtime.tools.security import listeners
 from afield.runtime.wire import messages
 from tests.fuzz.attacker import Attacker
-from tests.fuzz.run import attack, listeners
+from tests.fuzz.run import attack
 from tests.helpers import poll, processes, traces
 
 pytestmark = pytest.mark.slow

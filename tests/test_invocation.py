@@ -22,6 +22,7 @@ from afield.runtime.worker.host import Host
 from afield.runtime.worker.invocation import Invocation
 from afield.runtime.worker.outcomes import LoadedCallee
 from afield.transport.interrupts import is_protected
+from tests.bytecodes import Bytecodes, place_of
 
 #: The files whose bytecodes are interrupted.
 FILES = {each.__file__ for each in (invocation, outcomes, replies, streaming, yields)}
@@ -71,36 +72,29 @@ def drive(host: Host, call: Invocation) -> None:
     work.current = None
 
 
-class Interrupter:
+class Interrupter(Bytecodes):
     """Cancels the running call before bytecode number `at` of the worker's files, and raises as the signal's handler does.
 
     Where it must not come it is held back, as `Pump.interrupt` has it.
     """
 
     def __init__(self, host: Host, at: int) -> None:
+        super().__init__(FILES)
         self.host = host
         self.at = at
-        self.count = 0
         self.where = ""
         self.held_back = False
         self.decision = ""
 
-    def trace(self, frame: FrameType, event: str, argument: Any) -> Any:
-        """Be the trace function."""
-        if frame.f_code.co_filename not in FILES:
-            return None
-        frame.f_trace_opcodes = True
-        if event == "opcode":
-            self.count += 1
-            if self.count == self.at:
-                self.where = f"{frame.f_code.co_name}:{frame.f_lineno}:{frame.f_lasti}"
-                _, self.decision = self.host.work.cancel(self.host_channel, 7, messages.Cancel(7, True))
-                self.held_back = self.decision == INTERRUPT
-            if self.held_back and not is_protected(frame):
-                self.held_back = False
-                if self.host.work.take_interrupt():
-                    raise KeyboardInterrupt
-        return self.trace
+    def before(self, frame: FrameType) -> None:
+        if self.count == self.at:
+            self.where = place_of(frame)
+            _, self.decision = self.host.work.cancel(self.host_channel, 7, messages.Cancel(7, True))
+            self.held_back = self.decision == INTERRUPT
+        if self.held_back and not is_protected(frame):
+            self.held_back = False
+            if self.host.work.take_interrupt():
+                raise KeyboardInterrupt
 
     @property
     def host_channel(self) -> Any:

@@ -26,8 +26,8 @@ import afield
 from afield.runtime.face import lifecycle
 from afield.runtime.process.configuration import address_of
 from afield.runtime.session import directories, sessions
+from afield.runtime.tools.security import listeners
 from afield.transport import sockets
-from tests.fuzz.run import listeners
 from tests.helpers import processes, program, traces
 
 pytestmark = pytest.mark.slow

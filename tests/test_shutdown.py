@@ -15,7 +15,7 @@ from afield.runtime.calls import participation
 from afield.runtime.calls.participant import Participant
 from afield.runtime.face import lifecycle
 from afield.runtime.wire import messages
-from tests.helpers import poll
+from tests.helpers import MeetingLock, poll
 
 
 @afield.remote
@@ -99,21 +99,6 @@ def test_the_next_runtime_may_start_while_the_last_one_ends(
     afield.shutdown()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert "it is heard" in capfd.readouterr().out
-
-
-class MeetingLock:
-    """The lock of a process, which says that its main thread comes for it."""
-
-    def __init__(self, lock: Any, came: threading.Event) -> None:
-        self._lock, self._came = lock, came
-
-    def __enter__(self) -> None:
-        if threading.current_thread() is threading.main_thread():
-            self._came.set()
-        self._lock.acquire()
-
-    def __exit__(self, *exception: object) -> None:
-        self._lock.release()
 
 
 def test_a_thread_that_sends_while_the_runtime_is_closed_is_not_cut_off(

@@ -88,7 +88,7 @@ class Endpoint:
         self._on_ready = on_ready
         self._channels: dict[int, Channel] = {}  # by the identity of their links
         self._introductions: set[Introduction] = set()
-        self._unproven: list[Introduction] = []  # those on sockets that we accepted, the oldest first
+        self._unproven: dict[Introduction, None] = {}  # those on sockets that we accepted, the oldest first
         self._listener: socket.socket | None = None
 
     # -- channels that we open -------------------------------------------------------------------------------------
@@ -128,11 +128,11 @@ class Endpoint:
         """Begin the exchange on a new socket."""
 
         def proven(sock: socket.socket, handshake: Handshake) -> None:
-            self._introductions.discard(introduction)
+            self._forget(introduction)
             on_proven(sock, handshake)
 
         def failed(error: Exception) -> None:
-            self._introductions.discard(introduction)
+            self._forget(introduction)
             on_failed(error)
 
         handshake = Handshake(self._token, self._process_id, os.urandom(32), **sides)
@@ -183,7 +183,7 @@ class Endpoint:
     def accepted(self, sock: socket.socket) -> None:
         """Somebody has connected, who is to prove soon what it is."""
         if len(self._unproven) >= MAX_UNPROVEN:
-            self.give_up(self._unproven[0])  # the oldest: it has had the most time
+            self.give_up(next(iter(self._unproven)))  # the oldest: it has had the most time
         answers: list[Answer] = []
 
         def answer(peer_id: bytes, hello: bytes) -> bytes:
@@ -191,22 +191,17 @@ class Endpoint:
             return answers[0].reply
 
         def proven(sock: socket.socket, handshake: Handshake) -> None:
-            self._unproven.remove(introduction)
             self._resume(sock, handshake.peer_id, answers[0])
 
-        def failed(error: Exception) -> None:
-            self._unproven.remove(introduction)
-
         def late() -> None:
-            if introduction in self._introductions:
+            if introduction in self._unproven:
                 introduction.handle(0)  # it may have come while this process was stopped
-            if introduction in self._introductions:
+            if introduction in self._unproven:
                 self.give_up(introduction)
 
-        introduction = self.introduce(sock, proven, failed, server=True, answer=answer)
-        if introduction in self._introductions:
-            self._unproven.append(introduction)
-            self.loop.after(PROVE_S, late)
+        introduction = self.introduce(sock, proven, lambda error: None, server=True, answer=answer)
+        self._unproven[introduction] = None
+        self.loop.after(PROVE_S, late)
 
     def _resume(self, sock: socket.socket, peer_id: bytes, answer: Answer) -> None:
         link = answer.link
@@ -255,9 +250,11 @@ class Endpoint:
     def give_up(self, introduction: Introduction) -> None:
         """Nobody needs this socket any more."""
         introduction.close()
+        self._forget(introduction)
+
+    def _forget(self, introduction: Introduction) -> None:
         self._introductions.discard(introduction)
-        if introduction in self._unproven:
-            self._unproven.remove(introduction)
+        self._unproven.pop(introduction, None)
 
     def channels(self) -> list[Channel]:
         """Return all channels that are not over."""

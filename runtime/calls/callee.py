@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 from afield.runtime.values.definitions import Definition
@@ -64,17 +65,9 @@ class Callee:
         if self.once:
             return self
         if self._alone is None:
-            self._alone = Callee(
-                self.name,
-                self.definition,
-                self.num_returns,
-                self.backpressure,
-                self.group,
-                self.retry_on,
-                True,
-                self.order,
-                self.method,
-            )
+            alone = copy.copy(self)
+            alone.index, alone.once = next(Callee._indexes), True
+            self._alone = alone
         return self._alone
 
     def define(self, known: bool) -> messages.Define:

@@ -170,7 +170,7 @@ class NodeDaemon:
                 self.handle(channel, message)
 
     def handle(self, channel: Channel, message: Any) -> None:
-        """Do what a message asks for; one that makes no sense costs its channel (`Channel._deliver`).
+        """Do what a message asks for; one that makes no sense costs its channel (`Channel.deliver`).
 
         Whoever asks for something must have said before what it is: what it holds goes when that process does.
         """

@@ -136,7 +136,7 @@ class Tiers:
                 if record is None:
                     raise RingDamagedError("the ring is damaged")
                 self._seal(process_id, index, _decode_seal(record))
-            except Exception as error:  # as in `Channel._deliver`
+            except Exception as error:  # as in `Channel.deliver`
                 traceback.print_exc()
                 self._daemon.expel(
                     process_id, f"what it left in shared memory cannot be ({type(error).__name__}: {error})"

@@ -145,14 +145,11 @@ class WorkerPool:
         self.by_id[worker.id] = worker
         try:
             bound = self._daemon.tiers.begin_process(worker.id, worker.index, worker.devices)
-        except (
-            OSError
-        ) as error:  # its part of the shared memory could not be mapped: it costs this one process, in a moment
-            why = (
-                OUT_OF_FILES_TEXT
-                if error.errno in OUT_OF_FILES
-                else f"the node daemon could not prepare for it: {error}"
-            )
+        except OSError as error:
+            # Its part of the shared memory could not be mapped: that costs this one process, in a moment.
+            why = f"the node daemon could not prepare for it: {error}"
+            if error.errno in OUT_OF_FILES:
+                why = OUT_OF_FILES_TEXT
             self._daemon.loop.after(PREPARE_PAUSE_S, lambda: self._on_fork_failed(worker.id, why))
             return worker
         own = ProcessConfig("worker", worker.index, bound, self._daemon.tiers.stores.backend_spec)

@@ -323,8 +323,8 @@ def _environment() -> dict[str, str]:
     """Return the environment of the session's processes.
 
     Workers run side by side, one for each CPU: a linear algebra library that starts a thread for each CPU in each of them
-    makes all of them slower. What the user has set stays. For a task with
-    more CPUs its worker sets OMP_NUM_THREADS, which libraries see that are loaded by it (see `Executor._on_assign`).
+    makes all of them slower. What the user has set stays. For a task with more CPUs its worker sets OMP_NUM_THREADS, which
+    libraries see that are loaded by it (see `Executor._on_assign`).
     """
     environment = dict(os.environ)
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):

@@ -72,17 +72,17 @@ def _is_private(gid: int) -> bool:
     return alone and gid == user.pw_gid and group.gr_name == user.pw_name
 
 
-def open_directory(name: str, base: int | None = None) -> int:
-    """Open a directory in `base` that is this user's and nobody else's; return its descriptor.
+def open_directory(path: str) -> int:
+    """Open a directory that is this user's and nobody else's; return its descriptor.
 
     Raises:
         OSError: there is none, it is a link, or it belongs or is open to others.
     """
-    fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=base)
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         status = os.fstat(fd)
         if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o077:
-            raise PermissionError(1, "it belongs to another user, or is open to others", name)
+            raise PermissionError(1, "it belongs to another user, or is open to others", path)
     except BaseException:
         os.close(fd)
         raise

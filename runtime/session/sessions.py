@@ -28,7 +28,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import BinaryIO
 
 from afield.runtime.session import directories
@@ -76,8 +76,7 @@ class SessionDirectory:
         complaint = directories.complaint(real)
         if complaint is not None:
             raise UnsafeDirectoryError(complaint)
-        self._name = f"afield-{name}-{secrets.token_hex(4)}"
-        self.path = os.path.join(real, self._name)
+        self.path = os.path.join(real, f"afield-{name}-{secrets.token_hex(4)}")
         os.mkdir(self.path, 0o700)
         self._fd = directories.open_directory(self.path)
         info = SessionInfo(name, self.path, os.getpid(), time.time(), os.fstat(self._fd).st_ino, host(), boot())
@@ -143,16 +142,15 @@ def _records(base: str | None) -> Iterator[tuple[SessionInfo, bool]]:
         where = os.path.realpath(base or tempfile.gettempdir())
         if directories.complaint(where) is not None:
             return  # no session is there, and nothing that is there is ours for sure
-        names = sorted(name for name in os.listdir(where) if _NAME.match(name))
+        names = os.listdir(where)
     except OSError:
         return
-    for name in names:
-        with contextlib.suppress(OSError, ValueError, TypeError), _opened(os.path.join(where, name)) as fd:
+    for found in filter(None, map(_NAME.match, sorted(names))):
+        directory = os.path.join(where, found.string)
+        with contextlib.suppress(OSError, ValueError, TypeError), _opened(directory) as fd:
             info = SessionInfo(**json.loads(directories.read_file("info.json", fd)))
-            match = _NAME.match(name)
-            if match and info.name == match[1] and info.inode == os.fstat(fd).st_ino:
-                found = SessionInfo(**{**asdict(info), "directory": os.path.join(where, name)})
-                yield found, _is_held(fd)
+            if info.name == found[1] and info.inode == os.fstat(fd).st_ino:
+                yield replace(info, directory=directory), _is_held(fd)
 
 
 @contextlib.contextmanager

@@ -42,9 +42,11 @@ class Client:
         self._answers: list[messages.Answer] = []
         self._loop = Loop()
         try:
+            token = session.token()
+            self._address = address_of(session.name, token)
             self._endpoint = Endpoint(
                 self._loop,
-                session.token(),
+                token,
                 new_process_id(),
                 messages.decode,
                 self._on_messages,
@@ -56,7 +58,7 @@ class Client:
             raise self._gone() from None
 
     def _connect(self) -> Channel:
-        channel = self._endpoint.open(address_of(self._session.name, self._session.token()), fleeting=True)
+        channel = self._endpoint.open(self._address, fleeting=True)
         channel.send(messages.Register("client", os.getpid()))
         return channel
 

@@ -21,13 +21,15 @@ _RESIZED = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 _NETWORK = ("tcp", "tcp6", "udp", "udp6")
 #: A TCP socket that listens, in the kernel's tables.
 _LISTENS = "0A"
+#: Marks the listener itself among the unix sockets of its name (`__SO_ACCEPTCON`).
+_ACCEPTS = 0x10000
 
 
 def security(session: SessionInfo, pids: Iterable[int]) -> dict[str, Any]:
     """Return what is to be said of a session whose processes are `pids`, and `warnings` about it."""
     files, warnings = _files(session.directory)
     memory, sockets = _memory(pids), _sockets(pids)
-    listeners = _listeners(session.name)
+    listening = listeners(session.name)
     for name, sealed in memory.items():
         if not sealed:
             warnings.append(f"the memory {name} can be resized by whoever has it")
@@ -36,7 +38,7 @@ def security(session: SessionInfo, pids: Iterable[int]) -> dict[str, Any]:
         "directory": session.directory,
         "files": files,
         "memory": [{"name": name, "sealed": sealed} for name, sealed in sorted(memory.items())],
-        "listeners": [f"@{name}" for name in listeners],
+        "listeners": [f"@{name}" for name in listening],
         "network": [{"pid": pid, "address": where} for pid, where in sockets],
         "warnings": warnings,
     }
@@ -111,12 +113,12 @@ def _address(text: str) -> str:
     return f"[{b''.join(words).hex(':', 2)}]:{int(port, 16)}"
 
 
-def _listeners(session: str) -> list[str]:
-    """Return the abstract names that a session listens on."""
+def listeners(session: str) -> list[str]:
+    """Return the abstract names that the session of this name listens on."""
     found = set()
     with contextlib.suppress(OSError):
         for line in Path("/proc/net/unix").read_text(errors="replace").splitlines()[1:]:
             fields = line.split()
-            if len(fields) > 7 and fields[7].startswith(f"@afield-{session}-"):
+            if len(fields) > 7 and fields[7].startswith(f"@afield-{session}-") and int(fields[3], 16) & _ACCEPTS:
                 found.add(fields[7][1:])
     return sorted(found)

@@ -80,14 +80,17 @@ class Stream:
     def taken(self, count: int) -> None:
         """The consumer has taken `count` items; the caller holds the process's lock."""
         self.consumed = count
-        if self.notify is not None:
-            self.notify()
+        self._wake()
 
     def abandon(self) -> None:
         """The consumer is dead; the caller holds the process's lock."""
         self.abandoned = True
-        if self.notify is not None:
-            self.notify()
+        self._wake()
+
+    def _wake(self) -> None:
+        notify = self.notify  # the producer may take it away meanwhile
+        if notify is not None:
+            notify()
 
     @interruptible
     def run(self, holder: list[Any]) -> int:

@@ -7,6 +7,7 @@ import sys
 import time
 
 from tests.fuzz.run import attack
+from tests.rounds import run_rounds
 
 
 def main() -> int:
@@ -16,14 +17,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=1.0, help="for all rounds together")
     parser.add_argument("--round", type=float, default=20.0, help="seconds of one round")
     options = parser.parse_args()
-    end, seed, bad = time.monotonic() + options.minutes * 60, options.seed, 0
-    while time.monotonic() < end:
-        outcome = attack(seed, options.round)
-        print(outcome, flush=True)
-        bad += bool(outcome.problems)
-        seed += 1
-    print(f"{seed - options.seed} rounds, {bad} with problems")
-    return 1 if bad else 0
+    return run_rounds("rounds", options.seed, options.minutes, lambda seed: attack(seed, options.round))
 
 
 if __name__ == "__main__":

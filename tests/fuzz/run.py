@@ -16,6 +16,7 @@ from afield.errors import LossError, RuntimeDiedError
 from afield.runtime.face import lifecycle
 from afield.runtime.session import sessions
 from afield.runtime.session.bootstrap import Session
+from afield.runtime.tools.security import listeners
 from tests.fuzz.attacker import Attacker
 from tests.helpers import poll, processes, traces
 
@@ -101,14 +102,6 @@ def _work(outcome: Round, stop: threading.Event) -> None:
             outcome.worked += 1
     except BaseException as error:
         outcome.problems.append(f"a task: {type(error).__name__}: {error}")
-
-
-def listeners(session: str) -> list[str]:
-    """Return the abstract names that the session listens on."""
-    lines = Path("/proc/net/unix").read_text().splitlines()[1:]
-    fields = [line.split() for line in lines]
-    # The flag __SO_ACCEPTCON marks the listener itself among the sockets of its name.
-    return sorted({one[7][1:] for one in fields if len(one) > 7 and session in one[7] and int(one[3], 16) & 0x10000})
 
 
 def _facts() -> dict[int, tuple[str, int]]:

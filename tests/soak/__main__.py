@@ -7,7 +7,8 @@ import signal
 import sys
 import time
 
-from tests.soak.run import report, soak
+from tests.rounds import run_rounds
+from tests.soak.run import Outcome, soak
 
 
 def main() -> int:
@@ -24,10 +25,9 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=3)
     options = parser.parse_args()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in what it starts in the background
-    end = time.monotonic() + options.minutes * 60
-    seed, bad = options.seed, 0
-    while time.monotonic() < end:
-        outcome = soak(
+
+    def session(seed: int) -> Outcome:
+        return soak(
             seed,
             seconds=options.session,
             threads=options.threads,
@@ -37,11 +37,8 @@ def main() -> int:
             faults=options.faults,
             interrupts=options.interrupts,
         )
-        report(outcome)
-        bad += bool(outcome.problems)
-        seed += 1
-    print(f"{seed - options.seed} sessions, {bad} with problems")
-    return 1 if bad else 0
+
+    return run_rounds("sessions", options.seed, options.minutes, session)
 
 
 if __name__ == "__main__":

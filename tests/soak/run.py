@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import sys
 import threading
 import time
 import traceback
@@ -144,9 +143,3 @@ def _left_behind() -> list[str]:
         return []
     rows = [f"{row.object_id} {row.tier} {row.size}: {', '.join(row.why)}" for row in afield.memory()[:10]]
     return [f"left behind: {query('store')['sealed']} bytes sealed; {rows or 'no objects'}"]
-
-
-def report(outcome: Outcome) -> None:
-    """Print an outcome at once."""
-    print(outcome, flush=True)
-    sys.stdout.flush()
