@@ -302,8 +302,9 @@ def test_kill_while_an_argument_of_the_constructor_is_not_there(
     else:
         refs += afield.get([call_and_kill.remote([actor] if who == "who has a handle" else [])], timeout=PATIENCE_S)
     for ref in [*refs, actor.add.remote()]:
-        with pytest.raises(afield.ActorDiedError, match=r"it was ended by kill\(\)"):
+        with pytest.raises(afield.ActorDiedError, match=r"it was ended by kill\(\)") as died:
             afield.get(ref, timeout=PATIENCE_S)
+        assert died.value.actor_id == actor._actor_id.hex()
     again = counter_class.options(name="waits").remote(never.remote())
     assert afield.get_actor("waits")._actor_id == again._actor_id
     del again  # no call is pending, and nobody can reach it any more

@@ -113,7 +113,8 @@ class ActorCalls:
         caller = self.callers[actor_id]
         assert caller.creation is not None
         name = caller.creation.function.name.removesuffix(".__init__")
-        self._never_lives(caller, serialize_error(ActorDiedError(f"the actor {name} is dead: {reason}")))
+        died = ActorDiedError(f"the actor {name} is dead: {reason}", actor_id=actor_id)
+        self._never_lives(caller, serialize_error(died))
         return True
 
     def _on_arguments_lost(self, channel: Channel, message: messages.ArgumentsLost) -> None:
@@ -395,7 +396,8 @@ class ActorCalls:
     def _unreachable(self, caller: Caller, why: str) -> None:
         """This process has no descriptors for the actor: its calls fail. Those to come ask the daemon again."""
         if caller.state in ("asked", "pending", "restarting"):
-            self._die(caller, serialize_error(ActorUnavailableError(f"the actor cannot be reached: {why}")))
+            error = ActorUnavailableError(f"the actor cannot be reached: {why}", actor_id=caller.actor_id)
+            self._die(caller, serialize_error(error))
             self.callers.pop(caller.actor_id, None)
 
     def _die(self, caller: Caller, error: bytes) -> None:
